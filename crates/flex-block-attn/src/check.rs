@@ -1,0 +1,217 @@
+//! All that can be wrong with a call, looked at once, before anything is computed.
+
+use flex_block_attn_mask::PlanView;
+
+use crate::{DType, Error, Gradients, Options, Result, Saved, Tensor, TensorMut};
+
+/// Sizes of a call whose arguments go together.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    q: [usize; 4],
+    kv: [usize; 4],
+    dtype: DType,
+}
+
+/// What tensors to read and to write have in common for a check.
+struct Outline {
+    name: &'static str,
+    dtype: DType,
+    shape: [usize; 4],
+    strides: [isize; 4],
+}
+
+impl Outline {
+    fn read(name: &'static str, tensor: &Tensor<'_>) -> Self {
+        let (dtype, shape, strides) = (tensor.dtype, tensor.shape, tensor.strides);
+        Self {
+            name,
+            dtype,
+            shape,
+            strides,
+        }
+    }
+
+    fn write(name: &'static str, tensor: &TensorMut<'_>) -> Self {
+        let (dtype, shape, strides) = (tensor.dtype, tensor.shape, tensor.strides);
+        Self {
+            name,
+            dtype,
+            shape,
+            strides,
+        }
+    }
+
+    fn dtype(&self, needed: DType, reason: &'static str) -> Result<()> {
+        if self.dtype == needed {
+            return Ok(());
+        }
+        Err(Error::DType {
+            argument: self.name,
+            got: self.dtype,
+            needed,
+            reason,
+        })
+    }
+
+    fn shape(&self, needed: [usize; 4], reason: &'static str) -> Result<()> {
+        if self.shape == needed {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            argument: self.name,
+            got: self.shape,
+            needed,
+            reason,
+        })
+    }
+
+    fn last_contiguous(&self) -> Result<()> {
+        if self.strides[3] == 1 || self.shape[3] <= 1 || self.shape.contains(&0) {
+            return Ok(());
+        }
+        Err(Error::LastStride {
+            argument: self.name,
+            got: self.strides[3],
+        })
+    }
+
+    /// Sorted by stride, each dimension must step over all that the smaller ones span. (Stricter
+    /// than needed for odd interleavings, which no allocator makes.)
+    fn apart(&self) -> Result<()> {
+        let mut dims: Vec<(usize, usize)> = self
+            .shape
+            .into_iter()
+            .zip(self.strides)
+            .filter(|&(extent, _)| extent > 1)
+            .map(|(extent, stride)| (stride.unsigned_abs(), extent))
+            .collect();
+        dims.sort_unstable();
+        let mut span = 1usize;
+        for (stride, extent) in dims {
+            if stride < span && !self.shape.contains(&0) {
+                let (shape, strides) = (self.shape, self.strides);
+                return Err(Error::Overlap {
+                    argument: self.name,
+                    shape,
+                    strides,
+                });
+            }
+            span = span.saturating_add((extent - 1).saturating_mul(stride));
+        }
+        Ok(())
+    }
+}
+
+fn inputs(
+    q: &Tensor<'_>,
+    k: &Tensor<'_>,
+    v: &Tensor<'_>,
+    plan: &PlanView<'_>,
+    options: &Options,
+) -> Result<Sizes> {
+    let [batch, q_heads, q_len, head_dim] = q.shape;
+    if head_dim == 0 || head_dim > 256 || !head_dim.is_multiple_of(8) {
+        return Err(Error::HeadDim { got: head_dim });
+    }
+    let [_, kv_heads, kv_len, _] = k.shape;
+    let kv = [batch, kv_heads, kv_len, head_dim];
+    Outline::read("k", k).shape(kv, "q")?;
+    Outline::read("v", v).shape(kv, "k")?;
+    if q_heads != kv_heads && (kv_heads == 0 || !q_heads.is_multiple_of(kv_heads)) {
+        return Err(Error::Heads { q_heads, kv_heads });
+    }
+    for (name, tensor) in [("q", q), ("k", k), ("v", v)] {
+        let outline = Outline::read(name, tensor);
+        outline.dtype(q.dtype, "q")?;
+        outline.last_contiguous()?;
+    }
+
+    let layout = plan.layout();
+    let (mask_q_len, mask_kv_len) = (layout.extents.q_len(), layout.extents.kv_len());
+    if (mask_q_len, mask_kv_len) != (q_len, kv_len) {
+        return Err(Error::MaskLengths {
+            mask_q_len,
+            mask_kv_len,
+            q_len,
+            kv_len,
+        });
+    }
+    for (what, got, needed) in [
+        ("batches", layout.batch, batch),
+        ("heads", layout.heads, q_heads),
+    ] {
+        if got != 1 && got != needed {
+            return Err(Error::MaskExtent { what, got, needed });
+        }
+    }
+    if let Some(got) = options.scale.filter(|scale| !scale.is_finite()) {
+        return Err(Error::Scale { got });
+    }
+    Ok(Sizes {
+        q: q.shape,
+        kv,
+        dtype: q.dtype,
+    })
+}
+
+fn lse_shape([batch, heads, tokens, _]: [usize; 4]) -> [usize; 4] {
+    [batch, heads, tokens, 1]
+}
+
+pub(crate) fn forward(
+    [q, k, v]: [&Tensor<'_>; 3],
+    plan: &PlanView<'_>,
+    options: &Options,
+    out: &TensorMut<'_>,
+    lse: &TensorMut<'_>,
+) -> Result<()> {
+    let sizes = inputs(q, k, v, plan, options)?;
+    let out = Outline::write("out", out);
+    out.shape(sizes.q, "q")?;
+    out.dtype(sizes.dtype, "q")?;
+    out.last_contiguous()?;
+    out.apart()?;
+    let lse = Outline::write("lse", lse);
+    lse.shape(lse_shape(sizes.q), "q")?;
+    lse.dtype(sizes.dtype.lse(), "q's dtype")?;
+    lse.apart()
+}
+
+pub(crate) fn backward(
+    saved: &Saved<'_>,
+    dout: &Tensor<'_>,
+    dlse: Option<&Tensor<'_>>,
+    plan: &PlanView<'_>,
+    options: &Options,
+    gradients: &Gradients<'_>,
+) -> Result<()> {
+    let sizes = inputs(&saved.q, &saved.k, &saved.v, plan, options)?;
+    for (name, tensor) in [("out", &saved.out), ("dout", dout)] {
+        let outline = Outline::read(name, tensor);
+        outline.shape(sizes.q, "q")?;
+        outline.dtype(sizes.dtype, "q")?;
+        outline.last_contiguous()?;
+    }
+    for (name, tensor) in [("lse", Some(&saved.lse)), ("dlse", dlse)] {
+        if let Some(tensor) = tensor {
+            let outline = Outline::read(name, tensor);
+            outline.shape(lse_shape(sizes.q), "q")?;
+            outline.dtype(sizes.dtype.lse(), "q's dtype")?;
+        }
+    }
+    let written = [
+        ("dq", &gradients.dq, sizes.q, "q"),
+        ("dk", &gradients.dk, sizes.kv, "k"),
+        ("dv", &gradients.dv, sizes.kv, "v"),
+    ];
+    for (name, tensor, shape, of) in written {
+        if let Some(tensor) = tensor {
+            let outline = Outline::write(name, tensor);
+            outline.shape(shape, of)?;
+            outline.dtype(sizes.dtype, of)?;
+            outline.last_contiguous()?;
+            outline.apart()?;
+        }
+    }
+    Ok(())
+}

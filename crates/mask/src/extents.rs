@@ -1,0 +1,130 @@
+//! The sizes of a block mask: lengths in tokens, block sizes in tokens, block counts.
+
+use std::ops::Range;
+
+use crate::MaskError;
+
+/// Block sizes are multiples of this many tokens: a warp's share of a tensor-core tile.
+pub const BLOCK_STEP: usize = 16;
+
+/// Lengths and block sizes, in tokens. The last block of each side may be shorter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Extents {
+    q_len: usize,
+    kv_len: usize,
+    q_block: usize,
+    kv_block: usize,
+}
+
+impl Extents {
+    /// Sizes of an attention of `q_len` queries in blocks of `q_block` over `kv_len` keys in
+    /// blocks of `kv_block`.
+    ///
+    /// # Errors
+    /// A block size that is no positive multiple of 16; a length beyond 2^31 tokens.
+    pub fn new(
+        q_len: usize,
+        kv_len: usize,
+        q_block: usize,
+        kv_block: usize,
+    ) -> Result<Self, MaskError> {
+        for (argument, got) in [("q_block_size", q_block), ("kv_block_size", kv_block)] {
+            if got == 0 || !got.is_multiple_of(BLOCK_STEP) {
+                return Err(MaskError::BlockSize { argument, got });
+            }
+        }
+        let sizes = [
+            ("q_len", q_len),
+            ("kv_len", kv_len),
+            ("q_block_size", q_block),
+            ("kv_block_size", kv_block),
+        ];
+        for (argument, got) in sizes {
+            if i32::try_from(got).is_err() {
+                return Err(MaskError::TooLarge { argument, got });
+            }
+        }
+        Ok(Self {
+            q_len,
+            kv_len,
+            q_block,
+            kv_block,
+        })
+    }
+
+    /// Number of query tokens.
+    pub fn q_len(&self) -> usize {
+        self.q_len
+    }
+
+    /// Number of key tokens.
+    pub fn kv_len(&self) -> usize {
+        self.kv_len
+    }
+
+    /// Tokens of a query block.
+    pub fn q_block(&self) -> usize {
+        self.q_block
+    }
+
+    /// Tokens of a key block.
+    pub fn kv_block(&self) -> usize {
+        self.kv_block
+    }
+
+    /// Number of query blocks: rows of the mask.
+    pub fn q_blocks(&self) -> usize {
+        self.q_len.div_ceil(self.q_block)
+    }
+
+    /// Number of key blocks: columns of the mask.
+    pub fn kv_blocks(&self) -> usize {
+        self.kv_len.div_ceil(self.kv_block)
+    }
+
+    /// The query tokens of block `row`; the last block ends where the sequence does.
+    pub fn q_tokens(&self, row: usize) -> Range<usize> {
+        row * self.q_block..((row + 1) * self.q_block).min(self.q_len)
+    }
+
+    /// The key tokens of block `column`; the last block ends where the sequence does.
+    pub fn kv_tokens(&self, column: usize) -> Range<usize> {
+        column * self.kv_block..((column + 1) * self.kv_block).min(self.kv_len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_ranges_end_with_the_sequence() {
+        let extents = Extents::new(100, 33, 48, 16).unwrap();
+        assert_eq!((extents.q_blocks(), extents.kv_blocks()), (3, 3));
+        assert_eq!(extents.q_tokens(2), 96..100);
+        assert_eq!(extents.kv_tokens(2), 32..33);
+    }
+
+    #[test]
+    fn empty_sequences_have_no_blocks() {
+        let extents = Extents::new(0, 0, 16, 16).unwrap();
+        assert_eq!((extents.q_blocks(), extents.kv_blocks()), (0, 0));
+    }
+
+    #[test]
+    fn bad_sizes_are_named() {
+        let text = |result: Result<Extents, MaskError>| result.unwrap_err().to_string();
+        assert_eq!(
+            text(Extents::new(64, 64, 24, 16)),
+            "q_block_size must be a positive multiple of 16, got 24"
+        );
+        assert_eq!(
+            text(Extents::new(64, 64, 16, 0)),
+            "kv_block_size must be a positive multiple of 16, got 0"
+        );
+        assert_eq!(
+            text(Extents::new(64, 1 << 31, 16, 16)),
+            "kv_len is too large for 32-bit block indices: got 2147483648"
+        );
+    }
+}

@@ -1,0 +1,359 @@
+//! [`Plan`]: what kernels read of a mask. The arrays are laid out here and nowhere else.
+//!
+//! In: a [`BlockMask`]. Out: for each of the mask's (batch, head) matrices one fixed-size record of
+//! 32-bit words, so that a plan's size follows from the mask's shape alone, whatever is selected,
+//! and whoever allocates it needs not wait for the mask's contents:
+//!
+//! | array | words | holds |
+//! |---|---|---|
+//! | row counts | rows | selected blocks of each row |
+//! | row order | rows | rows, longest first, equal ones ascending |
+//! | row lists | rows x columns | each row's selected columns, ascending, then unused words (0) |
+//! | column counts, order, lists | likewise, rows and columns exchanged | for the backward pass |
+//!
+//! Records follow each other in (batch, head) order.
+
+use crate::{BlockMask, Extents, MaskError};
+
+/// Where the arrays lie: a function of the mask's shape only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PlanLayout {
+    /// Lengths, block sizes and block counts.
+    pub extents: Extents,
+    /// Batches of the mask: 1 if shared.
+    pub batch: usize,
+    /// Query heads of the mask: 1 if shared.
+    pub heads: usize,
+}
+
+impl PlanLayout {
+    fn rows(&self) -> usize {
+        self.extents.q_blocks()
+    }
+
+    fn columns(&self) -> usize {
+        self.extents.kv_blocks()
+    }
+
+    /// 32-bit words of one (batch, head) record.
+    pub fn record_words(&self) -> usize {
+        let (rows, columns) = (self.rows(), self.columns());
+        2 * (rows + columns + rows * columns)
+    }
+
+    /// 32-bit words of the whole plan.
+    pub fn words(&self) -> usize {
+        self.batch * self.heads * self.record_words()
+    }
+
+    /// First word of the (batch, head) record that stands for `batch` and `head`; a mask's extent
+    /// of 1 stands for all.
+    fn record_start(&self, batch: usize, head: usize) -> usize {
+        let b = if self.batch == 1 { 0 } else { batch };
+        let h = if self.heads == 1 { 0 } else { head };
+        assert!(
+            b < self.batch && h < self.heads,
+            "({batch}, {head}) is outside of {self:?}"
+        );
+        (b * self.heads + h) * self.record_words()
+    }
+
+    fn side(&self, side: Side) -> SideLayout {
+        let (rows, columns) = (self.rows(), self.columns());
+        match side {
+            Side::Rows => SideLayout {
+                start: 0,
+                lists: rows,
+                stride: columns,
+            },
+            Side::Columns => SideLayout {
+                start: rows * (2 + columns),
+                lists: columns,
+                stride: rows,
+            },
+        }
+    }
+}
+
+/// Rows list columns for the forward pass, columns list rows for the backward.
+#[derive(Clone, Copy)]
+enum Side {
+    Rows,
+    Columns,
+}
+
+/// Counts, order and lists of one side, inside a record.
+struct SideLayout {
+    start: usize,
+    lists: usize,
+    stride: usize,
+}
+
+impl SideLayout {
+    fn count(&self, list: usize) -> usize {
+        self.start + list
+    }
+
+    fn order(&self) -> usize {
+        self.start + self.lists
+    }
+
+    fn list(&self, list: usize) -> usize {
+        self.start + 2 * self.lists + list * self.stride
+    }
+}
+
+/// A plan that owns its words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    layout: PlanLayout,
+    words: Vec<i32>,
+}
+
+impl Plan {
+    /// Plans a mask on the host, in time proportional to its blocks.
+    pub fn new(mask: &BlockMask) -> Self {
+        let layout = PlanLayout {
+            extents: mask.extents(),
+            batch: mask.batch(),
+            heads: mask.heads(),
+        };
+        let mut words = vec![0; layout.words()];
+        for batch in 0..layout.batch {
+            for head in 0..layout.heads {
+                let start = layout.record_start(batch, head);
+                let record = &mut words[start..start + layout.record_words()];
+                let (rows, columns) = (layout.side(Side::Rows), layout.side(Side::Columns));
+                for row in 0..layout.rows() {
+                    for column in mask.row(batch, head, row) {
+                        append(record, &rows, row, column);
+                        append(record, &columns, column, row);
+                    }
+                }
+                order_longest_first(record, &rows);
+                order_longest_first(record, &columns);
+            }
+        }
+        Self { layout, words }
+    }
+
+    /// Where the arrays lie.
+    pub fn layout(&self) -> PlanLayout {
+        self.layout
+    }
+
+    /// All words, as kernels read them.
+    pub fn words(&self) -> &[i32] {
+        &self.words
+    }
+
+    /// The plan as backends take it.
+    pub fn view(&self) -> PlanView<'_> {
+        PlanView {
+            layout: self.layout,
+            words: &self.words,
+        }
+    }
+}
+
+fn append(record: &mut [i32], side: &SideLayout, list: usize, entry: usize) {
+    let count = record[side.count(list)];
+    // `Extents` keeps indices below 2^31.
+    record[side.list(list) + count as usize] = entry as i32;
+    record[side.count(list)] = count + 1;
+}
+
+fn order_longest_first(record: &mut [i32], side: &SideLayout) {
+    let mut order: Vec<i32> = (0..side.lists as i32).collect();
+    order.sort_by_key(|&list| (-record[side.count(list as usize)], list));
+    record[side.order()..][..side.lists].copy_from_slice(&order);
+}
+
+/// A plan that somebody else owns: all its words have been checked.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanView<'a> {
+    layout: PlanLayout,
+    words: &'a [i32],
+}
+
+impl<'a> PlanView<'a> {
+    /// Takes words that came from outside.
+    ///
+    /// # Errors
+    /// When they are too few, a list is not ascending or leaves the mask, or an order is no
+    /// permutation: nothing that a backend reads through a view leads it astray.
+    pub fn new(layout: PlanLayout, words: &'a [i32]) -> Result<Self, MaskError> {
+        let error = |reason| MaskError::Plan {
+            rows: layout.rows(),
+            columns: layout.columns(),
+            reason,
+        };
+        if words.len() != layout.words() {
+            return Err(error(
+                "its number of words does not follow from the mask's shape",
+            ));
+        }
+        for record in words.chunks_exact(layout.record_words().max(1)) {
+            for (side, extent) in [
+                (Side::Rows, layout.columns()),
+                (Side::Columns, layout.rows()),
+            ] {
+                check(record, &layout.side(side), extent).map_err(error)?;
+            }
+        }
+        Ok(Self { layout, words })
+    }
+
+    /// Where the arrays lie.
+    pub fn layout(&self) -> PlanLayout {
+        self.layout
+    }
+
+    fn list(&self, side: Side, batch: usize, head: usize, list: usize) -> &'a [i32] {
+        let side = self.layout.side(side);
+        let record = &self.words[self.layout.record_start(batch, head)..];
+        let count = record[side.count(list)] as usize;
+        &record[side.list(list)..][..count]
+    }
+
+    /// The columns that a row keeps, ascending.
+    pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [i32] {
+        self.list(Side::Rows, batch, head, row)
+    }
+
+    /// The rows that keep a column, ascending.
+    pub fn column(&self, batch: usize, head: usize, column: usize) -> &'a [i32] {
+        self.list(Side::Columns, batch, head, column)
+    }
+
+    /// Rows, longest list first.
+    pub fn row_order(&self, batch: usize, head: usize) -> &'a [i32] {
+        let side = self.layout.side(Side::Rows);
+        &self.words[self.layout.record_start(batch, head) + side.order()..][..side.lists]
+    }
+
+    /// Columns, longest list first.
+    pub fn column_order(&self, batch: usize, head: usize) -> &'a [i32] {
+        let side = self.layout.side(Side::Columns);
+        &self.words[self.layout.record_start(batch, head) + side.order()..][..side.lists]
+    }
+}
+
+fn check(record: &[i32], side: &SideLayout, extent: usize) -> Result<(), &'static str> {
+    for list in 0..side.lists {
+        let count = usize::try_from(record[side.count(list)]).unwrap_or(usize::MAX);
+        if count > extent {
+            return Err("a list is longer than the mask");
+        }
+        let entries = &record[side.list(list)..][..count];
+        let inside = |&entry: &i32| usize::try_from(entry).is_ok_and(|entry| entry < extent);
+        if !entries.iter().all(inside) || !entries.is_sorted_by(|a, b| a < b) {
+            return Err("a list is not ascending inside of the mask");
+        }
+    }
+    let mut seen = vec![false; side.lists];
+    for &list in &record[side.order()..][..side.lists] {
+        let slot = usize::try_from(list)
+            .ok()
+            .and_then(|list| seen.get_mut(list));
+        if slot.is_none_or(|slot| std::mem::replace(slot, true)) {
+            return Err("an order is no permutation");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Extents, builders};
+
+    proptest! {
+        #[test]
+        fn lists_say_what_the_mask_says(
+            rows in 0usize..9, columns in 0usize..9, batch in 1usize..3, heads in 1usize..3,
+            density in 0.0f64..1.0, seed: u64,
+        ) {
+            let extents = Extents::new(rows * 16, columns * 16, 16, 16).unwrap();
+            let mask = builders::random(extents, batch, heads, density, seed).unwrap();
+            let plan = Plan::new(&mask);
+            let view = PlanView::new(plan.layout(), plan.words()).unwrap();
+            let selected = |b, h, row, column| mask.contains(b, h, row, column);
+            for b in 0..batch {
+                for h in 0..heads {
+                    for row in 0..rows {
+                        let list: Vec<i32> = (0..columns)
+                            .filter(|&column| selected(b, h, row, column))
+                            .map(|column| column as i32)
+                            .collect();
+                        prop_assert_eq!(view.row(b, h, row), list);
+                    }
+                    for column in 0..columns {
+                        let list: Vec<i32> = (0..rows)
+                            .filter(|&row| selected(b, h, row, column))
+                            .map(|row| row as i32)
+                            .collect();
+                        prop_assert_eq!(view.column(b, h, column), list);
+                    }
+                    let lengths: Vec<_> = view
+                        .row_order(b, h)
+                        .iter()
+                        .map(|&row| view.row(b, h, row as usize).len())
+                        .collect();
+                    prop_assert!(lengths.is_sorted_by(|a, b| a >= b));
+                    let lengths: Vec<_> = view
+                        .column_order(b, h)
+                        .iter()
+                        .map(|&column| view.column(b, h, column as usize).len())
+                        .collect();
+                    prop_assert!(lengths.is_sorted_by(|a, b| a >= b));
+                }
+            }
+        }
+
+        /// Whatever one word is replaced by, the view refuses it or still holds its promises.
+        #[test]
+        fn damaged_words_do_not_pass(at in 0usize..1000, value in -2i32..9) {
+            let extents = Extents::new(64, 96, 16, 16).unwrap();
+            let plan = Plan::new(&builders::causal(extents));
+            let mut words = plan.words().to_vec();
+            let at = at % words.len();
+            words[at] = value;
+            if let Ok(view) = PlanView::new(plan.layout(), &words) {
+                for row in 0..4 {
+                    prop_assert!(view.row(0, 0, row).iter().all(|&c| (0..6).contains(&c)));
+                }
+                for column in 0..6 {
+                    prop_assert!(view.column(0, 0, column).iter().all(|&r| (0..4).contains(&r)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layout_is_as_documented() {
+        let extents = Extents::new(32, 48, 16, 16).unwrap();
+        let mask = BlockMask::from_blocks(extents, [(0, 2), (1, 0), (1, 2)]).unwrap();
+        #[rustfmt::skip]
+        assert_eq!(Plan::new(&mask).words(), [
+            1, 2,             // row counts
+            1, 0,             // row order
+            2, 0, 0, 0, 2, 0, // row lists
+            1, 0, 2,          // column counts
+            2, 0, 1,          // column order
+            1, 0, 0, 0, 0, 1, // column lists
+        ]);
+    }
+
+    #[test]
+    fn shared_records_stand_for_all() {
+        let extents = Extents::new(32, 32, 16, 16).unwrap();
+        let mut mask = BlockMask::empty(extents, 1, 2);
+        mask.insert(0, 1, 0, 1);
+        let plan = Plan::new(&mask);
+        assert_eq!(plan.view().row(5, 1, 0), [1]);
+        assert!(plan.view().row(5, 0, 0).is_empty());
+    }
+}
