@@ -13,8 +13,9 @@
 
 use std::ops::Range;
 
+use crate::buffer::Buffer;
 use crate::pack::{self, Tokens, Width};
-use crate::simd::gemm::{Gemm, Run};
+use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, RowFacts, Scores};
 use crate::simd::{Isa, Job, PANEL, Real};
 use crate::{Backward, Element, threads, tiles};
@@ -56,17 +57,18 @@ impl<T: Element> Job<T::Real> for BackwardJob<'_, '_, T> {
             .flat_map(|b| (0..kv_heads).map(move |h| (b, h)))
             .collect();
         for wave in heads.chunks(at_once) {
-            let mut keys = Keys::<I>::new(args, wave, width);
+            let keys = Keys::<I>::new(args, wave, width);
+            let mut gradients = KeyGradients::<I>::new(args, wave.len(), width);
             let group = q_heads / kv_heads;
             for member in 0..group {
                 let q_heads: Vec<(usize, usize)> =
                     wave.iter().map(|&(b, h)| (b, h * group + member)).collect();
                 let queries = Queries::<I>::new(args, &q_heads, width);
                 let parts = threads.div_ceil(wave.len());
-                let mut dq = differentiate(args, &q_heads, &mut keys, &queries, parts);
+                let mut dq = differentiate(args, &q_heads, &keys, &mut gradients, &queries, parts);
                 sum_and_write_dq::<I, T>(args, &q_heads, width, &mut dq);
             }
-            keys.write(args, wave);
+            gradients.write(args, wave);
         }
     }
 }
@@ -77,15 +79,13 @@ fn head_slice<X>(all: &[X], index: usize, heads: usize) -> &[X] {
     &all[index * len..][..len]
 }
 
-/// Keys and values of a wave's heads, packed, and their gradients so far.
+/// Keys and values of a wave's heads, packed.
 struct Keys<I: Isa> {
     width: Width,
     heads: usize,
-    k_transposed: Vec<I::Operand>,
-    k_rows: Vec<I::Operand>,
-    v_transposed: Vec<I::Operand>,
-    dk: Vec<I::Real>,
-    dv: Vec<I::Real>,
+    k_transposed: Buffer<I::Operand>,
+    k_rows: Buffer<I::Operand>,
+    v_transposed: Buffer<I::Operand>,
 }
 
 impl<I: Isa> Keys<I> {
@@ -96,15 +96,13 @@ impl<I: Isa> Keys<I> {
     ) -> Self {
         let kv_len = args.k.shape()[2];
         let heads = wave.len();
-        let operands = |len| vec![I::Operand::default(); heads * len];
+        let operands = |len| Buffer::new(heads * len);
         let mut keys = Self {
             width,
             heads,
             k_transposed: operands(width.transposed_len(kv_len)),
             k_rows: operands(width.rows_len(kv_len)),
             v_transposed: operands(width.transposed_len(kv_len)),
-            dk: vec![I::Real::ZERO; heads * width.rows_len(kv_len)],
-            dv: vec![I::Real::ZERO; heads * width.rows_len(kv_len)],
         };
         if kv_len == 0 {
             return keys;
@@ -139,6 +137,24 @@ impl<I: Isa> Keys<I> {
             },
         );
         keys
+    }
+}
+
+/// Gradients of a wave's keys and values so far.
+struct KeyGradients<I: Isa> {
+    width: Width,
+    dk: Buffer<I::Real>,
+    dv: Buffer<I::Real>,
+}
+
+impl<I: Isa> KeyGradients<I> {
+    fn new<T: Element<Real = I::Real>>(args: &Backward<'_, T>, heads: usize, width: Width) -> Self {
+        let len = heads * width.rows_len(args.k.shape()[2]);
+        Self {
+            width,
+            dk: Buffer::new(len),
+            dv: Buffer::new(len),
+        }
     }
 
     /// Writes dK and dV out.
@@ -192,12 +208,12 @@ fn piece(index: usize, len: usize) -> Range<usize> {
 
 /// Queries and output gradients of some query heads, packed, and what is known of each row.
 struct Queries<I: Isa> {
-    q: Vec<I::Operand>,
-    dout: Vec<I::Operand>,
+    q: Buffer<I::Operand>,
+    dout: Buffer<I::Operand>,
     /// lse in base 2.
-    lse: Vec<I::Real>,
+    lse: Buffer<I::Real>,
     /// Sum of out * dout, less the lse's gradient.
-    delta: Vec<I::Real>,
+    delta: Buffer<I::Real>,
 }
 
 impl<I: Isa> Queries<I> {
@@ -209,10 +225,10 @@ impl<I: Isa> Queries<I> {
         let [_, _, q_len, head_dim] = args.q.shape();
         let len = width.rows_len(q_len);
         let mut queries = Self {
-            q: vec![I::Operand::default(); heads.len() * len],
-            dout: vec![I::Operand::default(); heads.len() * len],
-            lse: vec![I::Real::ZERO; heads.len() * q_len],
-            delta: vec![I::Real::ZERO; heads.len() * q_len],
+            q: Buffer::new(heads.len() * len),
+            dout: Buffer::new(heads.len() * len),
+            lse: Buffer::new(heads.len() * q_len),
+            delta: Buffer::new(heads.len() * q_len),
         };
         if q_len == 0 {
             return queries;
@@ -251,14 +267,14 @@ impl<I: Isa> Queries<I> {
                 };
                 pack::depth_rows::<I, T>(&of(args.q), tokens.clone(), width, packed.0);
                 pack::depth_rows::<I, T>(&of(args.dout), tokens.clone(), width, packed.1);
-                let mut rows = [(); 2].map(|()| vec![I::Real::ZERO; head_dim]);
+                let mut rows = [(); 2].map(|()| Buffer::new(head_dim));
                 for (index, token) in tokens.enumerate() {
                     let [out, dout] = &mut rows;
                     T::widen(args.out.row(batch, head, token), out);
                     T::widen(args.dout.row(batch, head, token), dout);
                     let dot = out
                         .iter()
-                        .zip(&*dout)
+                        .zip(dout.iter())
                         .fold(I::Real::ZERO, |sum, (&a, &b)| sum + a * b);
                     let dlse = args
                         .dlse
@@ -292,22 +308,23 @@ struct Task<'a, R> {
 fn differentiate<I: Isa, T: Element<Real = I::Real>>(
     args: &Backward<'_, T>,
     q_heads: &[(usize, usize)],
-    keys: &mut Keys<I>,
+    keys: &Keys<I>,
+    gradients: &mut KeyGradients<I>,
     queries: &Queries<I>,
     parts: usize,
-) -> Vec<I::Real> {
+) -> Buffer<I::Real> {
     let width = keys.width;
     let extents = args.plan.layout().extents;
     let (q_len, kv_len) = (extents.q_len(), extents.kv_len());
-    let mut dq = vec![I::Real::ZERO; q_heads.len() * parts * width.rows_len(q_len)];
+    let mut dq = Buffer::new(q_heads.len() * parts * width.rows_len(q_len));
     if q_len == 0 || kv_len == 0 {
         return dq;
     }
-    let (mut dk, mut dv) = (std::mem::take(&mut keys.dk), std::mem::take(&mut keys.dv));
     let mut tasks = Vec::new();
-    let by_head = dk
+    let by_head = gradients
+        .dk
         .chunks_mut(width.rows_len(kv_len))
-        .zip(dv.chunks_mut(width.rows_len(kv_len)))
+        .zip(gradients.dv.chunks_mut(width.rows_len(kv_len)))
         .zip(dq.chunks_mut(parts * width.rows_len(q_len)));
     for (index, (&head, ((mut dk, mut dv), dq))) in q_heads.iter().zip(by_head).enumerate() {
         let stretches = stretches(args, head, parts);
@@ -330,11 +347,9 @@ fn differentiate<I: Isa, T: Element<Real = I::Real>>(
             });
         }
     }
-    let shared: &Keys<I> = keys;
     threads::consume(args.setting.threads, tasks, |mut task| {
-        Tiles::new(args, shared, queries, task.index, q_heads.len()).run(&mut task);
+        Tiles::new(args, keys, queries, task.index, q_heads.len()).run(&mut task);
     });
-    (keys.dk, keys.dv) = (dk, dv);
     dq
 }
 
@@ -375,9 +390,9 @@ struct Tiles<'a, I: Isa, T: Element> {
     delta: &'a [I::Real],
     value_panels: Vec<usize>,
     /// Scores, then P.
-    p: Vec<I::Real>,
+    p: Buffer<I::Real>,
     /// dP, then dS.
-    ds: Vec<I::Real>,
+    ds: Buffer<I::Real>,
 }
 
 impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
@@ -400,8 +415,8 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             lse: head_slice(&queries.lse, index, heads),
             delta: head_slice(&queries.delta, index, heads),
             value_panels: keys.width.panels::<I>(),
-            p: vec![I::Real::ZERO; TILE_QUERIES * SCORE_STRIDE],
-            ds: vec![I::Real::ZERO; TILE_QUERIES * SCORE_STRIDE],
+            p: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
+            ds: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
         }
     }
 
@@ -474,9 +489,11 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             // dQ += dS K
             Gemm::<I> {
                 rows: queries.len(),
-                a: rows::as_operands::<I>(&self.ds),
-                a_row: SCORE_STRIDE,
-                a_step: 1,
+                a: Left {
+                    values: rows::as_operands::<I>(&self.ds),
+                    stride: SCORE_STRIDE,
+                    transposed: false,
+                },
                 b: self.k_rows,
                 b_step: stride,
                 panels: &self.value_panels,
@@ -506,9 +523,11 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
         let stride = self.width.stride();
         Gemm::<I> {
             rows: queries.len(),
-            a: &a[queries.start * stride..],
-            a_row: stride,
-            a_step: 1,
+            a: Left {
+                values: &a[queries.start * stride..],
+                stride,
+                transposed: false,
+            },
             b,
             b_step: PANEL,
             panels: &panels,
@@ -537,10 +556,12 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
         let stride = self.width.stride();
         Gemm::<I> {
             rows: columns,
-            a: rows::as_operands::<I>(tile),
-            // Transposed: keys lie next to each other, queries a row apart.
-            a_row: 1,
-            a_step: SCORE_STRIDE,
+            // Keys lie next to each other, queries a row apart.
+            a: Left {
+                values: rows::as_operands::<I>(tile),
+                stride: SCORE_STRIDE,
+                transposed: true,
+            },
             b,
             b_step: stride,
             panels: &self.value_panels,
@@ -587,7 +608,7 @@ fn sum_and_write_dq<I: Isa, T: Element<Real = I::Real>>(
         args.setting.threads,
         pieces,
         |((batch, head), tokens, dq)| {
-            let mut sum = vec![I::Real::ZERO; head_dim];
+            let mut sum = Buffer::new(head_dim);
             for token in tokens {
                 sum.fill(I::Real::ZERO);
                 for part in dq.chunks(len) {

@@ -4,8 +4,9 @@
 //! plan keeps. The heads of k and v are packed in waves, as many at once as a memory budget
 //! allows; then every tile of queries is a task of its own, longest rows first.
 
+use crate::buffer::Buffer;
 use crate::pack::{self, Tokens, Width};
-use crate::simd::gemm::{Gemm, Run};
+use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, Running, Scores};
 use crate::simd::{Isa, Job, PANEL, Real};
 use crate::tiles::{self, KeyTile, KeyTiles};
@@ -55,8 +56,8 @@ impl<T: Element> Job<T::Real> for ForwardJob<'_, '_, T> {
 
 /// Keys and values of some heads, packed.
 struct PackedWave<I: Isa> {
-    k: Vec<I::Operand>,
-    v: Vec<I::Operand>,
+    k: Buffer<I::Operand>,
+    v: Buffer<I::Operand>,
     k_len: usize,
     v_len: usize,
 }
@@ -77,8 +78,8 @@ impl<I: Isa> PackedWave<I> {
         let kv_len = args.k.shape()[2];
         let (k_len, v_len) = (width.transposed_len(kv_len), width.rows_len(kv_len));
         let mut packed = Self {
-            k: vec![I::Operand::default(); wave.len() * k_len],
-            v: vec![I::Operand::default(); wave.len() * v_len],
+            k: Buffer::new(wave.len() * k_len),
+            v: Buffer::new(wave.len() * v_len),
             k_len,
             v_len,
         };
@@ -161,12 +162,12 @@ struct Scratch<I: Isa> {
     width: Width,
     /// Where the panels of a token's values start.
     value_panels: Vec<usize>,
-    queries: Vec<I::Operand>,
+    queries: Buffer<I::Operand>,
     /// Scores, then probabilities.
-    scores: Vec<I::Real>,
-    out: Vec<I::Real>,
-    max: Vec<I::Real>,
-    sum: Vec<I::Real>,
+    scores: Buffer<I::Real>,
+    out: Buffer<I::Real>,
+    max: Buffer<I::Real>,
+    sum: Buffer<I::Real>,
     key_panels: Vec<usize>,
     value_runs: Vec<Run>,
     keys: KeyTile,
@@ -180,11 +181,11 @@ impl<I: Isa> Scratch<I> {
         Self {
             width,
             value_panels: width.panels::<I>(),
-            queries: vec![I::Operand::default(); width.rows_len(TILE_QUERIES)],
-            scores: vec![I::Real::ZERO; TILE_QUERIES * SCORE_STRIDE],
-            out: vec![I::Real::ZERO; width.rows_len(TILE_QUERIES)],
-            max: vec![I::Real::ZERO; TILE_QUERIES],
-            sum: vec![I::Real::ZERO; TILE_QUERIES],
+            queries: Buffer::new(width.rows_len(TILE_QUERIES)),
+            scores: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
+            out: Buffer::new(width.rows_len(TILE_QUERIES)),
+            max: Buffer::new(TILE_QUERIES),
+            sum: Buffer::new(TILE_QUERIES),
             key_panels: Vec::new(),
             value_runs: Vec::new(),
             keys: KeyTile::default(),
@@ -239,9 +240,11 @@ fn attend<I: Isa, T: Element<Real = I::Real>>(
         // S = Q K^T
         Gemm::<I> {
             rows,
-            a: &scratch.queries,
-            a_row: width.stride(),
-            a_step: I::DEPTH,
+            a: Left {
+                values: &scratch.queries,
+                stride: width.stride(),
+                transposed: false,
+            },
             b: packed.k,
             b_step: PANEL * I::DEPTH,
             panels: &scratch.key_panels,
@@ -272,9 +275,11 @@ fn attend<I: Isa, T: Element<Real = I::Real>>(
         // O += P V
         Gemm::<I> {
             rows,
-            a: rows::as_operands::<I>(&scratch.scores),
-            a_row: rows::operand_stride::<I>(SCORE_STRIDE),
-            a_step: I::DEPTH,
+            a: Left {
+                values: rows::as_operands::<I>(&scratch.scores),
+                stride: rows::operand_stride::<I>(SCORE_STRIDE),
+                transposed: false,
+            },
             b: packed.v,
             b_step: width.stride() * I::DEPTH,
             panels: &scratch.value_panels,

@@ -9,6 +9,7 @@
 //! `simd::gemm` and `simd::rows` (the arithmetic), with `threads` underneath.
 
 mod backward;
+mod buffer;
 mod element;
 mod forward;
 mod pack;

@@ -1,11 +1,11 @@
-//! The matrix product that all of attention's products are: `C = A B` or `C += A B`, with `A` read
-//! by strides (so that it may be transposed), and `B` in panels of 16 columns whose rows come in
+//! The matrix product that all of attention's products are: `C = A B` or `C += A B`, with `A` as it
+//! lies or transposed, and `B` in panels of 16 columns whose rows come in
 //! runs (so that gathered blocks need no copy). Called by the drivers; the inner tile is shared by
 //! all instruction sets, which choose its shape.
 //!
 //! Addresses, in operands, with `s` counting words along the dimension that is summed over:
 //!
-//! - `A(row, s)` is at `row * a_row + s * a_step`;
+//! - `A(row, s)` is at `row * stride + s * DEPTH`, or, transposed, at `row * DEPTH + s * stride`;
 //! - `B(s, panel, column)` is at `panels[panel] + run.start + (s - words before) * b_step +
 //!   column * DEPTH`, `run` being the run that word `s` falls into.
 
@@ -20,12 +20,38 @@ pub struct Run {
     pub words: usize,
 }
 
+/// The left factor.
+pub struct Left<'a, I: Isa> {
+    pub values: &'a [I::Operand],
+    /// From a row to the next, or, transposed, from a word to the next; in operands.
+    pub stride: usize,
+    pub transposed: bool,
+}
+
+impl<I: Isa> Left<'_, I> {
+    /// From a row to the next, in operands.
+    pub(super) fn row_stride(&self) -> usize {
+        if self.transposed {
+            I::DEPTH
+        } else {
+            self.stride
+        }
+    }
+
+    /// From a word to the next, in operands.
+    fn word_stride(&self) -> usize {
+        if self.transposed {
+            self.stride
+        } else {
+            I::DEPTH
+        }
+    }
+}
+
 /// One product; see the module's head for the meaning of the strides.
 pub struct Gemm<'a, I: Isa> {
     pub rows: usize,
-    pub a: &'a [I::Operand],
-    pub a_row: usize,
-    pub a_step: usize,
+    pub a: Left<'a, I>,
     pub b: &'a [I::Operand],
     pub b_step: usize,
     /// Where each panel of `B` starts, in operands; panel `p` makes columns `16 p ..` of `C`.
@@ -40,18 +66,21 @@ impl<I: Isa> Gemm<'_, I> {
     /// Computes the product into `c`.
     ///
     /// # Panics
-    /// When an operand would be read, or `c` written, outside of its slice.
+    /// When an operand would be read, or `c` written, outside of its slice; when `A` is not
+    /// transposed and a run is no multiple of [`UNROLL`] words.
     pub fn run(&self, c: &mut [I::Real]) {
         if self.rows == 0 || self.panels.is_empty() {
             return;
         }
         let words: usize = self.runs.iter().map(|run| run.words).sum();
         if words > 0 {
-            let a_last = (self.rows - 1) * self.a_row + (words - 1) * self.a_step + I::DEPTH;
+            let a = &self.a;
+            let a_last =
+                (self.rows - 1) * a.row_stride() + (words - 1) * a.word_stride() + I::DEPTH;
             assert!(
-                a_last <= self.a.len(),
+                a_last <= a.values.len(),
                 "A ends at {a_last} of {}",
-                self.a.len()
+                a.values.len()
             );
         }
         let last_panel = *self.panels.iter().max().expect("there are panels");
@@ -65,103 +94,138 @@ impl<I: Isa> Gemm<'_, I> {
         }
         let c_last = (self.rows - 1) * self.c_row + self.panels.len() * PANEL;
         assert!(c_last <= c.len(), "C ends at {c_last} of {}", c.len());
-        // SAFETY: the instruction set is the CPU's (see `simd`), all addresses of the module's
-        // head have just been found to lie inside of their slices.
-        unsafe {
-            I::enter(Entered {
-                gemm: self,
-                c: c.as_mut_ptr(),
-            })
-        }
+        let unrolled = self.runs.iter().all(|run| run.words.is_multiple_of(UNROLL));
+        assert!(
+            self.a.transposed || unrolled,
+            "a run is no multiple of {UNROLL} words"
+        );
+        // SAFETY: all addresses of the module's head have just been found to lie inside of their
+        // slices.
+        unsafe { I::gemm(self, c.as_mut_ptr()) }
     }
 }
 
-struct Entered<'a, I: Isa> {
-    gemm: &'a Gemm<'a, I>,
-    c: *mut I::Real,
+/// Words that the inner loop takes at once where `A` lies in rows: its addresses then differ by
+/// constants, and few instructions are spent on them.
+const UNROLL: usize = 4;
+
+/// `MR` rows by `NP` panels of `C`, each panel `VP` vectors wide, kept in registers over the sum.
+///
+/// Each shape is a function of its own (see [`Isa::enter`]): inlined into one, the compiler has
+/// them compete for registers.
+pub struct Tile<'a, I: Isa, const MR: usize, const NP: usize, const VP: usize> {
+    pub gemm: &'a Gemm<'a, I>,
+    /// The tile's first row of `A`.
+    pub a: *const I::Operand,
+    pub panels: [*const I::Operand; NP],
+    /// The tile's first element of `C`.
+    pub c: *mut I::Real,
 }
 
-impl<I: Isa> Operation<I> for Entered<'_, I> {
+impl<I: Isa, const MR: usize, const NP: usize, const VP: usize> Operation<I>
+    for Tile<'_, I, MR, NP, VP>
+{
     type Output = ();
 
     #[inline(always)]
     unsafe fn run(self) {
-        // SAFETY: `Gemm::run` has checked all addresses.
-        unsafe { I::gemm(self.gemm, self.c) }
-    }
-}
-
-/// `MR` rows by `NP` panels of `C`, each panel `VP` vectors wide, kept in registers over the sum.
-///
-/// # Safety
-/// `a` and `c` point to the tile's first row, `panels` to the panels' first operands, of a product
-/// whose addresses have been checked.
-#[inline(always)]
-pub(super) unsafe fn tile<I: Isa, const MR: usize, const NP: usize, const VP: usize>(
-    gemm: &Gemm<'_, I>,
-    mut a: *const I::Operand,
-    panels: [*const I::Operand; NP],
-    c: *mut I::Real,
-) {
-    // SAFETY: the caller's promise; offsets are those of the module's head.
-    unsafe {
-        let mut sums = [[[I::splat(I::Real::ZERO); VP]; NP]; MR];
-        for run in gemm.runs {
-            let mut b = panels.map(|panel| panel.add(run.start));
-            for _ in 0..run.words {
-                let columns: [[I::Words; VP]; NP] = std::array::from_fn(|p| {
-                    std::array::from_fn(|v| I::load_words(b[p].add(v * I::LANES * I::DEPTH)))
-                });
-                for m in 0..MR {
-                    let row = I::splat_word(a.add(m * gemm.a_row));
-                    for p in 0..NP {
-                        for v in 0..VP {
-                            sums[m][p][v] = I::mul_words(row, columns[p][v], sums[m][p][v]);
+        let Self {
+            gemm,
+            mut a,
+            panels,
+            c,
+        } = self;
+        // SAFETY: `Gemm::run` has checked the product's addresses, those of the module's head.
+        unsafe {
+            let mut sums = [[[I::splat(I::Real::ZERO); VP]; NP]; MR];
+            for run in gemm.runs {
+                let mut b = panels.map(|panel| panel.add(run.start));
+                if gemm.a.transposed {
+                    for _ in 0..run.words {
+                        step::<I, MR, NP, VP>(&mut sums, a, I::DEPTH, b);
+                        a = a.add(gemm.a.stride);
+                        b = b.map(|b| b.add(gemm.b_step));
+                    }
+                } else {
+                    for _ in 0..run.words / UNROLL {
+                        for _ in 0..UNROLL {
+                            step::<I, MR, NP, VP>(&mut sums, a, gemm.a.stride, b);
+                            a = a.add(I::DEPTH);
+                            b = b.map(|b| b.add(gemm.b_step));
                         }
                     }
                 }
-                a = a.add(gemm.a_step);
-                for panel in &mut b {
-                    *panel = panel.add(gemm.b_step);
-                }
             }
-        }
-        for m in 0..MR {
-            for p in 0..NP {
-                for v in 0..VP {
-                    let at = c.add(m * gemm.c_row + p * PANEL + v * I::LANES);
-                    let sum = if gemm.accumulate {
-                        I::add(I::load(at), sums[m][p][v])
-                    } else {
-                        sums[m][p][v]
-                    };
-                    I::store(at, sum);
+            for (m, row) in sums.iter().enumerate() {
+                for (p, panel) in row.iter().enumerate() {
+                    for (v, &sum) in panel.iter().enumerate() {
+                        let at = c.add(m * gemm.c_row + p * PANEL + v * I::LANES);
+                        let old = if gemm.accumulate {
+                            I::load(at)
+                        } else {
+                            I::splat(I::Real::ZERO)
+                        };
+                        I::store(at, I::add(old, sum));
+                    }
                 }
             }
         }
     }
 }
 
-/// Covers `C` with tiles of `NP` panels by the given heights, tallest first; the last must be 1.
+/// One word of each row times one row of each panel.
 ///
-/// Panels go outside, rows inside: a panel of `B` then stays in the first-level cache while rows
-/// of `A` stream by.
+/// # Safety
+/// The addresses lie inside of the product's slices.
+#[inline(always)]
+unsafe fn step<I: Isa, const MR: usize, const NP: usize, const VP: usize>(
+    sums: &mut [[[I::Vector; VP]; NP]; MR],
+    a: *const I::Operand,
+    a_row: usize,
+    b: [*const I::Operand; NP],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let columns: [[I::Words; VP]; NP] =
+            b.map(|b| std::array::from_fn(|v| I::load_words(b.add(v * I::LANES * I::DEPTH))));
+        for (m, row) in sums.iter_mut().enumerate() {
+            let word = I::splat_word(a.add(m * a_row));
+            for (panel, columns) in row.iter_mut().zip(columns) {
+                for (sum, column) in panel.iter_mut().zip(columns) {
+                    *sum = I::mul_words(word, column, *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Covers some panels of `C` with tiles of the given heights, which are all from 1 to the largest.
+///
+/// Rows are shared out evenly, since low tiles wait for their own sums: 8 rows by tiles of 6 at
+/// most are 4 + 4, not 6 + 2. Rows go inside of panels, so that a panel of `B` stays in the
+/// first-level cache while rows of `A` stream by.
 macro_rules! cover {
-    ($isa:ty, $gemm:ident, $c:ident, $first:expr, $panels:literal x $vectors:literal, [$($height:literal),+]) => {{
+    ($isa:ty, $gemm:ident, $c:ident, $first:expr, $panels:literal x $vectors:literal,
+        [$($height:literal),+ | $largest:literal]) => {{
         let panels: [*const <$isa as $crate::simd::Isa>::Operand; $panels] =
             std::array::from_fn(|p| $gemm.b.as_ptr().add($gemm.panels[$first + p]));
         let mut row = 0;
-        $(
-            while $gemm.rows - row >= $height {
-                $crate::simd::gemm::tile::<$isa, $height, $panels, $vectors>(
-                    $gemm,
-                    $gemm.a.as_ptr().add(row * $gemm.a_row),
-                    panels,
-                    $c.add(row * $gemm.c_row + $first * $crate::simd::PANEL),
-                );
-                row += $height;
+        while row < $gemm.rows {
+            let left = $gemm.rows - row;
+            let height = left.div_ceil(left.div_ceil($largest));
+            let a = $gemm.a.values.as_ptr().add(row * $gemm.a.row_stride());
+            let c = $c.add(row * $gemm.c_row + $first * $crate::simd::PANEL);
+            let gemm = $gemm;
+            match height {
+                $($height => <$isa>::enter($crate::simd::gemm::Tile::<$isa, $height, $panels, $vectors> {
+                    gemm, a, panels, c,
+                }),)+
+                _ => <$isa>::enter($crate::simd::gemm::Tile::<$isa, $largest, $panels, $vectors> {
+                    gemm, a, panels, c,
+                }),
             }
-        )+
+            row += height;
+        }
     }};
 }
 pub(super) use cover;
@@ -176,29 +240,39 @@ mod tests {
     fn product<I: Isa>() {
         for rows in (1..=30).chain([64, 77]) {
             for (columns, accumulate) in [(1, false), (2, true), (3, true), (5, false)] {
-                check::<I>(rows, columns, accumulate);
+                check::<I>(rows, columns, accumulate, true);
+                check::<I>(rows, columns, accumulate, false);
             }
         }
     }
 
-    fn check<I: Isa>(rows: usize, columns: usize, accumulate: bool) {
+    fn check<I: Isa>(rows: usize, columns: usize, accumulate: bool, transposed: bool) {
         let value = |i: usize| ((i * 37 + 11) % 64) as f64 / 32.0 - 1.0;
         let operand = |i: usize| I::to_operand(I::Real::of(value(i)));
-        let words = 7;
-        // A transposed: consecutive rows one word apart.
-        let (a_row, a_step) = (I::DEPTH, rows * I::DEPTH + 4);
-        let a: Vec<I::Operand> = (0..(words + 1) * a_step).map(operand).collect();
+        // Transposed, any number of words will do.
+        let words = if transposed { 7 } else { 8 };
+        let stride = if transposed {
+            rows * I::DEPTH + 4
+        } else {
+            words * I::DEPTH + 4
+        };
+        let (a_row, a_step) = if transposed {
+            (I::DEPTH, stride)
+        } else {
+            (stride, I::DEPTH)
+        };
+        let a: Vec<I::Operand> = (0..(rows + words) * stride).map(operand).collect();
         // B's rows come as two runs, the later one first.
         let b_step = columns * PANEL * I::DEPTH;
         let b: Vec<I::Operand> = (0..10 * b_step).map(|i| operand(i + 5)).collect();
         let runs = [
             Run {
                 start: 6 * b_step,
-                words: 3,
+                words: 4,
             },
             Run {
                 start: b_step,
-                words: words - 3,
+                words: words - 4,
             },
         ];
         let panels: Vec<usize> = (0..columns).rev().map(|p| p * PANEL * I::DEPTH).collect();
@@ -209,9 +283,11 @@ mod tests {
         let mut c = old.clone();
         let gemm = Gemm::<I> {
             rows,
-            a: &a,
-            a_row,
-            a_step,
+            a: Left {
+                values: &a,
+                stride,
+                transposed,
+            },
             b: &b,
             b_step,
             panels: &panels,
@@ -232,7 +308,7 @@ mod tests {
                 if column < columns * PANEL {
                     let panel = panels[column / PANEL];
                     for s in 0..words {
-                        let b_row = if s < 3 { 6 + s } else { s - 2 };
+                        let b_row = if s < 4 { 6 + s } else { s - 3 };
                         for d in 0..I::DEPTH {
                             let a = value(row * a_row + s * a_step + d);
                             let b = panel + b_row * b_step + column % PANEL * I::DEPTH + d;
@@ -261,9 +337,11 @@ mod tests {
         type I = crate::simd::Portable<f32>;
         let gemm = Gemm::<I> {
             rows: 1,
-            a: &[1.0; 4],
-            a_row: 4,
-            a_step: 1,
+            a: Left {
+                values: &[1.0; 4],
+                stride: 4,
+                transposed: false,
+            },
             b: &[1.0; 63],
             b_step: 16,
             panels: &[0],

@@ -28,6 +28,7 @@ pub(crate) const PANEL: usize = flex_block_attn_mask::BLOCK_STEP;
 /// module: the public trait `Element` names them.)
 pub trait Real:
     Copy
+    + Default
     + Send
     + Sync
     + PartialOrd

@@ -35,7 +35,7 @@ impl<R: Real + Default> Isa for Portable<R> {
         // SAFETY: the caller has checked the product's addresses.
         unsafe {
             for first in 0..gemm.panels.len() {
-                cover!(Self, gemm, c, first, 1 x 2, [4, 1]);
+                cover!(Self, gemm, c, first, 1 x 2, [1, 2, 3 | 4]);
             }
         }
     }

@@ -18,7 +18,7 @@ const EXP2: [f32; 5] = [
     0.009_671_513,
     0.055_507_337,
     0.240_222_42,
-    0.693_146_98,
+    0.693_147,
 ];
 
 /// AVX2 and FMA: 8 lanes.
@@ -45,6 +45,7 @@ impl Isa for Avx2 {
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         #[target_feature(enable = "avx2,fma")]
+        #[inline(never)]
         unsafe fn enabled<O: Operation<Avx2>>(operation: O) -> O::Output {
             // SAFETY: the trait's contract.
             unsafe { operation.run() }
@@ -58,7 +59,7 @@ impl Isa for Avx2 {
         // SAFETY: the caller has checked the product's addresses.
         unsafe {
             for first in 0..gemm.panels.len() {
-                cover!(Self, gemm, c, first, 1 x 2, [6, 4, 2, 1]);
+                cover!(Self, gemm, c, first, 1 x 2, [1, 2, 3, 4, 5 | 6]);
             }
         }
     }
@@ -202,11 +203,11 @@ macro_rules! avx512_vectors {
             unsafe {
                 let mut first = 0;
                 while gemm.panels.len() - first >= 2 {
-                    cover!(Self, gemm, c, first, 2 x 1, [12, 8, 4, 2, 1]);
+                    cover!(Self, gemm, c, first, 2 x 1, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 | 12]);
                     first += 2;
                 }
                 if first < gemm.panels.len() {
-                    cover!(Self, gemm, c, first, 1 x 1, [12, 8, 4, 2, 1]);
+                    cover!(Self, gemm, c, first, 1 x 1, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 | 12]);
                 }
             }
         }
@@ -303,6 +304,7 @@ impl Isa for Avx512 {
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         #[target_feature(enable = "avx512f")]
+        #[inline(never)]
         unsafe fn enabled<O: Operation<Avx512>>(operation: O) -> O::Output {
             // SAFETY: the trait's contract.
             unsafe { operation.run() }
@@ -351,6 +353,7 @@ impl Isa for Avx512Bf16 {
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         #[target_feature(enable = "avx512f,avx512bf16")]
+        #[inline(never)]
         unsafe fn enabled<O: Operation<Avx512Bf16>>(operation: O) -> O::Output {
             // SAFETY: the trait's contract.
             unsafe { operation.run() }
