@@ -107,7 +107,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DemoError("--device cuda: torch sees no CUDA device")
-    few = torch.zeros(1, 1, 256, 80, dtype=torch.bfloat16, device="cuda")
+    few = torch.zeros(1, 1, 256, 56, dtype=torch.bfloat16, device="cuda")
     try:
         flex_block_attn(few, few, few, BlockMask.full(256, 256, 256, 256), return_lse=True)
     except NotImplementedError as error:
