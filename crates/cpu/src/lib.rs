@@ -1,52 +1,97 @@
-//! stub
+//! Block-sparse attention on CPUs: the embedded default, and what every test can run.
+//!
+//! In: tensors as [`View`]s whose shapes go together (the public crate has checked them), a
+//! validated plan, a scale and a number of threads. Out: [`forward`] writes output and lse,
+//! [`backward`] the gradients. Called by the public crate only; knows nothing of GPUs.
+//!
+//! Work is proportional to the blocks that the plan keeps, memory to the sequence. A call goes
+//! `forward`/`backward` (how tasks are cut and ordered) -> `pack` (tensors to operands) ->
+//! `simd::gemm` and `simd::rows` (the arithmetic), with `threads` underneath.
+
+mod backward;
+mod buffer;
+mod element;
+mod forward;
+mod pack;
+mod simd;
+mod threads;
+mod tiles;
 mod view;
+
+use std::num::NonZeroUsize;
+
+pub use element::Element;
 use flex_block_attn_mask::PlanView;
 pub use view::{View, ViewMut};
+
+/// What forward and backward are told beyond their tensors.
+#[derive(Debug, Clone, Copy)]
 pub struct Setting {
+    /// Factor of q k^T before the softmax; finite.
     pub scale: f64,
-    pub threads: std::num::NonZeroUsize,
+    /// How many threads work.
+    pub threads: NonZeroUsize,
 }
-pub trait Element: Copy + Send + Sync {
-    type Real;
-}
-impl Element for f32 {
-    type Real = f32;
-}
-impl Element for f64 {
-    type Real = f64;
-}
-impl Element for half::f16 {
-    type Real = f32;
-}
-impl Element for half::bf16 {
-    type Real = f32;
-}
+
+/// Arguments of [`forward`].
+#[derive(Debug)]
 pub struct Forward<'a, T: Element> {
+    /// Queries, (batch, q_heads, q_len, head_dim).
     pub q: View<'a, T>,
+    /// Keys, (batch, kv_heads, kv_len, head_dim); kv_heads divides q_heads.
     pub k: View<'a, T>,
+    /// Values, of k's shape.
     pub v: View<'a, T>,
+    /// Which blocks, for q's and k's lengths.
     pub plan: PlanView<'a>,
+    /// Scale and threads.
     pub setting: Setting,
+    /// Output, of q's shape.
     pub out: ViewMut<'a, T>,
+    /// Natural logarithm of each query's sum of exp(scale * q·k), (batch, q_heads, q_len, 1).
     pub lse: ViewMut<'a, T::Real>,
 }
+
+/// Attention over the plan's blocks.
+///
+/// # Panics
+/// When shapes do not go together.
+pub fn forward<T: Element>(args: &Forward<'_, T>) {
+    forward::forward(args);
+}
+/// Arguments of [`backward`].
+#[derive(Debug)]
 pub struct Backward<'a, T: Element> {
+    /// The forward's queries.
     pub q: View<'a, T>,
+    /// The forward's keys.
     pub k: View<'a, T>,
+    /// The forward's values.
     pub v: View<'a, T>,
+    /// The forward's output.
     pub out: View<'a, T>,
+    /// The forward's lse.
     pub lse: View<'a, T::Real>,
+    /// Gradient of the output, of q's shape.
     pub dout: View<'a, T>,
+    /// Gradient of the lse, of its shape.
     pub dlse: Option<View<'a, T::Real>>,
+    /// The forward's plan.
     pub plan: PlanView<'a>,
+    /// Scale and threads.
     pub setting: Setting,
+    /// Gradient of q, if wanted.
     pub dq: Option<ViewMut<'a, T>>,
+    /// Gradient of k, if wanted.
     pub dk: Option<ViewMut<'a, T>>,
+    /// Gradient of v, if wanted.
     pub dv: Option<ViewMut<'a, T>>,
 }
-pub fn forward<T: Element>(_: Forward<'_, T>) {
-    unimplemented!()
-}
-pub fn backward<T: Element>(_: Backward<'_, T>) {
-    unimplemented!()
+
+/// Gradients of [`forward`].
+///
+/// # Panics
+/// When shapes do not go together.
+pub fn backward<T: Element>(args: &Backward<'_, T>) {
+    backward::backward(args);
 }

@@ -117,7 +117,7 @@ fn cpu_forward<T: cpu::Element>(
     out: TensorMut<'_>,
     lse: TensorMut<'_>,
 ) {
-    cpu::forward(cpu::Forward::<T> {
+    cpu::forward(&cpu::Forward::<T> {
         q: view(q),
         k: view(k),
         v: view(v),
@@ -136,7 +136,7 @@ fn cpu_backward<T: cpu::Element>(
     options: &Options,
     gradients: Gradients<'_>,
 ) {
-    cpu::backward(cpu::Backward::<T> {
+    cpu::backward(&cpu::Backward::<T> {
         q: view(saved.q),
         k: view(saved.k),
         v: view(saved.v),
