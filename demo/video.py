@@ -40,6 +40,8 @@ def read_crop(clip: Path, start: int, top: int, left: int, size: tuple[int, int,
     crops, decoded = [], 0
     try:
         with av.open(str(clip)) as container:
+            if not container.streams.video:
+                raise DemoError(f"there is no video in {clip}")
             for frame in container.decode(video=0):
                 decoded += 1
                 if decoded <= start:
@@ -53,7 +55,7 @@ def read_crop(clip: Path, start: int, top: int, left: int, size: tuple[int, int,
                 crops.append(torch.tensor(pixels[top : top + height, left : left + width]))
                 if len(crops) == frames:
                     break
-    except (av.FFmpegError, IndexError) as error:
+    except av.FFmpegError as error:
         raise DemoError(f"cannot decode {clip}: {error}") from None
     if len(crops) < frames:
         raise DemoError(
