@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     sys.exit(f"denoise: the package flex_block_attn does not load ({error}); `make demo` builds it")
 
-SIZE, QUICK_SIZE = (16, 160, 256), (8, 64, 96)
+SIZE, QUICK_SIZE = (16, 160, 224), (8, 64, 96)
 """Frames, rows and columns of the crop. The first takes about a minute on two cores."""
 
 STA_WINDOW = (3, 3, 3)
@@ -89,7 +89,8 @@ def check(args: argparse.Namespace) -> nlm.Grid:
         ("--width", args.width, wide),
     ):
         if value < unit or value % unit:
-            raise DemoError(f"{option} {value}: a crop is made of whole tiles, {unit}, {2 * unit}...")
+            allowed = f"{unit}, {2 * unit} and so on"
+            raise DemoError(f"{option} {value}: a crop is made of whole tiles: {allowed}")
     if min(args.start, args.top, args.left) < 0:
         raise DemoError("--start, --top and --left cannot be negative")
     if not 0 < args.sigma < 256:

@@ -79,23 +79,24 @@ def sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
 
 
 def busiest(frame: torch.Tensor, side: int) -> tuple[int, int]:
-    """The top left corner of the square of `side` pixels with the most contrast."""
-    squares = frame.mean(-1).unfold(0, side, 4).unfold(1, side, 4)
-    best = int(squares.flatten(2).var(-1).argmax())
+    """The top left corner of the square of `side` pixels in which neighbours differ most."""
+    grey = frame.mean(-1)
+    steps = grey.diff(dim=0)[:, 1:].abs() + grey.diff(dim=1)[1:].abs()
+    squares = steps.unfold(0, side - 1, 4).unfold(1, side - 1, 4)
+    best = int(squares.sum((-1, -2)).argmax())
     return 4 * (best // squares.shape[1]), 4 * (best % squares.shape[1])
 
 
-def save_frames(out: Path, clean: torch.Tensor, noisy: torch.Tensor, runs: list[Run]) -> list[Path]:
+def save_frames(out: Path, clean: torch.Tensor, noisy: torch.Tensor, runs: list[Run]) -> None:
     """First, middle and last frame: clean, noisy and each run's, whole above, a detail below."""
     videos = [
         ("clean", clean),
         (f"noisy, {runs[0].noisy_psnr:.1f} dB", noisy),
         *((f"{run.name}, {run.psnr:.1f} dB", run.video) for run in runs),
     ]
-    side = min(48, clean.shape[1], clean.shape[2])
-    whole = max(1, 384 // clean.shape[2])
+    side = min(64, clean.shape[1], clean.shape[2])
+    whole = max(1, 512 // clean.shape[2])
     detail = max(1, whole * clean.shape[2] // side)
-    paths = []
     for index in sorted({0, len(clean) // 2, len(clean) - 1}):
         top, left = busiest(clean[index], side)
         rows = [[], []]
@@ -103,12 +104,10 @@ def save_frames(out: Path, clean: torch.Tensor, noisy: torch.Tensor, runs: list[
             frame = video[index]
             rows[0].append((caption, picture(frame, whole)))
             rows[1].append(("detail", picture(frame[top : top + side, left : left + side], detail)))
-        paths.append(out / f"frame-{index:02}.png")
-        sheet(rows).save(paths[-1])
-    return paths
+        sheet(rows).save(out / f"frame-{index:02}.png")
 
 
-def save_mask(out: Path, name: str, blocks: torch.Tensor, video: torch.Tensor, grid: Grid) -> Path:
+def save_mask(out: Path, name: str, blocks: torch.Tensor, video: torch.Tensor, grid: Grid) -> None:
     """The mask as a matrix, and what one tile in the middle of the video sees.
 
     For the latter, a frame of each slab of tiles is shown: tiles that are seen are bright, others
@@ -117,11 +116,12 @@ def save_mask(out: Path, name: str, blocks: torch.Tensor, video: torch.Tensor, g
     matrix = torch.tensor([GREY, AMBER], dtype=torch.uint8)[blocks.long()].float() / 255
     zoom = max(1, 480 // len(blocks))
     density = float(blocks.float().mean())
-    row = [(f"{name}: {density:.1%} of {len(blocks)}x{len(blocks)} blocks", picture(matrix, zoom))]
+    whole = (f"{name}: {density:.1%} of {len(blocks)}x{len(blocks)} blocks", picture(matrix, zoom))
 
     slabs, rows, columns = grid.tiles
     place = (slabs // 2, rows // 2, columns // 2)
     seen = blocks[(place[0] * rows + place[1]) * columns + place[2]].reshape(grid.tiles)
+    shown = []
     depth, tall, wide = grid.tile[0], grid.tile[1] * STRIDE, grid.tile[2] * STRIDE
     for slab in range(slabs):
         light = seen[slab].repeat_interleave(tall, 0).repeat_interleave(wide, 1)
@@ -131,17 +131,11 @@ def save_mask(out: Path, name: str, blocks: torch.Tensor, video: torch.Tensor, g
             x, y = place[2] * wide * 2, place[1] * tall * 2
             box = (x, y, x + wide * 2 - 1, y + tall * 2 - 1)
             ImageDraw.Draw(image).rectangle(box, outline=AMBER, width=3)
-        row.append((f"frames {slab * depth} to {(slab + 1) * depth - 1}", image))
+        shown.append((f"frames {slab * depth} to {(slab + 1) * depth - 1}", image))
     path = out / f"mask-{name}.png"
-    # Slabs beside the matrix, two a row.
-    pages = [sheet([[item for item in row[i : i + 2]] for i in range(1, len(row), 2)])]
-    matrix_page = sheet([row[:1]])
-    page = Image.new(
-        "RGB",
-        (matrix_page.width + pages[0].width, max(matrix_page.height, pages[0].height)),
-        DARK,
-    )
-    page.paste(matrix_page, (0, 0))
-    page.paste(pages[0], (matrix_page.width, 0))
+    # The matrix, and beside it the slabs, two a row.
+    left, right = sheet([[whole]]), sheet([shown[i : i + 2] for i in range(0, len(shown), 2)])
+    page = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), DARK)
+    page.paste(left, (0, 0))
+    page.paste(right, (left.width, 0))
     page.save(path)
-    return path
