@@ -1,1 +1,23 @@
-//! stub
+//! The extension module `flex_block_attn._native`: numbers in, views out, errors mapped.
+//!
+//! Called by the Python package (`python/flex_block_attn`), which owns all tensors. A tensor
+//! crosses as address, dtype, shape and strides; nothing here knows torch. The GIL is released
+//! while the library works. No logic: arguments are checked by `flex_block_attn`.
+
+mod attention;
+mod error;
+mod mask;
+mod tensor;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(attention::forward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
+    module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
+    module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
+    module.add_class::<mask::BlockMask>()?;
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! Forward and backward: tuples to views, then the library.
+
+use std::num::NonZeroUsize;
+
+use flex_block_attn::{Extents, Gradients, Options, PlanLayout, PlanView, Saved};
+use pyo3::prelude::*;
+
+use crate::error::{python, python_mask};
+use crate::tensor::Raw;
+
+/// A plan as it crosses: address and number of the words of an int32 tensor, the mask's batch and
+/// heads, and (q_len, kv_len, q_block, kv_block).
+#[derive(FromPyObject)]
+pub struct RawPlan(usize, usize, usize, usize, (usize, usize, usize, usize));
+
+impl RawPlan {
+    /// # Safety
+    /// The tensor is alive, contiguous and not written during `'a`.
+    unsafe fn view<'a>(&self) -> PyResult<PlanView<'a>> {
+        let &Self(address, words, batch, heads, (q_len, kv_len, q_block, kv_block)) = self;
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).map_err(python_mask)?;
+        let layout = PlanLayout {
+            extents,
+            batch,
+            heads,
+        };
+        let words: &[i32] = if words == 0 {
+            &[]
+        } else {
+            // SAFETY: the caller's promise; torch aligns int32 tensors to their elements.
+            unsafe { std::slice::from_raw_parts(address as *const i32, words) }
+        };
+        PlanView::new(layout, words).map_err(python_mask)
+    }
+}
+
+fn options((scale, threads): (f64, usize)) -> Options {
+    Options {
+        scale: Some(scale),
+        threads: NonZeroUsize::new(threads),
+    }
+}
+
+/// Writes `out` and `lse`. `settings` are scale and threads.
+#[pyfunction]
+pub fn forward(
+    py: Python<'_>,
+    inputs: (Raw, Raw, Raw),
+    plan: RawPlan,
+    settings: (f64, usize),
+    outputs: (Raw, Raw),
+) -> PyResult<()> {
+    // SAFETY: `ops.py` holds all tensors for the length of this call, has just read their layouts,
+    // and has allocated the outputs itself.
+    unsafe {
+        let (q, k, v) = (
+            inputs.0.read("q")?,
+            inputs.1.read("k")?,
+            inputs.2.read("v")?,
+        );
+        let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
+        let plan = plan.view()?;
+        let options = options(settings);
+        let call = Unbound((q, k, v, plan, options, out, lse));
+        py.detach(move || {
+            let Unbound((q, k, v, plan, options, out, lse)) = call.whole();
+            flex_block_attn::forward(q, k, v, plan, &options, out, lse)
+        })
+    }
+    .map_err(python)
+}
+
+/// Writes the gradients that are not `None`. `saved` are q, k, v, out and lse; `gradients` those
+/// of out and, perhaps, of lse; `outputs` those of q, k and v.
+#[pyfunction]
+pub fn backward(
+    py: Python<'_>,
+    saved: (Raw, Raw, Raw, Raw, Raw),
+    gradients: (Raw, Option<Raw>),
+    plan: RawPlan,
+    settings: (f64, usize),
+    outputs: (Option<Raw>, Option<Raw>, Option<Raw>),
+) -> PyResult<()> {
+    // SAFETY: as for `forward`.
+    unsafe {
+        let saved = Saved {
+            q: saved.0.read("q")?,
+            k: saved.1.read("k")?,
+            v: saved.2.read("v")?,
+            out: saved.3.read("out")?,
+            lse: saved.4.read("lse")?,
+        };
+        let dout = gradients.0.read("dout")?;
+        let dlse = gradients.1.map(|dlse| dlse.read("dlse")).transpose()?;
+        let write = |raw: Option<Raw>, name: &str| raw.map(|raw| raw.write(name)).transpose();
+        let gradients = Gradients {
+            dq: write(outputs.0, "dq")?,
+            dk: write(outputs.1, "dk")?,
+            dv: write(outputs.2, "dv")?,
+        };
+        let plan = plan.view()?;
+        let options = options(settings);
+        let call = Unbound((saved, dout, dlse, plan, options, gradients));
+        py.detach(move || {
+            let Unbound((saved, dout, dlse, plan, options, gradients)) = call.whole();
+            flex_block_attn::backward(saved, dout, dlse, plan, &options, gradients)
+        })
+    }
+    .map_err(python)
+}
+
+/// Views that leave the GIL behind.
+struct Unbound<T>(T);
+
+// SAFETY: the views are addresses and sizes; their tensors are held by the Python caller until the
+// call returns, whichever thread works.
+unsafe impl<T> Send for Unbound<T> {}
+
+impl<T> Unbound<T> {
+    /// Itself: a closure that calls this captures the whole, not the fields that are not `Send`.
+    fn whole(self) -> Self {
+        self
+    }
+}

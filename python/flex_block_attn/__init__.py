@@ -1,0 +1,24 @@
+"""Exact block-sparse attention: ``softmax(scale * q k^T restricted to a block mask) v``.
+
+- :func:`flex_block_attn_func`: the drop-in, over a block mask as a tensor;
+- :func:`flex_block_attn`: over a :class:`BlockMask`, with scale and lse;
+- :class:`BlockMask`: masks from tensors or patterns, planned once;
+- :func:`create_sparse_mask`, :func:`visualize_attn_mask`: helpers for mask tensors.
+
+Tensors are (batch, heads, sequence, head_dim); any strides will do as long as the last dimension
+is contiguous, so a transposed (batch, sequence, heads, head_dim) tensor needs no copy.
+"""
+
+from ._native import __version__
+from .api import flex_block_attn, flex_block_attn_func
+from .masks import BlockMask, create_sparse_mask
+from .utils import visualize_attn_mask
+
+__all__ = [
+    "BlockMask",
+    "__version__",
+    "create_sparse_mask",
+    "flex_block_attn",
+    "flex_block_attn_func",
+    "visualize_attn_mask",
+]

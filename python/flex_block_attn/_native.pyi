@@ -1,0 +1,55 @@
+"""Types of the extension module; crates/python is what they describe."""
+
+__version__: str
+
+# (address, dtype, shape, strides), strides in elements.
+_Tensor = tuple[int, str, tuple[int, ...], tuple[int, ...]]
+# (q_len, kv_len, q_block, kv_block)
+_Sizes = tuple[int, int, int, int]
+# (address, words, batch, heads, sizes)
+_Plan = tuple[int, int, int, int, _Sizes]
+
+def forward(
+    inputs: tuple[_Tensor, _Tensor, _Tensor],
+    plan: _Plan,
+    settings: tuple[float, int],
+    outputs: tuple[_Tensor, _Tensor],
+) -> None: ...
+def backward(
+    saved: tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor],
+    gradients: tuple[_Tensor, _Tensor | None],
+    plan: _Plan,
+    settings: tuple[float, int],
+    outputs: tuple[_Tensor | None, _Tensor | None, _Tensor | None],
+) -> None: ...
+def plan_words(sizes: _Sizes) -> int: ...
+def write_plan(
+    blocks: tuple[int, tuple[int, ...], tuple[int, ...]], sizes: _Sizes, to: tuple[int, int]
+) -> None: ...
+
+class BlockMask:
+    @staticmethod
+    def full(sizes: _Sizes) -> BlockMask: ...
+    @staticmethod
+    def causal(sizes: _Sizes) -> BlockMask: ...
+    @staticmethod
+    def sliding_window(sizes: _Sizes, left: int, right: int) -> BlockMask: ...
+    @staticmethod
+    def random(
+        sizes: _Sizes, batch: int, heads: int, density: float, seed: int
+    ) -> BlockMask: ...
+    @staticmethod
+    def sta(
+        tiles: tuple[int, ...], window: tuple[int, ...], tile_tokens: int, text_tokens: int
+    ) -> BlockMask: ...
+    @staticmethod
+    def from_blocks(sizes: _Sizes, blocks: list[tuple[int, int]]) -> BlockMask: ...
+    @staticmethod
+    def from_bytes(sizes: _Sizes, batch: int, heads: int, bytes: bytes) -> BlockMask: ...
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def extents(self) -> _Sizes: ...
+    def density(self) -> float: ...
+    def to_bytes(self) -> bytes: ...
+    def picture(self, batch: int, head: int, columns: int) -> str: ...

@@ -1,0 +1,135 @@
+"""The public functions. In: tensors as users have them. Out: attention, differentiable.
+
+Called by users. Says what is wrong with arguments as far as only torch can know it (devices,
+ranks, types); shapes and sizes are checked by the library underneath, once, before anything is
+computed. Hands over to :mod:`.ops`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .masks import BlockMask, as_blocks, as_block_size
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def flex_block_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_block_size: int,
+    kv_block_size: int,
+    block_mask: Tensor,
+) -> Tensor:
+    """Attention over the selected blocks, scaled by ``1 / sqrt(head_dim)``.
+
+    Args:
+        q: queries, (batch, q_heads, q_len, head_dim); float16, bfloat16, float32 or float64.
+        k: keys, (batch, kv_heads, kv_len, head_dim); kv_heads divides q_heads.
+        v: values, of k's shape.
+        q_block_size: queries of a block, a multiple of 16. The last block may be shorter.
+        kv_block_size: keys of a block, a multiple of 16, whatever q's.
+        block_mask: true (or not 0) where a block is computed; (q_blocks, kv_blocks),
+            (heads, q_blocks, kv_blocks) or (batch, heads, q_blocks, kv_blocks), in which heads
+            and batch may be 1. A needless fifth dimension of 1 is dropped with a warning.
+
+    Returns:
+        The output, of q's shape and dtype. A query without any key gets 0.
+
+    >>> q = k = v = torch.randn(1, 2, 256, 64)
+    >>> block_mask = torch.eye(4, dtype=torch.bool)  # each block of 64 sees itself
+    >>> flex_block_attn_func(q, k, v, 64, 64, block_mask).shape
+    torch.Size([1, 2, 256, 64])
+    """
+    q, k, v = _tensors(q, k, v)
+    q_block = as_block_size("q_block_size", q_block_size)
+    kv_block = as_block_size("kv_block_size", kv_block_size)
+    blocks = as_blocks(block_mask)
+    _same_device("block_mask", blocks, q)
+    plan = ops.plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
+    out, _ = ops.forward(q, k, v, plan, q_block, kv_block, q.shape[3] ** -0.5)
+    return out
+
+
+def flex_block_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the blocks of a :class:`BlockMask`, which keeps its plan from call to call.
+
+    Args:
+        q, k, v: as for :func:`flex_block_attn_func`.
+        mask: which blocks; its lengths are those of q and k.
+        scale: factor of ``q k^T``; ``1 / sqrt(head_dim)`` if not given.
+        return_lse: also return the natural logarithm of the sum of ``exp(scale * q k^T)`` of each
+            query, (batch, q_heads, q_len), in float32 (float64 for float64 tensors); -inf for a
+            query without any key. It is differentiable, too.
+
+    >>> q = k = v = torch.randn(1, 2, 300, 64)
+    >>> mask = BlockMask.sliding_window(300, 300, 64, 64, left=64, right=64)
+    >>> out, lse = flex_block_attn(q, k, v, mask, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 2, 300, 64]), torch.Size([1, 2, 300]))
+    """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"mask must be a BlockMask, got {type(mask).__name__}: "
+            "BlockMask(tensor, q_len, kv_len, q_block_size, kv_block_size) makes one of a tensor"
+        )
+    q, k, v = _tensors(q, k, v)
+    _same_device("mask", mask.blocks, q)
+    if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
+            f"but the tensors have {q.shape[2]} and {k.shape[2]}"
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out, lse = ops.forward(q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale)
+    return (out, lse) if return_lse else out
+
+
+def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors, cast where autocast asks for it; raises where they cannot be used together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, sequence, head_dim), "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        _same_device(name, tensor, q)
+    device = q.device.type
+    if device not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"q is on {q.device}, but this version computes on CPUs only: "
+            "move q, k, v and the mask with .cpu()"
+        )
+    if device != "meta" and torch.is_autocast_enabled(device):
+        to = torch.get_autocast_dtype(device)
+        # As autocast does for torch's own attention: float64 stays.
+        q, k, v = (x if x.dtype == torch.float64 else x.to(to) for x in (q, k, v))
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} is {_name(tensor.dtype)}, "
+                "but only float16, bfloat16, float32 and float64 are supported"
+            )
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {_name(tensor.dtype)}, but q is {_name(q.dtype)}")
+    return q, k, v
+
+
+def _same_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

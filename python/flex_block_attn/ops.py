@@ -1,0 +1,188 @@
+"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``.
+
+In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
+Called by :mod:`.api` and :mod:`.masks`. Being operators, with what they return known without
+running them and with their derivative, they compile into graphs, and autograd, checkpointing and
+functional transforms see one node each.
+
+Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
+what the call itself does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+_LIBRARY = "flex_block_attn"
+_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+
+torch.library.define(
+    f"{_LIBRARY}::plan",
+    "(Tensor blocks, SymInt q_len, SymInt kv_len, int q_block, int kv_block) -> Tensor",
+)
+torch.library.define(
+    f"{_LIBRARY}::forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor plan, int q_block, int kv_block, float scale)"
+    " -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    f"{_LIBRARY}::backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor plan, int q_block, int kv_block, float scale, bool[3] wanted)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+plan = torch.ops.flex_block_attn.plan.default
+forward = torch.ops.flex_block_attn.forward.default
+backward = torch.ops.flex_block_attn.backward.default
+
+
+def _raw(tensor: Tensor) -> tuple[int, str, torch.Size, tuple[int, ...]]:
+    """A tensor as the extension takes it."""
+    return tensor.data_ptr(), _NAMES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _raw_plan(plan: Tensor, q: Tensor, k: Tensor, q_block: int, kv_block: int) -> tuple:
+    if plan.dtype != torch.int32 or plan.dim() != 3 or not plan.is_contiguous():
+        raise ValueError("plan must come from flex_block_attn::plan")
+    batch, heads, _ = plan.shape
+    sizes = q.shape[2], k.shape[2], q_block, kv_block
+    return plan.data_ptr(), plan.numel(), batch, heads, sizes
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+# --- plan ---------------------------------------------------------------------------------------
+
+
+@torch.library.impl(f"{_LIBRARY}::plan", "CPU")
+def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
+    sizes = q_len, kv_len, q_block, kv_block
+    words = _native.plan_words(sizes)
+    result = torch.empty((*blocks.shape[:2], words), dtype=torch.int32)
+    raw = blocks.data_ptr(), blocks.shape, blocks.stride()
+    _native.write_plan(raw, sizes, (result.data_ptr(), result.numel()))
+    return result
+
+
+@torch.library.register_fake(f"{_LIBRARY}::plan")
+def _plan_fake(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
+    rows, columns = -(-q_len // q_block), -(-kv_len // kv_block)
+    # As in the library's plan: counts, order and lists of both sides.
+    words = 2 * (rows + columns + rows * columns)
+    return blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake(f"{_LIBRARY}::forward")
+def _forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.impl(f"{_LIBRARY}::forward", "CPU")
+def _forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_outputs(q)
+    _native.forward(
+        (_raw(q), _raw(k), _raw(v)),
+        _raw_plan(plan, q, k, q_block, kv_block),
+        (scale, torch.get_num_threads()),
+        (_raw(out), _raw(lse)),
+    )
+    return out, lse
+
+
+# --- backward -----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake(f"{_LIBRARY}::backward")
+def _backward_outputs(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    # An operator returns tensors: what is not wanted is an empty one.
+    dq, dk, dv = (
+        torch.empty_like(x) if wants else x.new_empty(0)
+        for x, wants in zip((q, k, v), wanted, strict=True)
+    )
+    return dq, dk, dv
+
+
+@torch.library.impl(f"{_LIBRARY}::backward", "CPU")
+def _backward_cpu(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _backward_outputs(
+        dout, dlse, q, k, v, out, lse, plan, q_block, kv_block, scale, wanted
+    )
+    if dout.stride(-1) != 1:
+        # As `out.sum().backward()` gives it: one number, expanded.
+        dout = dout.contiguous()
+    _native.backward(
+        (_raw(q), _raw(k), _raw(v), _raw(out), _raw(lse)),
+        (_raw(dout), None if dlse is None else _raw(dlse)),
+        _raw_plan(plan, q, k, q_block, kv_block),
+        (scale, torch.get_num_threads()),
+        tuple(_raw(x) if wants else None for x, wants in zip(gradients, wanted, strict=True)),
+    )
+    return gradients
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, plan, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, plan)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    q, k, v, out, lse, plan = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 7
+    if dout is None:
+        dout = torch.zeros_like(out)
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = backward(dout, dlse, q, k, v, out, lse, plan, *ctx.settings, wanted)
+    given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
+    return (*given, None, None, None, None)
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("flex_block_attn has no second derivative")
+
+
+torch.library.register_autograd(f"{_LIBRARY}::forward", _differentiate, setup_context=_save)
+torch.library.register_autograd(f"{_LIBRARY}::backward", _refuse_double_backward)
