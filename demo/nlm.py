@@ -1,7 +1,8 @@
 """Non-local means as attention.
 
 In: a noisy video [frames, height, width, 3], from which `pose` makes tensors q, k, v
-[1, 1, tokens, head_dim]; then what an exact attention makes of those, from which `finish` makes the denoised video.
+[1, 1, tokens, head_dim]; then what an exact attention makes of those, from which `finish` makes the
+denoised video.
 Called by `denoise.py`, which brings the attention (dense or block-sparse), and by `test_nlm.py`.
 
 The algorithm is that of A. Buades, B. Coll, J.-M. Morel, "A non-local algorithm for image

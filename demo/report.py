@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from nlm import STRIDE, Grid
+from .nlm import STRIDE, Grid
 
 WHITE, GREY, DARK, AMBER = (255, 255, 255), (90, 94, 102), (24, 26, 30), (255, 176, 32)
 MARGIN, CAPTION = 8, 22

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from errors import DemoError
+from .errors import DemoError
 
 
 def find_clip(name: str) -> Path:
