@@ -19,7 +19,7 @@ test: test-rust test-python ## All tests
 test-rust:
 	cargo test --workspace --quiet
 
-test-python: extension $(VENV)/.test
+test-python: extension $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -q
 
 bench: extension $(VENV)/.test ## Speed of the CPU backend beside torch's own attention

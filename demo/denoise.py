@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 import torch
-from flex_block_attn import BlockMask, flex_block_attn
 from tqdm import tqdm
+
+from flex_block_attn import BlockMask, flex_block_attn
 
 from . import nlm, report, video
 from .errors import DemoError

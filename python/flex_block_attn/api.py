@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .masks import BlockMask, as_blocks, as_block_size
+from .masks import BlockMask, as_block_size, as_blocks
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

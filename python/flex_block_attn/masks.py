@@ -92,7 +92,8 @@ class BlockMask:
     @classmethod
     def full(cls, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int) -> "BlockMask":
         """Every block."""
-        return cls._from_native(_native.BlockMask.full((q_len, kv_len, q_block_size, kv_block_size)))
+        sizes = (q_len, kv_len, q_block_size, kv_block_size)
+        return cls._from_native(_native.BlockMask.full(sizes))
 
     @classmethod
     def causal(cls, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int) -> "BlockMask":

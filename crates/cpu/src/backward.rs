@@ -28,6 +28,9 @@ const TILE_KEYS: usize = 128;
 const SCORE_STRIDE: usize = TILE_KEYS + PANEL;
 /// Tokens that are packed, or written out, by one task.
 const PIECE_TOKENS: usize = 256;
+/// Tasks of a wave for each thread: more even out what threads are kept from by other work, but
+/// cost memory (a dQ, or a packed head, each).
+const TASKS_PER_THREAD: usize = 2;
 /// Heads that are worked on at once take about this many bytes (one head at least).
 const WAVE_BYTES: usize = 1 << 30;
 
@@ -52,7 +55,7 @@ impl<T: Element> Job<T::Real> for BackwardJob<'_, '_, T> {
         let threads = args.setting.threads.get();
         // Five packed tensors, two accumulators of keys, one of queries at least.
         let head_bytes = size_of::<I::Real>() * width.rows_len(kv_len.max(q_len)) * 8;
-        let at_once = (WAVE_BYTES / head_bytes.max(1)).clamp(1, threads);
+        let at_once = (WAVE_BYTES / head_bytes.max(1)).clamp(1, threads * TASKS_PER_THREAD);
         let heads: Vec<(usize, usize)> = (0..batch)
             .flat_map(|b| (0..kv_heads).map(move |h| (b, h)))
             .collect();
@@ -64,7 +67,7 @@ impl<T: Element> Job<T::Real> for BackwardJob<'_, '_, T> {
                 let q_heads: Vec<(usize, usize)> =
                     wave.iter().map(|&(b, h)| (b, h * group + member)).collect();
                 let queries = Queries::<I>::new(args, &q_heads, width);
-                let parts = threads.div_ceil(wave.len());
+                let parts = (threads * TASKS_PER_THREAD).div_ceil(wave.len());
                 let mut dq = differentiate(args, &q_heads, &keys, &mut gradients, &queries, parts);
                 sum_and_write_dq::<I, T>(args, &q_heads, width, &mut dq);
             }

@@ -43,6 +43,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let (all, some) = (time(&full)?, time(&sliding)?);
     println!("full    {all:8.2?}");
-    println!("sliding {some:8.2?}: {:.1} times as fast", all.as_secs_f64() / some.as_secs_f64());
+    println!(
+        "sliding {some:8.2?}: {:.1} times as fast",
+        all.as_secs_f64() / some.as_secs_f64()
+    );
     Ok(())
 }

@@ -89,6 +89,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     const LANES: usize;
     const DEPTH: usize;
+    /// Words that a product's inner loop takes at once where `A` lies in rows: its addresses then
+    /// differ by constants. Divides 8. Where a step is long, 1: unrolled, the compiler moves loads
+    /// ahead and runs out of registers.
+    const UNROLL: usize;
 
     /// Runs an operation compiled with this instruction set.
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output;

@@ -43,6 +43,7 @@ impl Isa for Avx2 {
     const NAME: &'static str = "avx2";
     const LANES: usize = 8;
     const DEPTH: usize = 1;
+    const UNROLL: usize = 4;
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         #[target_feature(enable = "avx2,fma")]
@@ -197,6 +198,7 @@ macro_rules! avx512_vectors {
         type Vector = __m512;
 
         const LANES: usize = 16;
+        const UNROLL: usize = 1;
 
         #[inline(always)]
         unsafe fn gemm(gemm: &Gemm<'_, Self>, c: *mut f32) {
