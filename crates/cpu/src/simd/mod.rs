@@ -145,7 +145,7 @@ pub(crate) fn run_f32(job: impl Job<f32>, operands: Operands) {
     #[cfg(target_arch = "x86_64")]
     {
         let avx512 = is_x86_feature_detected!("avx512f");
-        if avx512 && operands == Operands::Bf16 && is_x86_feature_detected!("avx512bf16") {
+        if avx512 && operands == Operands::Bf16 && x86::has_fast_bf16_dot() {
             return job.run::<Avx512Bf16>();
         }
         if avx512 {
