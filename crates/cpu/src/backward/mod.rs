@@ -11,21 +11,20 @@
 //! dP = dO V^T       dS = P (dP - delta)          dK += dS^T Q     dQ += dS K
 //! ```
 
-mod packed;
+mod head;
 mod tile;
 
 use std::ops::Range;
 
-use packed::{KeyGradients, Keys, PIECE_TOKENS, Queries, piece};
+use head::{Head, Packed, Place, give_keys, give_queries, take_keys, take_queries};
 use tile::Tiles;
 
-use crate::buffer::Buffer;
 use crate::pack::Width;
-use crate::simd::{Isa, Job, Real};
+use crate::simd::{Isa, Job};
 use crate::{Backward, Element, threads};
 
-/// Tasks of a wave for each thread: more even out what threads are kept from by other work, but
-/// cost memory (a dQ, or a packed head, each).
+/// Tasks for each thread: more even out what threads are kept from by other work, but cost memory
+/// (a dQ each).
 const TASKS_PER_THREAD: usize = 2;
 /// Heads that are worked on at once take about this many bytes (one head at least).
 const WAVE_BYTES: usize = 1 << 30;
@@ -42,87 +41,76 @@ impl<T: Element> Job<T::Real> for BackwardJob<'_, '_, T> {
         // what is packed in rows serves as either side of a product.
         assert_eq!(I::DEPTH, 1);
         let args = self.0;
-        let [batch, kv_heads, kv_len, head_dim] = args.k.shape();
-        let [_, q_heads, q_len, _] = args.q.shape();
-        if batch == 0 || q_heads == 0 {
+        let [batch, kv_heads, _, head_dim] = args.k.shape();
+        let q_heads = args.q.shape()[1];
+        let wave: Vec<Place> = (0..batch)
+            .flat_map(|b| (0..kv_heads).map(move |h| (b, h)))
+            .collect();
+        if wave.is_empty() {
             return;
         }
         let width = Width::of(head_dim);
         let threads = args.setting.threads.get();
-        // Five packed tensors, two accumulators of keys, one of queries at least.
-        let head_bytes = size_of::<I::Real>() * width.rows_len(kv_len.max(q_len)) * 8;
-        let at_once = (WAVE_BYTES / head_bytes.max(1)).clamp(1, threads * TASKS_PER_THREAD);
-        let heads: Vec<(usize, usize)> = (0..batch)
-            .flat_map(|b| (0..kv_heads).map(move |h| (b, h)))
+        // One head a thread if they can be had; the tasks of few heads are stretches of keys.
+        let parts = |heads: usize| (threads * TASKS_PER_THREAD).div_ceil(heads);
+        let most = threads.min(wave.len());
+        let affordable = WAVE_BYTES / Head::<I>::bytes(args, width, parts(most)).max(1);
+        let at_once = affordable.clamp(1, most);
+        let mut heads: Vec<Head<I>> = (0..at_once)
+            .map(|_| Head::new(args, width, parts(at_once)))
             .collect();
-        for wave in heads.chunks(at_once) {
-            let keys = Keys::<I>::new(args, wave, width);
-            let mut gradients = KeyGradients::<I>::new(args, wave.len(), width);
+        for wave in wave.chunks(at_once) {
+            let heads = &mut heads[..wave.len()];
+            take_keys(args, wave, heads);
             let group = q_heads / kv_heads;
             for member in 0..group {
-                let q_heads: Vec<(usize, usize)> =
+                let queries: Vec<Place> =
                     wave.iter().map(|&(b, h)| (b, h * group + member)).collect();
-                let queries = Queries::<I>::new(args, &q_heads, width);
-                let parts = (threads * TASKS_PER_THREAD).div_ceil(wave.len());
-                let mut dq = differentiate(args, &q_heads, &keys, &mut gradients, &queries, parts);
-                sum_and_write_dq::<I, T>(args, &q_heads, width, &mut dq);
+                take_queries(args, &queries, heads);
+                differentiate(args, &queries, heads);
+                give_queries(args, &queries, heads);
             }
-            gradients.write(args, wave);
+            give_keys(args, wave, heads);
         }
     }
 }
 
 /// A stretch of one head's key blocks, with all that only its task writes.
-struct Task<'a, R> {
-    /// Which of the wave's heads.
-    index: usize,
-    /// (batch, query head).
-    head: (usize, usize),
+struct Task<'a, I: Isa> {
+    packed: &'a Packed<I>,
+    /// Of the query head.
+    place: Place,
     columns: Range<usize>,
     /// Of the stretch's keys alone.
-    dk: &'a mut [R],
-    dv: &'a mut [R],
+    dk: &'a mut [I::Real],
+    dv: &'a mut [I::Real],
     /// Of all the head's queries.
-    dq: &'a mut [R],
+    dq: &'a mut [I::Real],
 }
 
-/// Adds one query head's share to dK and dV of each head of the wave; returns its dQ in
-/// `parts` summands, (head, part, query).
+/// Adds one query head's share to dK and dV of each head of the wave, and computes its dQ.
 fn differentiate<I: Isa, T: Element<Real = I::Real>>(
     args: &Backward<'_, T>,
-    q_heads: &[(usize, usize)],
-    keys: &Keys<I>,
-    gradients: &mut KeyGradients<I>,
-    queries: &Queries<I>,
-    parts: usize,
-) -> Buffer<I::Real> {
-    let width = keys.width;
-    let extents = args.plan.layout().extents;
-    let (q_len, kv_len) = (extents.q_len(), extents.kv_len());
-    let mut dq = Buffer::new(q_heads.len() * parts * width.rows_len(q_len));
-    if q_len == 0 || kv_len == 0 {
-        return dq;
-    }
+    queries: &[Place],
+    heads: &mut [Head<I>],
+) {
+    let kv_block = args.plan.layout().extents.kv_block();
     let mut tasks = Vec::new();
-    let by_head = gradients
-        .dk
-        .chunks_mut(width.rows_len(kv_len))
-        .zip(gradients.dv.chunks_mut(width.rows_len(kv_len)))
-        .zip(dq.chunks_mut(parts * width.rows_len(q_len)));
-    for (index, (&head, ((mut dk, mut dv), dq))) in q_heads.iter().zip(by_head).enumerate() {
-        let stretches = stretches(args, head, parts);
-        for (columns, dq) in stretches
-            .into_iter()
-            .zip(dq.chunks_mut(width.rows_len(q_len)))
-        {
-            let tokens = columns.len() * extents.kv_block();
-            let len = width.rows_len(tokens).min(dk.len());
+    for (&place, head) in queries.iter().zip(heads) {
+        let Head { packed, dk, dv, dq } = head;
+        let (mut dk, mut dv) = (&mut dk[..], &mut dv[..]);
+        let stretches = stretches(args, place, dq.len());
+        for (columns, dq) in stretches.into_iter().zip(dq) {
+            let len = packed
+                .width
+                .rows_len(columns.len() * kv_block)
+                .min(dk.len());
             let (own_dk, own_dv);
             (own_dk, dk) = dk.split_at_mut(len);
             (own_dv, dv) = dv.split_at_mut(len);
             tasks.push(Task {
-                index,
-                head,
+                packed,
+                place,
                 columns,
                 dk: own_dk,
                 dv: own_dv,
@@ -130,10 +118,9 @@ fn differentiate<I: Isa, T: Element<Real = I::Real>>(
             });
         }
     }
-    threads::consume(args.setting.threads, tasks, |mut task| {
-        Tiles::new(args, keys, queries, task.index, q_heads.len()).run(&mut task);
+    threads::consume(args.setting.threads, tasks, |task| {
+        Tiles::new(args, task).run()
     });
-    dq
 }
 
 /// Cuts a head's key blocks into stretches of about equal work.
@@ -158,45 +145,4 @@ fn stretches<T: Element>(
     }
     stretches.push(start..columns);
     stretches
-}
-
-/// Adds up the summands of dQ, in order, and writes it out.
-fn sum_and_write_dq<I: Isa, T: Element<Real = I::Real>>(
-    args: &Backward<'_, T>,
-    q_heads: &[(usize, usize)],
-    width: Width,
-    dq: &mut [I::Real],
-) {
-    let Some(tensor) = &args.dq else { return };
-    let [_, _, q_len, head_dim] = tensor.shape();
-    if q_len == 0 {
-        return;
-    }
-    let scale = I::Real::of(args.setting.scale);
-    let len = width.rows_len(q_len);
-    let parts = dq.len() / (q_heads.len() * len);
-    let mut pieces = Vec::new();
-    for (&head, dq) in q_heads.iter().zip(dq.chunks(parts * len)) {
-        for index in 0..q_len.div_ceil(PIECE_TOKENS) {
-            pieces.push((head, piece(index, q_len), dq));
-        }
-    }
-    threads::consume(
-        args.setting.threads,
-        pieces,
-        |((batch, head), tokens, dq)| {
-            let mut sum = Buffer::new(head_dim);
-            for token in tokens {
-                sum.fill(I::Real::ZERO);
-                for part in dq.chunks(len) {
-                    let row = &part[token * width.stride()..][..head_dim];
-                    sum.iter_mut()
-                        .zip(row)
-                        .for_each(|(sum, &value)| *sum += value * scale);
-                }
-                // SAFETY: pieces do not overlap, and each is written by one task.
-                T::narrow(&sum, unsafe { tensor.row_mut(batch, head, token) });
-            }
-        },
-    );
 }

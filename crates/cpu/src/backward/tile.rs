@@ -4,9 +4,7 @@
 use std::ops::Range;
 
 use super::Task;
-use super::packed::{Keys, Queries, head_slice};
 use crate::buffer::Buffer;
-use crate::pack::Width;
 use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, RowFacts, Scores};
 use crate::simd::{Isa, PANEL, Real};
@@ -22,14 +20,8 @@ const SCORE_STRIDE: usize = TILE_KEYS + PANEL;
 /// Computes the tiles of one task.
 pub(super) struct Tiles<'a, I: Isa, T: Element> {
     args: &'a Backward<'a, T>,
-    width: Width,
-    k_transposed: &'a [I::Operand],
-    k_rows: &'a [I::Operand],
-    v_transposed: &'a [I::Operand],
-    q: &'a [I::Operand],
-    dout: &'a [I::Operand],
-    lse: &'a [I::Real],
-    delta: &'a [I::Real],
+    task: Task<'a, I>,
+    /// Where each panel of a token's values starts.
     value_panels: Vec<usize>,
     /// Scores, then P.
     p: Buffer<I::Real>,
@@ -38,60 +30,47 @@ pub(super) struct Tiles<'a, I: Isa, T: Element> {
 }
 
 impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
-    pub fn new(
-        args: &'a Backward<'_, T>,
-        keys: &'a Keys<I>,
-        queries: &'a Queries<I>,
-        index: usize,
-        heads: usize,
-    ) -> Self {
-        debug_assert_eq!(keys.heads, heads);
+    pub fn new(args: &'a Backward<'_, T>, task: Task<'a, I>) -> Self {
         Self {
             args,
-            width: keys.width,
-            k_transposed: head_slice(&keys.k_transposed, index, heads),
-            k_rows: head_slice(&keys.k_rows, index, heads),
-            v_transposed: head_slice(&keys.v_transposed, index, heads),
-            q: head_slice(&queries.q, index, heads),
-            dout: head_slice(&queries.dout, index, heads),
-            lse: head_slice(&queries.lse, index, heads),
-            delta: head_slice(&queries.delta, index, heads),
-            value_panels: keys.width.panels::<I>(),
+            value_panels: task.packed.width.panels::<I>(),
+            task,
             p: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
             ds: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
         }
     }
 
-    pub fn run(&mut self, task: &mut Task<'_, I::Real>) {
+    pub fn run(&mut self) {
         let extents = self.args.plan.layout().extents;
-        let first_key = extents.kv_tokens(task.columns.start).start;
-        for column in task.columns.clone() {
-            let rows = self.args.plan.column(task.head.0, task.head.1, column);
+        let (batch, head) = self.task.place;
+        for column in self.task.columns.clone() {
+            let rows = self.args.plan.column(batch, head, column);
             for keys in tiles::cut(extents.kv_tokens(column), TILE_KEYS) {
                 for &row in rows {
                     for queries in tiles::cut(extents.q_tokens(row as usize), TILE_QUERIES) {
-                        self.tile(task, first_key, keys.clone(), queries);
+                        self.tile(keys.clone(), queries);
                     }
                 }
             }
         }
     }
 
-    /// The five products of one tile. `first_key` is the first of the task's stretch.
-    fn tile(
-        &mut self,
-        task: &mut Task<'_, I::Real>,
-        first_key: usize,
-        keys: Range<usize>,
-        queries: Range<usize>,
-    ) {
-        let stride = self.width.stride();
+    /// The five products of one tile.
+    fn tile(&mut self, keys: Range<usize>, queries: Range<usize>) {
+        let packed = self.task.packed;
+        let stride = packed.width.stride();
         let columns = keys.len().next_multiple_of(PANEL);
         let wants_scores = self.args.dq.is_some() || self.args.dk.is_some();
 
-        self.against_keys(self.q, self.k_transposed, &keys, &queries, Target::P);
+        self.against_keys(&packed.q, &packed.k_transposed, &keys, &queries, Target::P);
         if wants_scores {
-            self.against_keys(self.dout, self.v_transposed, &keys, &queries, Target::Ds);
+            self.against_keys(
+                &packed.dout,
+                &packed.v_transposed,
+                &keys,
+                &queries,
+                Target::Ds,
+            );
         }
         rows::softmax_gradient::<I>(
             Scores {
@@ -104,49 +83,47 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             &mut self.ds,
             I::Real::of(self.args.setting.scale * std::f64::consts::LOG2_E),
             RowFacts {
-                lse: &self.lse[queries.clone()],
-                delta: &self.delta[queries.clone()],
+                lse: &packed.lse[queries.clone()],
+                delta: &packed.delta[queries.clone()],
             },
         );
+        // dK and dV are those of the task's stretch alone.
+        let first_key = self.task.columns.start * self.args.plan.layout().extents.kv_block();
         let key_rows = (keys.start - first_key) * stride;
+        let over = |operands, tokens| TokenRows::<I> {
+            operands,
+            tokens,
+            stride,
+            panels: &self.value_panels,
+        };
+        // In a tile, keys lie next to each other, and queries a row apart.
+        let left = |tile, transposed| Left::<I> {
+            values: rows::as_operands::<I>(tile),
+            stride: SCORE_STRIDE,
+            transposed,
+        };
         if self.args.dv.is_some() {
-            self.over_queries(
-                &self.p,
-                self.dout,
+            let dout = over(&packed.dout, queries.clone());
+            add_product(
                 columns,
-                &queries,
-                &mut task.dv[key_rows..],
+                left(&self.p, true),
+                dout,
+                &mut self.task.dv[key_rows..],
             );
         }
         if self.args.dk.is_some() {
-            self.over_queries(
-                &self.ds,
-                self.q,
+            let q = over(&packed.q, queries.clone());
+            add_product(
                 columns,
-                &queries,
-                &mut task.dk[key_rows..],
+                left(&self.ds, true),
+                q,
+                &mut self.task.dk[key_rows..],
             );
         }
         if self.args.dq.is_some() {
-            // dQ += dS K
-            Gemm::<I> {
-                rows: queries.len(),
-                a: Left {
-                    values: rows::as_operands::<I>(&self.ds),
-                    stride: SCORE_STRIDE,
-                    transposed: false,
-                },
-                b: self.k_rows,
-                b_step: stride,
-                panels: &self.value_panels,
-                runs: &[Run {
-                    start: keys.start * stride,
-                    words: columns,
-                }],
-                c_row: stride,
-                accumulate: true,
-            }
-            .run(&mut task.dq[queries.start * stride..]);
+            let k = over(&packed.k_rows, keys.start..keys.start + columns);
+            let dq = &mut self.task.dq[queries.start * stride..];
+            add_product(queries.len(), left(&self.ds, false), k, dq);
         }
     }
 
@@ -160,9 +137,9 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
         target: Target,
     ) {
         let panels: Vec<usize> = (keys.start / PANEL..keys.end.div_ceil(PANEL))
-            .map(|panel| panel * PANEL * self.width.values())
+            .map(|panel| panel * PANEL * self.task.packed.width.values())
             .collect();
-        let stride = self.width.stride();
+        let stride = self.task.packed.width.stride();
         Gemm::<I> {
             rows: queries.len(),
             a: Left {
@@ -175,7 +152,7 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             panels: &panels,
             runs: &[Run {
                 start: 0,
-                words: self.width.values(),
+                words: self.task.packed.width.values(),
             }],
             c_row: SCORE_STRIDE,
             accumulate: false,
@@ -185,37 +162,33 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             Target::Ds => &mut self.ds,
         });
     }
+}
 
-    /// A product summed over queries: dV += P^T dO or dK += dS^T Q.
-    fn over_queries(
-        &self,
-        tile: &[I::Real],
-        b: &[I::Operand],
-        columns: usize,
-        queries: &Range<usize>,
-        to: &mut [I::Real],
-    ) {
-        let stride = self.width.stride();
-        Gemm::<I> {
-            rows: columns,
-            // Keys lie next to each other, queries a row apart.
-            a: Left {
-                values: rows::as_operands::<I>(tile),
-                stride: SCORE_STRIDE,
-                transposed: true,
-            },
-            b,
-            b_step: stride,
-            panels: &self.value_panels,
-            runs: &[Run {
-                start: queries.start * stride,
-                words: queries.len(),
-            }],
-            c_row: stride,
-            accumulate: true,
-        }
-        .run(to);
+/// Packed tokens in rows, to be summed over.
+struct TokenRows<'a, I: Isa> {
+    operands: &'a [I::Operand],
+    tokens: Range<usize>,
+    stride: usize,
+    /// Where each panel of a token's values starts.
+    panels: &'a [usize],
+}
+
+/// A product summed over tokens: dV += P^T dO, dK += dS^T Q, dQ += dS K.
+fn add_product<I: Isa>(rows: usize, a: Left<'_, I>, b: TokenRows<'_, I>, to: &mut [I::Real]) {
+    Gemm::<I> {
+        rows,
+        a,
+        b: b.operands,
+        b_step: b.stride,
+        panels: b.panels,
+        runs: &[Run {
+            start: b.tokens.start * b.stride,
+            words: b.tokens.len(),
+        }],
+        c_row: b.stride,
+        accumulate: true,
     }
+    .run(to);
 }
 
 /// Which tile a product goes to.
