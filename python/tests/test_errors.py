@@ -250,7 +250,7 @@ def test_refused(call, error, message):
 MANY = BLOCKS.expand(2, 4, 4, 3)
 GOOD = {
     "all by the rules": lambda: func(),
-    "blocks larger than the sequences": lambda: func(q_block=384, kv_block=512, mask=BLOCKS[:1, :1]),
+    "blocks larger than sequences": lambda: func(q_block=384, kv_block=512, mask=BLOCKS[:1, :1]),
     "block sizes of numpy": lambda: func(q_block=np.int64(16), kv_block=np.prod([4, 8])),
     "masks of integers": lambda: func(mask=BLOCKS.long()),
     "masks that are views": lambda: func(mask=torch.ones(3, 8, dtype=torch.bool).T[::2]),
@@ -265,7 +265,7 @@ GOOD = {
     "scales of numpy": lambda: attn(scale=np.float32(0.5)),
     "scales of tensors": lambda: attn(scale=torch.tensor(0.5)),
     "a single head for all": lambda: func(k=KV[:, :1], v=KV[:, :1]),
-    "tensors without data": lambda: func(*(x.to("meta") for x in (Q, KV, KV)), 16, 32, BLOCKS.to("meta")),
+    "tensors without data": lambda: func(*(x.to("meta") for x in (Q, KV, KV)), mask=BLOCKS.to("meta")),
     "windows wider than everything": lambda: window(left=2**63 - 1, right=2**63 - 1),
     "the largest seed": lambda: random(seed=2**64 - 1),
     "densities of numpy": lambda: random(density=np.float32(1)),

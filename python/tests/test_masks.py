@@ -1,5 +1,4 @@
-"""Masks: all forms that callers send, the builders against definitions of their own, the helpers.
-"""
+"""Masks: all forms that callers send; builders, against definitions of their own; helpers."""
 
 import copy
 import pickle

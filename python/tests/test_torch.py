@@ -131,7 +131,7 @@ def test_losses_of_either_output(of):
     ids=["one number", "a column", "a row", "transposed", "head_dim outside", "every other"],
 )
 def test_gradients_of_any_layout(layout):
-    """The incoming gradient is often a view; ``out.sum().backward()`` gives one number, expanded."""
+    """The incoming gradient is often a view: ``out.sum()`` gives one number, expanded."""
     tensors = inputs()
     out, lse = flex_block_attn(*tensors, MASK, return_lse=True)
     dout = layout(torch.randn_like(out))
@@ -218,7 +218,7 @@ def test_compile(function, fresh_compiler):
 
 
 def test_compile_with_dynamic_shapes(fresh_compiler):
-    """One graph serves all lengths; only multiples of the block share their mask's shape."""
+    """One graph serves all lengths."""
 
     def function(q, k, v, blocks):
         return flex_block_attn_func(q, k, v, 16, 16, blocks).cos()
@@ -228,8 +228,8 @@ def test_compile_with_dynamic_shapes(fresh_compiler):
     for q_len, kv_len in ((60, 40), (100, 64), (33, 130)):
         tensors = [x.requires_grad_() for x in random_qkv(2, 2, q_len, kv_len, 16)]
         blocks = torch.rand(-(-q_len // 16), -(-kv_len // 16)) < 0.6
-        expected = value_and_gradients(lambda *x: function(*x, blocks), tensors)  # noqa: B023
-        got = value_and_gradients(lambda *x: compiled(*x, blocks), tensors)  # noqa: B023
+        expected = value_and_gradients(lambda *x: function(*x, blocks), tensors)
+        got = value_and_gradients(lambda *x: compiled(*x, blocks), tensors)
         assert bits_equal(got, expected)
     assert graphs.frame_count == 1
 
