@@ -265,7 +265,7 @@ GOOD = {
     "scales of numpy": lambda: attn(scale=np.float32(0.5)),
     "scales of tensors": lambda: attn(scale=torch.tensor(0.5)),
     "a single head for all": lambda: func(k=KV[:, :1], v=KV[:, :1]),
-    "tensors without data": lambda: func(*(x.to("meta") for x in (Q, KV, KV)), mask=BLOCKS.to("meta")),
+    "no data": lambda: func(*(x.to("meta") for x in (Q, KV, KV)), mask=BLOCKS.to("meta")),
     "windows wider than everything": lambda: window(left=2**63 - 1, right=2**63 - 1),
     "the largest seed": lambda: random(seed=2**64 - 1),
     "densities of numpy": lambda: random(density=np.float32(1)),
