@@ -35,9 +35,7 @@ class BlockMask:
     @staticmethod
     def sliding_window(sizes: _Sizes, left: int, right: int) -> BlockMask: ...
     @staticmethod
-    def random(
-        sizes: _Sizes, batch: int, heads: int, density: float, seed: int
-    ) -> BlockMask: ...
+    def random(sizes: _Sizes, batch: int, heads: int, density: float, seed: int) -> BlockMask: ...
     @staticmethod
     def sta(
         tiles: tuple[int, ...], window: tuple[int, ...], tile_tokens: int, text_tokens: int

@@ -55,3 +55,8 @@ pub use flex_block_attn_mask::{
 };
 pub use half::{bf16, f16};
 pub use tensor::{DType, Element, Tensor, TensorMut};
+
+/// The README's Rust example is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

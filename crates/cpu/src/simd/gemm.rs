@@ -67,7 +67,7 @@ impl<I: Isa> Gemm<'_, I> {
     ///
     /// # Panics
     /// When an operand would be read, or `c` written, outside of its slice; when `A` is not
-    /// transposed and a run is no multiple of [`UNROLL`] words.
+    /// transposed and a run is no multiple of [`Isa::UNROLL`] words.
     pub fn run(&self, c: &mut [I::Real]) {
         if self.rows == 0 || self.panels.is_empty() {
             return;
@@ -94,20 +94,20 @@ impl<I: Isa> Gemm<'_, I> {
         }
         let c_last = (self.rows - 1) * self.c_row + self.panels.len() * PANEL;
         assert!(c_last <= c.len(), "C ends at {c_last} of {}", c.len());
-        let unrolled = self.runs.iter().all(|run| run.words.is_multiple_of(UNROLL));
+        let unrolled = self
+            .runs
+            .iter()
+            .all(|run| run.words.is_multiple_of(I::UNROLL));
         assert!(
             self.a.transposed || unrolled,
-            "a run is no multiple of {UNROLL} words"
+            "a run is no multiple of {} words",
+            I::UNROLL
         );
         // SAFETY: all addresses of the module's head have just been found to lie inside of their
         // slices.
         unsafe { I::gemm(self, c.as_mut_ptr()) }
     }
 }
-
-/// Words that the inner loop takes at once where `A` lies in rows: its addresses then differ by
-/// constants, and few instructions are spent on them.
-const UNROLL: usize = 4;
 
 /// `MR` rows by `NP` panels of `C`, each panel `VP` vectors wide, kept in registers over the sum.
 ///
@@ -147,8 +147,8 @@ impl<I: Isa, const MR: usize, const NP: usize, const VP: usize> Operation<I>
                         b = b.map(|b| b.add(gemm.b_step));
                     }
                 } else {
-                    for _ in 0..run.words / UNROLL {
-                        for _ in 0..UNROLL {
+                    for _ in 0..run.words / I::UNROLL {
+                        for _ in 0..I::UNROLL {
                             step::<I, MR, NP, VP>(&mut sums, a, gemm.a.stride, b);
                             a = a.add(I::DEPTH);
                             b = b.map(|b| b.add(gemm.b_step));

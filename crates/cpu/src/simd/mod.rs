@@ -89,6 +89,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     const LANES: usize;
     const DEPTH: usize;
+    /// Words that a product's inner loop takes at once where `A` lies in rows: its addresses then
+    /// differ by constants. Divides 8. Where a step is long, 1: unrolled, the compiler moves loads
+    /// ahead and runs out of registers.
+    const UNROLL: usize;
 
     /// Runs an operation compiled with this instruction set.
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output;
@@ -141,7 +145,7 @@ pub(crate) fn run_f32(job: impl Job<f32>, operands: Operands) {
     #[cfg(target_arch = "x86_64")]
     {
         let avx512 = is_x86_feature_detected!("avx512f");
-        if avx512 && operands == Operands::Bf16 && is_x86_feature_detected!("avx512bf16") {
+        if avx512 && operands == Operands::Bf16 && x86::has_fast_bf16_dot() {
             return job.run::<Avx512Bf16>();
         }
         if avx512 {

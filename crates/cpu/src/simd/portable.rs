@@ -24,6 +24,7 @@ impl<R: Real + Default> Isa for Portable<R> {
     const NAME: &'static str = "portable";
     const LANES: usize = LANES;
     const DEPTH: usize = 1;
+    const UNROLL: usize = 1;
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         // SAFETY: these instructions are every CPU's.

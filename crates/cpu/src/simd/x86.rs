@@ -10,6 +10,15 @@ use half::bf16;
 use super::gemm::{Gemm, cover};
 use super::{Isa, Operation};
 
+/// Whether the CPU has the bf16 dot product, and gains by it: AMD's does twice the work of a
+/// float32 product in the same time. Intel's (Sapphire Rapids) was measured to be slower than
+/// float32 products of widened numbers, its fast bf16 being in AMX.
+pub(crate) fn has_fast_bf16_dot() -> bool {
+    const AMD: [u32; 3] = [0x6874_7541, 0x6974_6E65, 0x444D_4163];
+    let vendor = __cpuid(0);
+    is_x86_feature_detected!("avx512bf16") && [vendor.ebx, vendor.edx, vendor.ecx] == AMD
+}
+
 /// 2^f for f in [-1/2, 1/2], from f^5 down to f; the constant term is 1. Fitted for the least
 /// relative error with the constant term fixed: 1.9e-7 after rounding, against 6e-8 of the
 /// rounding alone.
@@ -43,6 +52,7 @@ impl Isa for Avx2 {
     const NAME: &'static str = "avx2";
     const LANES: usize = 8;
     const DEPTH: usize = 1;
+    const UNROLL: usize = 4;
 
     unsafe fn enter<O: Operation<Self>>(operation: O) -> O::Output {
         #[target_feature(enable = "avx2,fma")]
@@ -197,6 +207,7 @@ macro_rules! avx512_vectors {
         type Vector = __m512;
 
         const LANES: usize = 16;
+        const UNROLL: usize = 1;
 
         #[inline(always)]
         unsafe fn gemm(gemm: &Gemm<'_, Self>, c: *mut f32) {

@@ -1,0 +1,51 @@
+# Two targets do everything on a fresh machine that has cargo and Python: `make demo`, `make test`.
+# Python packages go into .venv, from the package registries; nothing else is installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-rust test-python bench format clean extension
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: extension $(VENV)/.demo ## Denoise a real video by dense and sparse attention (demo/out)
+	$(BIN)/python -m demo $(DEMO)
+
+test: test-rust test-python ## All tests
+
+test-rust:
+	cargo test --workspace --quiet
+
+test-python: extension $(VENV)/.test $(VENV)/.demo
+	$(BIN)/python -m pytest -q
+
+bench: extension $(VENV)/.test ## Speed of the CPU backend beside torch's own attention
+	$(BIN)/python -m benchmark.cpu
+
+format: $(VENV)/.test ## Format Rust and Python
+	cargo fmt
+	$(BIN)/ruff format python demo benchmark
+	$(BIN)/ruff check --fix python demo benchmark
+
+clean: ## Remove everything that was built or installed
+	rm -rf target $(VENV) demo/out
+
+# The extension, in place. Cargo knows what is to be rebuilt.
+extension: $(VENV)/.torch
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+
+$(VENV)/.torch: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.7,<2' 'torch>=2.4' numpy
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest hypothesis matplotlib ruff
+	touch $@
+
+$(VENV)/.demo: demo/requirements.txt $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -r demo/requirements.txt
+	touch $@

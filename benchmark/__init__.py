@@ -1,0 +1,1 @@
+"""Benchmarks: our attention beside its peers, in one run."""
