@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .masks import BlockMask, as_block_size, as_blocks
+from .masks import BlockMask, as_blocks, as_size
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (*_CAST, torch.float64)
 
 
 def flex_block_attn_func(
@@ -43,12 +44,12 @@ def flex_block_attn_func(
     torch.Size([1, 2, 256, 64])
     """
     q, k, v = _tensors(q, k, v)
-    q_block = as_block_size("q_block_size", q_block_size)
-    kv_block = as_block_size("kv_block_size", kv_block_size)
+    q_block = as_size("q_block_size", q_block_size)
+    kv_block = as_size("kv_block_size", kv_block_size)
     blocks = as_blocks(block_mask)
     _same_device("block_mask", blocks, q)
     plan = ops.plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
-    out, _ = ops.forward(q, k, v, plan, q_block, kv_block, q.shape[3] ** -0.5)
+    out, _ = ops.forward(q, k, v, plan, q_block, kv_block, _default_scale(q))
     return out
 
 
@@ -89,7 +90,7 @@ def flex_block_attn(
             f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
             f"but the tensors have {q.shape[2]} and {k.shape[2]}"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _default_scale(q) if scale is None else float(scale)
     out, lse = ops.forward(q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale)
     return (out, lse) if return_lse else out
 
@@ -113,8 +114,8 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     if device != "meta" and torch.is_autocast_enabled(device):
         to = torch.get_autocast_dtype(device)
-        # As autocast does for torch's own attention: float64 stays.
-        q, k, v = (x if x.dtype == torch.float64 else x.to(to) for x in (q, k, v))
+        # As autocast does for torch's own attention: float64 stays, and so does what is no float.
+        q, k, v = (x.to(to) if x.dtype in _CAST else x for x in (q, k, v))
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in _DTYPES:
             raise TypeError(
@@ -124,6 +125,11 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {_name(tensor.dtype)}, but q is {_name(q.dtype)}")
     return q, k, v
+
+
+def _default_scale(q: Tensor) -> float:
+    head_dim = q.shape[3]
+    return head_dim**-0.5 if head_dim else 1.0  # a head_dim of 0 is refused underneath
 
 
 def _same_device(name: str, tensor: Tensor, q: Tensor) -> None:

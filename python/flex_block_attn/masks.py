@@ -15,13 +15,39 @@ from torch import Tensor
 from . import _native, ops
 
 
-def as_block_size(name: str, value: Any) -> int:
-    """An int from whatever is integral (numpy's included), but not from a bool or a float."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+def as_size(name: str, value: Any, limit: int = 2**63) -> int:
+    """An int from whatever is integral (numpy's included), but not from a bool or a float. Only
+    what cannot cross to the library is refused here: negative numbers, and ``limit`` or more."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    return operator.index(value)
+    if not isinstance(value, int):
+        value = operator.index(value)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    if value >= limit:
+        raise ValueError(f"{name} is too large: got {value}")
+    return value
+
+
+def _as_sizes(
+    q_len: Any, kv_len: Any, q_block_size: Any, kv_block_size: Any
+) -> tuple[int, int, int, int]:
+    return (
+        as_size("q_len", q_len),
+        as_size("kv_len", kv_len),
+        as_size("q_block_size", q_block_size),
+        as_size("kv_block_size", kv_block_size),
+    )
+
+
+def _as_triple(name: str, values: Iterable[Any]) -> tuple[int, int, int]:
+    values = tuple(values)
+    if len(values) != 3:
+        raise ValueError(
+            f"{name} must be three positive numbers (time, height, width), got {len(values)}"
+        )
+    time, height, width = (as_size(name, value) for value in values)
+    return time, height, width
 
 
 def as_blocks(block_mask: Any) -> Tensor:
@@ -79,10 +105,8 @@ class BlockMask:
         self, blocks: Tensor, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int
     ):
         self.blocks = as_blocks(blocks)
-        self.q_len = as_block_size("q_len", q_len)
-        self.kv_len = as_block_size("kv_len", kv_len)
-        self.q_block_size = as_block_size("q_block_size", q_block_size)
-        self.kv_block_size = as_block_size("kv_block_size", kv_block_size)
+        sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
+        self.q_len, self.kv_len, self.q_block_size, self.kv_block_size = sizes
         self.plan = ops.plan(self.blocks, *self._sizes)
 
     @property
@@ -92,14 +116,14 @@ class BlockMask:
     @classmethod
     def full(cls, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int) -> "BlockMask":
         """Every block."""
-        sizes = (q_len, kv_len, q_block_size, kv_block_size)
+        sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         return cls._from_native(_native.BlockMask.full(sizes))
 
     @classmethod
     def causal(cls, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int) -> "BlockMask":
         """Every block with a pair of ``kv <= q``, both counted from the start. Blocks on the
         diagonal are computed whole."""
-        sizes = (q_len, kv_len, q_block_size, kv_block_size)
+        sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         return cls._from_native(_native.BlockMask.causal(sizes))
 
     @classmethod
@@ -115,7 +139,8 @@ class BlockMask:
     ) -> "BlockMask":
         """For each query block the key blocks that overlap its own tokens, widened by ``left``
         tokens before and ``right`` after."""
-        sizes = (q_len, kv_len, q_block_size, kv_block_size)
+        sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
+        left, right = as_size("left", left), as_size("right", right)
         return cls._from_native(_native.BlockMask.sliding_window(sizes, left, right))
 
     @classmethod
@@ -132,7 +157,9 @@ class BlockMask:
         heads: int = 1,
     ) -> "BlockMask":
         """In each row ``round(density * kv_blocks)`` random key blocks, one at least."""
-        sizes = (q_len, kv_len, q_block_size, kv_block_size)
+        sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
+        batch, heads = as_size("batch", batch), as_size("heads", heads)
+        seed = as_size("seed", seed, limit=2**64)
         return cls._from_native(_native.BlockMask.random(sizes, batch, heads, density, seed))
 
     @classmethod
@@ -154,7 +181,16 @@ class BlockMask:
             tile_tokens: tokens of a tile, a multiple of 16.
             text_tokens: tokens of text.
         """
-        mask = _native.BlockMask.sta(tuple(tiles), tuple(window), tile_tokens, text_tokens)
+        tile_tokens = as_size("tile_tokens", tile_tokens)
+        if tile_tokens == 0 or tile_tokens % 16 != 0:
+            # The library would name the block sizes that it makes of it.
+            raise ValueError(f"tile_tokens must be a positive multiple of 16, got {tile_tokens}")
+        mask = _native.BlockMask.sta(
+            _as_triple("tiles", tiles),
+            _as_triple("window", window),
+            tile_tokens,
+            as_size("text_tokens", text_tokens),
+        )
         return cls._from_native(mask)
 
     @classmethod
@@ -192,13 +228,15 @@ class BlockMask:
     def picture(self, batch: int = 0, head: int = 0, columns: int = 64) -> str:
         """The blocks as text, at most ``columns`` characters wide: ``·`` none of a cell's blocks
         is computed, ``░▒▓`` some are, ``█`` all are."""
-        return self._to_native().picture(batch, head, columns).rstrip("\n")
+        place = as_size("batch", batch), as_size("head", head), as_size("columns", columns)
+        return self._to_native().picture(*place).rstrip("\n")
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.blocks.shape))
+        known = "on meta" if self.blocks.is_meta else f"density {self.density():.3f}"
         return (
             f"BlockMask({shape} blocks of {self.q_block_size} x {self.kv_block_size}, "
-            f"{self.q_len} x {self.kv_len} tokens, density {self.density():.3f})"
+            f"{self.q_len} x {self.kv_len} tokens, {known})"
         )
 
 
@@ -220,8 +258,8 @@ def create_sparse_mask(
     tensor([[False,  True],
             [ True, False]])
     """
-    block_size = as_block_size("block_size", block_size)
-    if block_size <= 0:
+    block_size = as_size("block_size", block_size)
+    if block_size == 0:
         raise ValueError(f"block_size must be positive, got {block_size}")
     blocks = -(-q.shape[2] // block_size)
     if not hasattr(selected_blocks, "shape"):

@@ -2,8 +2,8 @@
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
 Called by :mod:`.api` and :mod:`.masks`. Being operators, with what they return known without
-running them and with their derivative, they compile into graphs, and autograd, checkpointing and
-functional transforms see one node each.
+running them and with their derivative, they compile into graphs, and autograd and checkpointing
+see one node each.
 
 Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
 what the call itself does.

@@ -1,0 +1,388 @@
+"""What torch does with the operators: autograd, compilation, checkpoints, autocast, threads.
+
+Against torch's own checks where it has them, else against the same call without the feature, bit
+by bit, or against the dense float64 reference.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from reference import attention, random_qkv, relative_error
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func, ops
+
+BLOCKS = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 1, 0]]).bool()
+MASK = BlockMask(BLOCKS, 60, 40, 16, 16)
+
+
+def inputs(dtype=torch.float32, heads=(4, 2), head_dim=16, grad=True):
+    q, k, v = random_qkv(2, heads, 60, 40, head_dim, dtype)
+    return [x.requires_grad_(grad) for x in (q, k, v)]
+
+
+def bits_equal(got, expected):
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# --- the operators -------------------------------------------------------------------------------
+
+
+# Torch's own check looks at the gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_of_forward(grad):
+    q, k, v = inputs(grad=grad)
+    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3))
+
+
+def test_opcheck_of_transposed_tensors():
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs())
+    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3))
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False]])
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_opcheck_of_backward(wanted, with_dlse):
+    q, k, v = inputs(grad=False)
+    out, lse = ops.forward(q, k, v, MASK.plan, 16, 16, 0.3)
+    dlse = torch.randn_like(lse) if with_dlse else None
+    torch.library.opcheck(
+        ops.backward,
+        (torch.randn_like(out), dlse, q, k, v, out, lse, MASK.plan, 16, 16, 0.3, wanted),
+    )
+
+
+def test_opcheck_of_plan():
+    torch.library.opcheck(ops.plan, (MASK.blocks, 60, 40, 16, 16))
+    per_head = MASK.blocks.expand(2, 3, 4, 3)
+    torch.library.opcheck(ops.plan, (per_head, 60, 40, 16, 16))
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+
+def test_gradcheck_of_output_and_lse():
+    # A row without keys has an lse of -inf, whose finite differences are NaN: none here.
+    q, k, v = random_qkv(1, (2, 1), 20, 36, 8, torch.float64)
+    mask = BlockMask(BLOCKS[:2], 20, 36, 16, 16)
+    torch.autograd.gradcheck(
+        lambda *x: flex_block_attn(*x, mask, scale=-0.7, return_lse=True),
+        [x.requires_grad_() for x in (q, k, v)],
+    )
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_needed_gradients(needed):
+    """An input that needs no gradient gets none; the others get what they would get with it."""
+    tensors = inputs()
+    all_gradients = torch.autograd.grad(flex_block_attn(*tensors, MASK).cos().sum(), tensors)
+    for tensor, needs in zip(tensors, needed, strict=True):
+        tensor.requires_grad_(needs)
+    flex_block_attn(*tensors, MASK).cos().sum().backward()
+    for tensor, needs, expected in zip(tensors, needed, all_gradients, strict=True):
+        assert (tensor.grad is not None) == needs
+        assert not needs or torch.equal(tensor.grad, expected)
+
+
+def test_no_gradients_needed():
+    with torch.no_grad():
+        assert not flex_block_attn(*inputs(), MASK).requires_grad
+    assert not flex_block_attn(*inputs(grad=False), MASK).requires_grad
+
+
+@pytest.mark.parametrize("of", ["out", "lse", "both"])
+def test_losses_of_either_output(of):
+    tensors = inputs(torch.float64)
+    exact = [x.detach().requires_grad_() for x in tensors]
+
+    def loss(out, lse):
+        parts = {"out": out.sin().sum(), "lse": lse.sin().sum()}
+        return parts[of] if of in parts else sum(parts.values())
+
+    got = torch.autograd.grad(
+        loss(*flex_block_attn(*tensors, MASK, return_lse=True)), tensors, materialize_grads=True
+    )
+    expected = torch.autograd.grad(
+        loss(*attention(*exact, BLOCKS, 16, 16)), exact, materialize_grads=True
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 1e-12
+    assert of != "lse" or not got[2].any()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda dout: dout[:1, :1, :1, :1].expand(dout.shape),
+        lambda dout: dout[..., :1].expand(dout.shape),
+        lambda dout: dout[:, :, :1].expand(dout.shape),
+        lambda dout: dout.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda dout: dout.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda dout: dout.repeat_interleave(2, dim=3)[..., ::2],
+    ],
+    ids=["one number", "a column", "a row", "transposed", "head_dim outside", "every other"],
+)
+def test_gradients_of_any_layout(layout):
+    """The incoming gradient is often a view: ``out.sum()`` gives one number, expanded."""
+    tensors = inputs()
+    out, lse = flex_block_attn(*tensors, MASK, return_lse=True)
+    dout = layout(torch.randn_like(out))
+    dlse = torch.randn(2, 1, 1).expand(lse.shape)
+    got = torch.autograd.grad((out, lse), tensors, (dout, dlse), retain_graph=True)
+    plain = torch.autograd.grad((out, lse), tensors, (dout.contiguous(), dlse.contiguous()))
+    assert dout.shape == out.shape and bits_equal(got, plain)
+
+
+def test_sum_backward():
+    tensors = inputs(torch.float64)
+    exact = [x.detach().requires_grad_() for x in tensors]
+    flex_block_attn_func(*tensors, 16, 16, BLOCKS).sum().backward()
+    attention(*exact, BLOCKS, 16, 16)[0].sum().backward()
+    # Each query's weights sum to 1, so that q and k get differences of equal numbers: near 0.
+    for a, b in zip(tensors, exact, strict=True):
+        assert (a.grad - b.grad).abs().max() < 1e-12
+
+
+def test_gradients_accumulate():
+    tensors = inputs(torch.float64)
+    (once,) = torch.autograd.grad(flex_block_attn(*tensors, MASK).cos().sum(), tensors[:1])
+    for _ in range(3):
+        flex_block_attn(*tensors, MASK).cos().sum().backward()
+    assert relative_error(tensors[0].grad, 3 * once) < 1e-12
+
+
+def test_one_tensor_for_all():
+    x = torch.randn(1, 2, 64, 16, dtype=torch.float64, requires_grad=True)
+    exact = x.detach().requires_grad_()
+    blocks = BLOCKS[:, [0, 1, 2, 2]]
+    flex_block_attn_func(x, x, x, 16, 16, blocks).cos().sum().backward()
+    attention(exact, exact, exact, blocks, 16, 16)[0].cos().sum().backward()
+    assert relative_error(x.grad, exact.grad) < 1e-12
+
+
+def test_double_backward_is_refused():
+    q, k, v = inputs()
+    out = flex_block_attn(q, k, v, MASK)
+    (dq,) = torch.autograd.grad(out.cos().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="^flex_block_attn has no second derivative$"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_output_changed_before_backward_is_noticed():
+    q, k, v = inputs()
+    out = flex_block_attn(q, k, v, MASK)
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# --- compilation ---------------------------------------------------------------------------------
+
+
+def by_tensor(q, k, v):
+    out = flex_block_attn_func(q.sin(), k, v, 16, 16, BLOCKS)
+    return out.transpose(1, 2).flatten(2).cos()
+
+
+def by_block_mask(q, k, v):
+    out, lse = flex_block_attn(q.sin(), k, v, MASK, return_lse=True)
+    return out.transpose(1, 2).flatten(2).cos() + lse.mean()
+
+
+def value_and_gradients(function, tensors):
+    result = function(*tensors)
+    return result, *torch.autograd.grad(result.sin().sum(), tensors)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("function", [by_tensor, by_block_mask])
+def test_compile(function, fresh_compiler):
+    tensors = inputs()
+    expected = value_and_gradients(function, tensors)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert bits_equal(value_and_gradients(compiled, tensors), expected)
+
+
+def test_compile_with_dynamic_shapes(fresh_compiler):
+    """One graph serves all lengths."""
+
+    def function(q, k, v, blocks):
+        return flex_block_attn_func(q, k, v, 16, 16, blocks).cos()
+
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
+    for q_len, kv_len in ((60, 40), (100, 64), (33, 130)):
+        tensors = [x.requires_grad_() for x in random_qkv(2, 2, q_len, kv_len, 16)]
+        blocks = torch.rand(-(-q_len // 16), -(-kv_len // 16)) < 0.6
+        expected = value_and_gradients(lambda *x: function(*x, blocks), tensors)
+        got = value_and_gradients(lambda *x: compiled(*x, blocks), tensors)
+        assert bits_equal(got, expected)
+    assert graphs.frame_count == 1
+
+
+def has_compiler():
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names if name)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler, and there is none")
+def test_compile_by_inductor(fresh_compiler):
+    tensors = inputs()
+    expected = value_and_gradients(by_block_mask, tensors)
+    compiled = torch.compile(by_block_mask, fullgraph=True)
+    got = value_and_gradients(compiled, tensors)
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+# --- checkpoints, autocast, threads --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("function", [by_tensor, by_block_mask])
+def test_activation_checkpoints(function, reentrant):
+    tensors = inputs()
+    expected = function(*tensors)
+    expected_gradients = torch.autograd.grad(expected.sin().sum(), tensors)
+    got = checkpoint(function, *tensors, use_reentrant=reentrant)
+    got.sin().sum().backward()
+    assert torch.equal(got, expected)
+    assert bits_equal([x.grad for x in tensors], expected_gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """As if the tensors had been cast by hand; gradients come in the tensors' own dtype."""
+    tensors = inputs()
+    with torch.autocast("cpu", dtype):
+        out = flex_block_attn_func(*tensors, 16, 16, BLOCKS)
+        again = flex_block_attn(*tensors, MASK)
+    assert out.dtype == dtype and torch.equal(out, again)
+    gradients = torch.autograd.grad(out.float().sin().sum(), tensors)
+    rounded = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    expected = flex_block_attn(*rounded, MASK)
+    assert torch.equal(out, expected)
+    expected_gradients = torch.autograd.grad(expected.float().sin().sum(), rounded)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
+
+
+def test_autocast_joins_dtypes_but_leaves_float64():
+    q, k, v = inputs(grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flex_block_attn(q, k.half(), v.bfloat16(), MASK).dtype == torch.bfloat16
+        doubles = [x.double() for x in (q, k, v)]
+        assert flex_block_attn(*doubles, MASK).dtype == torch.float64
+
+
+def test_calls_from_several_python_threads():
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = random_qkv(2, 2, 60, 40, 32, generator=generator)
+        return value_and_gradients(by_block_mask, [x.requires_grad_() for x in tensors])
+
+    seeds = range(24)
+    expected = [work(seed) for seed in seeds]
+    with ThreadPoolExecutor(6) as pool:
+        for got, alone in zip(pool.map(work, seeds), expected, strict=True):
+            assert bits_equal(got, alone)
+
+
+def test_numbers_of_threads():
+    """They change no bit of output, lse, dk and dv. dq is summed in parts whose number is theirs:
+    it repeats for the same number, and agrees among others as far as rounding allows."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 3, 500, 450, 32))
+    mask = BlockMask.random(500, 450, 32, 48, density=0.5, seed=3, heads=3)
+    dout, dlse = torch.randn(1, 3, 500, 32), torch.randn(1, 3, 500)
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        out, lse = flex_block_attn(q, k, v, mask, return_lse=True)
+        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+        return dq, (out, lse, dk, dv)
+
+    dq, others = run(1)
+    for threads in (2, 5):
+        first, again = run(threads), run(threads)
+        assert bits_equal(first[1], others) and bits_equal(again[1], others)
+        assert torch.equal(first[0], again[0])
+        assert relative_error(first[0], dq) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_calls_from_a_forked_process():
+    """A child has its parent's memory but not its threads, and must not wait for them."""
+    torch.set_num_threads(2)
+    tensors = inputs(grad=False)
+    expected = flex_block_attn(*tensors, MASK)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(flex_block_attn(*tensors, MASK), expected)
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
+# --- a model -------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Two layers of attention and a readout; ``attend`` is the attention of (q, k, v)."""
+
+    def __init__(self, attend, width=16, heads=2):
+        super().__init__()
+        self.attend, self.heads = attend, heads
+        self.project = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.merge = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.readout = nn.Linear(width, 1)
+
+    def forward(self, x):
+        for project, merge in zip(self.project, self.merge, strict=True):
+            q, k, v = project(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + merge(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.readout(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_training(dtype):
+    """Twenty steps of Adam: the losses are those of the same model with dense masked attention."""
+    mask = BlockMask.sliding_window(70, 70, 16, 16, left=16, right=0)
+    x = torch.randn(3, 70, 16)
+    target = x.roll(1, dims=1).mean(dim=2, keepdim=True)
+
+    def losses(attend, dtype):
+        torch.manual_seed(1)
+        model = Model(attend).to(dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(20):
+            loss = (model(x.to(dtype)) - target.to(dtype)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    sparse = list(losses(lambda q, k, v: flex_block_attn(q, k, v, mask), dtype))
+    dense = list(losses(lambda q, k, v: attention(q, k, v, mask.blocks, 16, 16)[0], torch.float64))
+    assert sparse[-1] < 0.3 * sparse[0]
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    assert sparse == pytest.approx(dense, rel=tolerance)
