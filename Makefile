@@ -35,7 +35,7 @@ clean: ## Remove everything that was built or installed
 
 # The extension, in place. Cargo knows what is to be rebuilt.
 extension: $(VENV)/.torch
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
 
 $(VENV)/.torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

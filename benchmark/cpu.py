@@ -72,19 +72,27 @@ def check(ours: object, torchs: object, tolerance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--block", type=int, default=128)
-    parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.cpu",
+        description=__doc__.split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default, text in (
+        ("--threads", torch.get_num_threads(), "threads for both"),
+        ("--heads", 4, "heads of q, k and v"),
+        ("--tokens", 4096, "length of q, k and v"),
+        ("--head-dim", 128, "elements of a head"),
+        ("--block", 128, "tokens of a block"),
+        ("--repeats", 7, "timed calls of each, the median counts"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
+    parser.add_argument("--density", type=float, default=0.25, help="of the sparse mask")
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32", "bfloat16"],
         choices=["float32", "bfloat16", "float16"],
+        help="of q, k and v",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

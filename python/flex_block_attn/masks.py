@@ -104,7 +104,8 @@ class BlockMask:
     def __init__(
         self, blocks: Tensor, q_len: int, kv_len: int, q_block_size: int, kv_block_size: int
     ):
-        self.blocks = as_blocks(blocks)
+        # A copy: blocks changed in place later must not part from the plan.
+        self.blocks = as_blocks(blocks).clone()
         sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         self.q_len, self.kv_len, self.q_block_size, self.kv_block_size = sizes
         self.plan = ops.plan(self.blocks, *self._sizes)
@@ -181,14 +182,10 @@ class BlockMask:
             tile_tokens: tokens of a tile, a multiple of 16.
             text_tokens: tokens of text.
         """
-        tile_tokens = as_size("tile_tokens", tile_tokens)
-        if tile_tokens == 0 or tile_tokens % 16 != 0:
-            # The library would name the block sizes that it makes of it.
-            raise ValueError(f"tile_tokens must be a positive multiple of 16, got {tile_tokens}")
         mask = _native.BlockMask.sta(
             _as_triple("tiles", tiles),
             _as_triple("window", window),
-            tile_tokens,
+            as_size("tile_tokens", tile_tokens),
             as_size("text_tokens", text_tokens),
         )
         return cls._from_native(mask)

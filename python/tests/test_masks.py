@@ -116,6 +116,13 @@ def test_sizes_and_dense_mask():
     assert mask.density() == pytest.approx(dense.double().mean().item(), abs=1e-12)
 
 
+def test_a_mask_keeps_its_blocks():
+    blocks = ONE.clone()
+    mask = BlockMask(blocks, 64, 64, 16, 16)
+    blocks.zero_()
+    assert torch.equal(mask.blocks[0, 0], ONE)
+
+
 def test_repr_and_picture():
     mask = BlockMask(PER_HEAD.repeat(2, 1, 1, 1), 64, 60, 16, 16)
     density = mask.to_dense().double().mean().item()

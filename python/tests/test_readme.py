@@ -1,9 +1,14 @@
-"""The README's Python code runs as it stands. Against: nothing; it must not fail."""
+"""What the README promises runs as it stands. Against: nothing; it must not fail."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+README = REPOSITORY / "README.md"
 
 
 def test_the_python_examples_run(capsys):
@@ -12,3 +17,18 @@ def test_the_python_examples_run(capsys):
     for example in examples:
         exec(compile(example, str(README), "exec"), {})
     assert "density" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", ["demo", "benchmark.cpu"])
+def test_programs_say_what_they_do(program):
+    help_text = subprocess.run(
+        [sys.executable, "-m", program, "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert help_text.startswith(f"usage: python -m {program} ")
+    options = help_text.split("options:\n", 1)[1]
+    for option in re.findall(r"^  (--[a-z-]+)", options, flags=re.MULTILINE):
+        assert re.search(rf"^  {option}\b.*(?:\s{{2,}})[a-z]", options, re.MULTILINE), option

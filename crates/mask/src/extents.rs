@@ -28,11 +28,8 @@ impl Extents {
         q_block: usize,
         kv_block: usize,
     ) -> Result<Self, MaskError> {
-        for (argument, got) in [("q_block_size", q_block), ("kv_block_size", kv_block)] {
-            if got == 0 || !got.is_multiple_of(BLOCK_STEP) {
-                return Err(MaskError::BlockSize { argument, got });
-            }
-        }
+        check_block_size("q_block_size", q_block)?;
+        check_block_size("kv_block_size", kv_block)?;
         let sizes = [
             ("q_len", q_len),
             ("kv_len", kv_len),
@@ -91,6 +88,14 @@ impl Extents {
     pub fn kv_tokens(&self, column: usize) -> Range<usize> {
         column * self.kv_block..((column + 1) * self.kv_block).min(self.kv_len)
     }
+}
+
+/// A block size is a positive multiple of [`BLOCK_STEP`], by whatever name a caller knows it.
+pub(crate) fn check_block_size(argument: &'static str, got: usize) -> Result<(), MaskError> {
+    if got == 0 || !got.is_multiple_of(BLOCK_STEP) {
+        return Err(MaskError::BlockSize { argument, got });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

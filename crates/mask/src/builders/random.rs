@@ -1,13 +1,16 @@
 //! Random masks: what dynamic sparse attention looks like to a kernel. For tests and benchmarks.
 
-use crate::{BlockMask, Extents, MaskError};
+use crate::{BlockMask, Extents, MaskError, PlanLayout};
+
+/// 16 GB of plan: whoever asks for more has made a mistake, and would learn of it by an abort.
+const MOST_WORDS: usize = 1 << 32;
 
 /// For each row its own random choice of `round(density * kv_blocks)` key blocks, but one at
 /// least; for each batch and head another choice. The same seed gives the same mask, on every
 /// machine and in every version.
 ///
 /// # Errors
-/// A density outside of 0 to 1.
+/// A density outside of 0 to 1; a batch and heads whose plan would exceed 2^32 words.
 pub fn random(
     extents: Extents,
     batch: usize,
@@ -20,6 +23,22 @@ pub fn random(
             argument: "density",
             got: density.to_string(),
             allowed: "from 0 to 1",
+        });
+    }
+    let record_words = PlanLayout {
+        extents,
+        batch: 1,
+        heads: 1,
+    }
+    .record_words();
+    let words = batch
+        .checked_mul(heads)
+        .and_then(|matrices| matrices.checked_mul(record_words));
+    if words.is_none_or(|words| words > MOST_WORDS) {
+        return Err(MaskError::Parameter {
+            argument: "batch * heads",
+            got: format!("{batch} * {heads}"),
+            allowed: "small enough for a plan of 2^32 words",
         });
     }
     let columns = extents.kv_blocks();
@@ -114,6 +133,11 @@ mod tests {
         assert_eq!(
             random(extents, 1, 1, 1.5, 0).unwrap_err().to_string(),
             "density must be from 0 to 1, got 1.5"
+        );
+        let extents = Extents::new(64, 64, 16, 16).unwrap();
+        assert_eq!(
+            random(extents, 1, 1 << 60, 0.5, 0).unwrap_err().to_string(),
+            "batch * heads must be small enough for a plan of 2^32 words, got 1 * 1152921504606846976"
         );
     }
 }

@@ -3,6 +3,7 @@
 //! is a block, and a tile sees the tiles of a window around it. The window's centre is clamped so
 //! that tiles at the border keep as many neighbours as those inside.
 
+use crate::extents::check_block_size;
 use crate::{BlockMask, Extents, MaskError};
 
 /// What a sliding-tile mask is made from. Triples are (time, height, width).
@@ -24,6 +25,7 @@ impl StaCanvas {
     /// # Errors
     /// A tile that is no multiple of 16 tokens; a canvas without tiles; a window of 0.
     pub fn extents(&self) -> Result<Extents, MaskError> {
+        check_block_size("tile_tokens", self.tile_tokens)?;
         for (argument, triple) in [("tiles", self.tiles), ("window", self.window)] {
             if triple.contains(&0) {
                 return Err(MaskError::Parameter {
@@ -137,6 +139,15 @@ mod tests {
         assert_eq!(
             sta(&canvas).unwrap_err().to_string(),
             "tiles must be three positive numbers (time, height, width), got [2, 0, 2]"
+        );
+        let odd = StaCanvas {
+            tiles: [2, 2, 2],
+            tile_tokens: 24,
+            ..canvas
+        };
+        assert_eq!(
+            sta(&odd).unwrap_err().to_string(),
+            "tile_tokens must be a positive multiple of 16, got 24"
         );
         let huge = StaCanvas {
             tiles: [usize::MAX, 2, 2],
