@@ -12,8 +12,12 @@
 
 pub mod ir;
 pub mod launch;
+pub mod operands;
+pub mod print;
 mod types;
+mod verify;
 
 pub use ir::{Kernel, Module};
 pub use launch::{Arg, Launch, MAX_RANK, Swizzle, TensorMap};
+pub use print::print;
 pub use types::{Class, Element, Scalar, Ty};

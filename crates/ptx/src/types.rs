@@ -18,6 +18,18 @@ pub enum Class {
     F32,
 }
 
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pred => "pred",
+            Self::B16 => "b16",
+            Self::B32 => "b32",
+            Self::B64 => "b64",
+            Self::F32 => "f32",
+        })
+    }
+}
+
 /// How an instruction reads its operands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // the names are PTX's own
@@ -28,6 +40,8 @@ pub enum Ty {
     B16,
     U16,
     S16,
+    /// One float16; for conversions only.
+    F16,
     B32,
     U32,
     S32,
@@ -47,7 +61,7 @@ impl Ty {
         match self {
             Self::Pred => Class::Pred,
             // PTX has no 8-bit registers: bytes are loaded into and stored from 16 bits.
-            Self::B8 | Self::U8 | Self::B16 | Self::U16 | Self::S16 => Class::B16,
+            Self::B8 | Self::U8 | Self::B16 | Self::U16 | Self::S16 | Self::F16 => Class::B16,
             Self::B32 | Self::U32 | Self::S32 | Self::Bf16x2 | Self::F16x2 => Class::B32,
             Self::B64 | Self::U64 | Self::S64 => Class::B64,
             Self::F32 => Class::F32,
@@ -59,7 +73,7 @@ impl Ty {
         match self {
             Self::Pred => 0,
             Self::B8 | Self::U8 => 1,
-            Self::B16 | Self::U16 | Self::S16 => 2,
+            Self::B16 | Self::U16 | Self::S16 | Self::F16 => 2,
             Self::B32 | Self::U32 | Self::S32 | Self::F32 | Self::Bf16x2 | Self::F16x2 => 4,
             Self::B64 | Self::U64 | Self::S64 => 8,
         }
@@ -75,6 +89,7 @@ impl fmt::Display for Ty {
             Self::B16 => "b16",
             Self::U16 => "u16",
             Self::S16 => "s16",
+            Self::F16 => "f16",
             Self::B32 => "b32",
             Self::U32 => "u32",
             Self::S32 => "s32",
