@@ -15,9 +15,10 @@ pub mod launch;
 pub mod operands;
 pub mod print;
 mod types;
-mod verify;
+pub mod verify;
 
 pub use ir::{Kernel, Module};
 pub use launch::{Arg, Launch, MAX_RANK, Swizzle, TensorMap};
 pub use print::print;
 pub use types::{Class, Element, Scalar, Ty};
+pub use verify::verify;

@@ -105,9 +105,15 @@ impl<F: FnMut(Use)> Visitor<'_, F> {
     }
 }
 
-/// The type of the halves of a `b32` or `b64`, for [`Op::Join`] and [`Op::Split`].
+/// `b32` as `u32`, so that float32 registers will not do: where ptxas wants operands of one kind.
+fn integer(ty: Ty) -> Ty {
+    if ty == Ty::B32 { Ty::U32 } else { ty }
+}
+
+/// The type of the halves of a `b32` or `b64`, for [`Op::Join`] and [`Op::Split`]. Unsigned: `mov`
+/// refuses an integer beside a float32.
 fn half(ty: Ty) -> Ty {
-    if ty == Ty::B32 { Ty::B16 } else { Ty::B32 }
+    if ty == Ty::B32 { Ty::U16 } else { Ty::U32 }
 }
 
 /// Operations whose result has 32 bits whatever they count in.
@@ -221,7 +227,7 @@ impl Op {
                 ..
             } => {
                 v.address(space, address);
-                v.write_all(ty, dst);
+                v.write_all(integer(ty), dst);
             }
             Self::Store {
                 space,
@@ -230,7 +236,7 @@ impl Op {
                 address,
             } => {
                 v.address(space, address);
-                v.read_all(ty, src.iter().copied());
+                v.read_all(integer(ty), src.iter().copied());
             }
             Self::Atomic {
                 space,
@@ -254,7 +260,7 @@ impl Op {
                 ..
             } => {
                 v.address(space, address);
-                v.read_all(ty, src.iter().copied());
+                v.read_all(integer(ty), src.iter().copied());
             }
             Self::LoadAcquire {
                 ty, dst, address, ..
@@ -297,8 +303,8 @@ impl Op {
                 v.write(Ty::U32, dst);
             }
             Self::WarpReduce { ty, dst, src, .. } => {
-                v.read(ty, src);
-                v.write(ty, dst);
+                v.read(integer(ty), src);
+                v.write(integer(ty), dst);
             }
             Self::Elect { dst } => v.write(Ty::Pred, dst),
             Self::BarrierSync { id, threads } | Self::BarrierArrive { id, threads } => {

@@ -78,7 +78,8 @@ impl<'k> Names<'k> {
         let base = self.register(base);
         match offset {
             0 => format!("[{base}]"),
-            _ => format!("[{base}{offset:+}]"),
+            // PTX knows no minus here: a negative constant is added.
+            _ => format!("[{base}+{offset}]"),
         }
     }
 
