@@ -3,6 +3,8 @@
 //! Made by hand, without the builder. Read by the expectations of the printed text and the
 //! verifier's tests in this crate, and by the assembling test of `lab`.
 
+#![allow(missing_docs)]
+
 use std::panic::Location;
 
 use flex_block_attn_ptx::ir::*;
@@ -11,6 +13,7 @@ use flex_block_attn_ptx::{Class, Element, Ty};
 
 mod copies;
 mod memory;
+pub mod structure;
 mod sync;
 mod values;
 
@@ -24,7 +27,16 @@ pub struct Case {
     pub kernel: Kernel,
 }
 
-/// All of them.
+/// The kernels of all cases, and those of [`structure`].
+pub fn kernels() -> Vec<Kernel> {
+    cases()
+        .into_iter()
+        .map(|case| case.kernel)
+        .chain(structure::kernels())
+        .collect()
+}
+
+/// All groups.
 pub fn cases() -> Vec<Case> {
     [
         values::cases(),
@@ -95,6 +107,7 @@ pub fn at(base: RegId, offset: i32) -> Address {
     Address { base, offset }
 }
 
+#[track_caller]
 pub fn inst(op: Op) -> Inst {
     Inst {
         guard: None,
