@@ -184,7 +184,11 @@ fn reduce(op: AtomicOp, space: Space, ty: Ty, count: usize) -> Result<(), Fault>
                 AtomicOp::Min | AtomicOp::Max => {
                     one_of("a vector red.min or red.max", ty, &[Bf16x2, F16x2])
                 }
-                _ => one_of("a vector red of bits", ty, &[]),
+                _ => Err(Fault::value(
+                    "the operation of a vector red",
+                    format!("{op:?}"),
+                    "Add, Min, Max",
+                )),
             }
         }
     }
