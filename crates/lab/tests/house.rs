@@ -15,7 +15,7 @@ const ARROWS: [(&str, &[&str]); 6] = [
         &["flex-block-attn-cpu", "flex-block-attn-mask"],
     ),
     ("flex-block-attn-python", &["flex-block-attn"]),
-    // The lab may use everything; nothing may use the lab.
+    // The lab may use every other Rust library; nothing may use the lab.
     (
         "flex-block-attn-lab",
         &[
