@@ -1,6 +1,6 @@
 //! PTX as data: everything that a Hopper kernel may say, typed.
 //!
-//! In: calls on a `Builder`, from `tile` and `kernels`. Out: a [`Kernel`], checked by
+//! In: calls on a [`Builder`], from `tile` and `kernels`. Out: a [`Kernel`], checked by
 //! [`verify()`], printed by [`print()`] for the driver, run as it is by the `emulator`; and the
 //! [`Launch`] record that goes with it. Knows nothing of tiles, attention or drivers.
 //!
@@ -11,6 +11,7 @@
 //! - [`launch`]: what a launch is, apart from its kernel.
 #![forbid(unsafe_code)]
 
+pub mod builder;
 pub mod ir;
 pub mod launch;
 pub mod operands;
@@ -18,6 +19,7 @@ pub mod print;
 mod types;
 pub mod verify;
 
+pub use builder::{Builder, Reg};
 pub use ir::{Kernel, Module};
 pub use launch::{Arg, Launch, MAX_RANK, Swizzle, TensorMap};
 pub use print::print;
