@@ -16,7 +16,16 @@ const ARROWS: [(&str, &[&str]); 7] = [
         &["flex-block-attn-cpu", "flex-block-attn-mask"],
     ),
     ("flex-block-attn-python", &["flex-block-attn"]),
-    ("flex-block-attn-lab", &["flex-block-attn"]),
+    // The lab may use every other Rust library; nothing may use the lab.
+    (
+        "flex-block-attn-lab",
+        &[
+            "flex-block-attn",
+            "flex-block-attn-cpu",
+            "flex-block-attn-mask",
+            "flex-block-attn-ptx",
+        ],
+    ),
 ];
 
 /// Lines of a source file at most: beyond that a noun is missing.
