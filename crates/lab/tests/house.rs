@@ -6,7 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The arrows of `docs/architecture.md`: a crate, and the crates of ours that it may use.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
+    (
+        "flex-block-attn-kernels",
+        &[
+            "flex-block-attn-mask",
+            "flex-block-attn-ptx",
+            "flex-block-attn-tile",
+        ],
+    ),
     ("flex-block-attn-tile", &["flex-block-attn-ptx"]),
     ("flex-block-attn-ptx", &[]),
     ("flex-block-attn-mask", &[]),
@@ -22,8 +30,10 @@ const ARROWS: [(&str, &[&str]); 7] = [
         &[
             "flex-block-attn",
             "flex-block-attn-cpu",
+            "flex-block-attn-kernels",
             "flex-block-attn-mask",
             "flex-block-attn-ptx",
+            "flex-block-attn-tile",
         ],
     ),
 ];

@@ -50,12 +50,20 @@ enum Inner {
 struct Descriptors<'k> {
     tile: SharedTile<'k>,
     inner: Inner,
+    /// Where the tile starts: a register and a constant, in units of 16 bytes.
+    start: (Reg<'k, u32>, u32),
     high: Reg<'k, u32>,
 }
 
 impl<'k> Descriptors<'k> {
+    #[track_caller]
     fn new(tile: SharedTile<'k>, inner: Inner, high: Reg<'k, u32>) -> Self {
-        Self { tile, inner, high }
+        Self {
+            tile,
+            inner,
+            start: tile.start16(),
+            high,
+        }
     }
 
     /// Length of the inner dimension in bytes (of a row, if it runs along columns) and steps.
@@ -87,7 +95,7 @@ impl<'k> Descriptors<'k> {
             // 16 rows on; panels, groups of 64 columns, are the leading stride apart.
             Inner::Rows => (step * 16 * PANEL_ROW, panel_bytes >> 4),
         };
-        let (start, offset) = self.tile.start16();
+        let (start, offset) = self.start;
         let low = start + (offset + (bytes >> 4) + (leading << 16));
         low.join(self.high)
     }

@@ -103,13 +103,17 @@ impl<'k> RegTile<'k> {
         }
     }
 
-    /// Rounded to 16 bits, as a left operand: column groups become steps without a shuffle.
+    /// Rounds to 16 bits, into a left operand: column groups become steps without a shuffle.
+    ///
+    /// # Panics
+    /// If it has other columns.
     #[track_caller]
-    pub fn to_fragments(&self, pair: Pair) -> Fragments<'k> {
-        let step =
-            |eight: &[Reg<'k, f32>]| [0, 2, 4, 6].map(|i: usize| eight[i].pack(eight[i + 1], pair));
-        Fragments {
-            registers: self.registers.chunks_exact(8).map(step).collect(),
+    pub fn round_to(&self, fragments: &Fragments<'k>, pair: Pair) {
+        assert_eq!(self.columns() as usize, 16 * fragments.steps(), "columns");
+        for (eight, four) in self.registers.chunks_exact(8).zip(&fragments.registers) {
+            for (two, register) in eight.chunks_exact(2).zip(four) {
+                register.set(two[0].pack(two[1], pair));
+            }
         }
     }
 }
@@ -124,6 +128,14 @@ pub fn quad_sum(own: RowPair<'_>) -> RowPair<'_> {
 }
 
 impl<'k> Fragments<'k> {
+    /// Registers with nothing in them, for `steps` steps of 16 columns.
+    pub fn uninit(k: &'k Builder, steps: u32) -> Self {
+        let registers = (0..steps)
+            .map(|_| std::array::from_fn(|_| k.uninit()))
+            .collect();
+        Self { registers }
+    }
+
     /// Steps of 16 columns.
     pub fn steps(&self) -> usize {
         self.registers.len()

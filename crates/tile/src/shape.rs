@@ -2,8 +2,9 @@
 //! panels, and the tensor map by which the TMA unit finds such tiles in a tensor: kernels and
 //! launches derive them from one value, so that they agree.
 
+use flex_block_attn_ptx::builder::Value;
 use flex_block_attn_ptx::ir::Operand;
-use flex_block_attn_ptx::{Element, MAX_RANK, Swizzle, TensorMap};
+use flex_block_attn_ptx::{Element, MAX_RANK, Reg, Swizzle, TensorMap};
 
 /// Bytes of a row of a panel: what the 128-byte swizzle permutes.
 pub(crate) const PANEL_ROW: u32 = 128;
@@ -36,11 +37,13 @@ pub struct Strides {
 /// Coordinates of a (batch, head, row) for [`Shape::tensor_map`]'s maps.
 pub const MATRIX_AXES: usize = 5;
 
-/// Where a tile lies in a tensor: its first row, and the head and batch.
+/// Where a tile lies in a tensor: its first row and panel, and the head and batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
     /// First row.
     pub row: Operand,
+    /// First panel: 0 for tiles as wide as the tensor.
+    pub panel: Operand,
     /// Head.
     pub head: Operand,
     /// Batch.
@@ -48,16 +51,27 @@ pub struct Place {
 }
 
 impl Place {
-    /// As coordinates, from panel `panel` on.
-    pub(crate) fn coordinates(self, panel: u32) -> [Operand; MATRIX_AXES] {
-        let zero = Operand::Imm(0);
-        [
-            zero,
-            self.row,
-            Operand::Imm(panel.into()),
-            self.head,
-            self.batch,
-        ]
+    /// Whole rows from `row` on.
+    pub fn rows(row: Reg<'_, u32>, head: Reg<'_, u32>, batch: Reg<'_, u32>) -> Self {
+        Self {
+            row: row.operand(),
+            panel: Operand::Imm(0),
+            head: head.operand(),
+            batch: batch.operand(),
+        }
+    }
+
+    /// The same rows from panel `panel` on.
+    pub fn panel(self, panel: u32) -> Self {
+        Self {
+            panel: Operand::Imm(panel.into()),
+            ..self
+        }
+    }
+
+    /// As a copy's coordinates.
+    pub(crate) fn coordinates(self) -> [Operand; MATRIX_AXES] {
+        [Operand::Imm(0), self.row, self.panel, self.head, self.batch]
     }
 }
 

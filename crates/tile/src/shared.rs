@@ -172,20 +172,30 @@ impl<'k> SharedTile<'k> {
         self.k.tma_load(
             self.address(),
             map,
-            &place.coordinates(0),
+            &place.coordinates(),
             barrier.address(),
             options,
         );
     }
 
-    /// Stores the view's panel `panel`, whose rows go to `place`, by a map for just as many rows
-    /// and one panel ([`Shape::panel_map`]). One thread calls it, after
-    /// the writers' fence and a barrier.
+    /// Stores the view, one panel at a time, by a map for just as many rows and one panel
+    /// ([`Shape::panel_map`]): the first panel goes to `places[0]`, and so on. One thread calls
+    /// it, after the writers' fence and a barrier, and commits and waits for the copies.
+    ///
+    /// # Panics
+    /// If there are not as many places as panels.
     #[track_caller]
-    pub fn store_panel(self, map: Reg<'k, u64>, place: Place, panel: u32) {
-        let tile = self.panel(panel);
-        self.k
-            .tma_store(map, &place.coordinates(panel), tile.address());
+    pub fn store(self, map: Reg<'k, u64>, places: impl IntoIterator<Item = Place>) {
+        let places: Vec<_> = places.into_iter().collect();
+        assert_eq!(
+            places.len(),
+            self.shape.panels() as usize,
+            "a place for each panel"
+        );
+        for (panel, place) in (0..).zip(places) {
+            self.k
+                .tma_store(map, &place.coordinates(), self.panel(panel).address());
+        }
     }
 
     /// Where the tile or view starts.

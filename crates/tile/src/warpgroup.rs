@@ -127,6 +127,8 @@ impl<'k> Warpgroup<'k> {
     /// [`Warpgroup::store_fragments`] of a tile rounded to 16 bits.
     #[track_caller]
     pub fn store(self, values: &RegTile<'k>, pair: Pair, tile: SharedTile<'k>) {
-        self.store_fragments(&values.to_fragments(pair), tile);
+        let fragments = Fragments::uninit(self.k, values.columns() / 16);
+        values.round_to(&fragments, pair);
+        self.store_fragments(&fragments, tile);
     }
 }
