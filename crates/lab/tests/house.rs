@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The arrows of `docs/architecture.md`: a crate, and the crates of ours that it may use.
-const ARROWS: [(&str, &[&str]); 6] = [
+const ARROWS: [(&str, &[&str]); 7] = [
     ("flex-block-attn-ptx", &[]),
+    ("flex-block-attn-emulator", &["flex-block-attn-ptx"]),
     ("flex-block-attn-mask", &[]),
     ("flex-block-attn-cpu", &["flex-block-attn-mask"]),
     (
