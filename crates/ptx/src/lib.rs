@@ -1,6 +1,6 @@
 //! PTX as data: everything that a Hopper kernel may say, typed.
 //!
-//! In: calls on a `Builder`, from `tile` and `kernels`. Out: a [`Kernel`], checked by
+//! In: calls on a [`Builder`], from `tile` and `kernels`. Out: a [`Kernel`], checked by
 //! [`verify`], printed by [`print()`] for the driver, run as it is by the `emulator`; and the
 //! [`Launch`] record that goes with it. Knows nothing of tiles, attention or drivers.
 //!
@@ -10,10 +10,12 @@
 //! - [`launch`]: what a launch is, apart from its kernel.
 #![forbid(unsafe_code)]
 
+pub mod builder;
 pub mod ir;
 pub mod launch;
 mod types;
 
+pub use builder::{Builder, Reg};
 pub use ir::{Kernel, Module};
 pub use launch::{Arg, Launch, MAX_RANK, Swizzle, TensorMap};
 pub use types::{Class, Element, Scalar, Ty};

@@ -34,6 +34,8 @@ pub enum Ty {
     B64,
     U64,
     S64,
+    /// One float16, for conversions.
+    F16,
     F32,
     /// Two bfloat16 in 32 bits, the first in the low half.
     Bf16x2,
@@ -47,7 +49,7 @@ impl Ty {
         match self {
             Self::Pred => Class::Pred,
             // PTX has no 8-bit registers: bytes are loaded into and stored from 16 bits.
-            Self::B8 | Self::U8 | Self::B16 | Self::U16 | Self::S16 => Class::B16,
+            Self::B8 | Self::U8 | Self::B16 | Self::U16 | Self::S16 | Self::F16 => Class::B16,
             Self::B32 | Self::U32 | Self::S32 | Self::Bf16x2 | Self::F16x2 => Class::B32,
             Self::B64 | Self::U64 | Self::S64 => Class::B64,
             Self::F32 => Class::F32,
@@ -59,7 +61,7 @@ impl Ty {
         match self {
             Self::Pred => 0,
             Self::B8 | Self::U8 => 1,
-            Self::B16 | Self::U16 | Self::S16 => 2,
+            Self::B16 | Self::U16 | Self::S16 | Self::F16 => 2,
             Self::B32 | Self::U32 | Self::S32 | Self::F32 | Self::Bf16x2 | Self::F16x2 => 4,
             Self::B64 | Self::U64 | Self::S64 => 8,
         }
@@ -81,6 +83,7 @@ impl fmt::Display for Ty {
             Self::B64 => "b64",
             Self::U64 => "u64",
             Self::S64 => "s64",
+            Self::F16 => "f16",
             Self::F32 => "f32",
             Self::Bf16x2 => "bf16x2",
             Self::F16x2 => "f16x2",

@@ -1,0 +1,337 @@
+//! Loads, stores and atomics of one thread, and the matrix loads and stores of a warp.
+
+use super::{Builder, Reg, Value};
+use crate::ir::{self, AtomicOp, Cache, Fence, Op, Order, Scope, Space};
+use crate::{Scalar, Ty};
+
+/// An address: a register and a constant added to it. `A` is `u32` for shared memory and `u64` for
+/// global memory.
+#[derive(Debug)]
+pub struct Address<'k, A> {
+    base: Reg<'k, A>,
+    offset: i32,
+}
+
+impl<A> Clone for Address<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A> Copy for Address<'_, A> {}
+
+/// What can be taken for an address: an [`Address`], or a register that holds one.
+pub trait AddressOf<A> {
+    /// As the instruction's operand.
+    fn address(self) -> ir::Address;
+}
+
+impl<A> AddressOf<A> for Address<'_, A> {
+    fn address(self) -> ir::Address {
+        ir::Address {
+            base: self.base.id,
+            offset: self.offset,
+        }
+    }
+}
+
+impl<A> AddressOf<A> for Reg<'_, A> {
+    fn address(self) -> ir::Address {
+        ir::Address {
+            base: self.id,
+            offset: 0,
+        }
+    }
+}
+
+impl<'k, A> Address<'k, A> {
+    /// The address `bytes` further.
+    ///
+    /// # Panics
+    /// If the constant leaves 32 bits.
+    pub fn at(self, bytes: u32) -> Self {
+        let bytes = i32::try_from(bytes).expect("an offset below 2 GB");
+        Self {
+            base: self.base,
+            offset: self.offset.checked_add(bytes).expect("below 2 GB"),
+        }
+    }
+}
+
+impl<'k, A> Reg<'k, A> {
+    /// The address `bytes` behind the one in this register.
+    pub fn at(self, bytes: u32) -> Address<'k, A> {
+        Address {
+            base: self,
+            offset: 0,
+        }
+        .at(bytes)
+    }
+}
+
+impl Builder {
+    // ---- global memory -------------------------------------------------------------------------
+
+    /// Loads a `T`.
+    #[track_caller]
+    pub fn load_global<T: Scalar>(&self, address: impl AddressOf<u64>) -> Reg<'_, T> {
+        let [value] = self.load_vector(Space::Global, Cache::Default, address.address());
+        value
+    }
+
+    /// Loads a `T` that nothing writes while the kernel runs.
+    #[track_caller]
+    pub fn load_constant<T: Scalar>(&self, address: impl AddressOf<u64>) -> Reg<'_, T> {
+        let [value] = self.load_vector(Space::Global, Cache::Constant, address.address());
+        value
+    }
+
+    /// Loads `N` (2 or 4) neighbours that nothing writes while the kernel runs; the address is a
+    /// multiple of their size.
+    #[track_caller]
+    pub fn load_constants<T: Scalar, const N: usize>(
+        &self,
+        address: impl AddressOf<u64>,
+    ) -> [Reg<'_, T>; N] {
+        self.load_vector(Space::Global, Cache::Constant, address.address())
+    }
+
+    /// Loads `N` (2 or 4) neighbours; the address is a multiple of their size.
+    #[track_caller]
+    pub fn load_globals<T: Scalar, const N: usize>(
+        &self,
+        address: impl AddressOf<u64>,
+    ) -> [Reg<'_, T>; N] {
+        self.load_vector(Space::Global, Cache::Default, address.address())
+    }
+
+    /// Loads a byte, with zeros above.
+    #[track_caller]
+    pub fn load_global_byte(&self, address: impl AddressOf<u64>) -> Reg<'_, u32> {
+        let byte = self.uninit::<u16>();
+        self.emit(Op::Load {
+            space: Space::Global,
+            cache: Cache::Default,
+            ty: Ty::U8,
+            dst: vec![byte.id],
+            address: address.address(),
+        });
+        byte.to_u32()
+    }
+
+    /// Stores a `T`.
+    #[track_caller]
+    pub fn store_global<T: Scalar>(&self, address: impl AddressOf<u64>, value: Reg<'_, T>) {
+        self.store_vector(Space::Global, address.address(), [value]);
+    }
+
+    /// Stores `N` (2 or 4) neighbours; the address is a multiple of their size.
+    #[track_caller]
+    pub fn store_globals<T: Scalar, const N: usize>(
+        &self,
+        address: impl AddressOf<u64>,
+        values: [Reg<'_, T>; N],
+    ) {
+        self.store_vector(Space::Global, address.address(), values);
+    }
+
+    /// Loads a word with acquire order: what its writer released before is seen after.
+    #[track_caller]
+    pub fn load_acquire(&self, address: impl AddressOf<u64>, scope: Scope) -> Reg<'_, u32> {
+        let address = address.address();
+        self.write(|dst| Op::LoadAcquire {
+            scope,
+            ty: Ty::U32,
+            dst,
+            address,
+        })
+    }
+
+    /// Stores a word with release order.
+    #[track_caller]
+    pub fn store_release(
+        &self,
+        address: impl AddressOf<u64>,
+        value: impl Value<u32>,
+        scope: Scope,
+    ) {
+        let (src, address) = (value.operand(), address.address());
+        self.emit(Op::StoreRelease {
+            scope,
+            ty: Ty::U32,
+            src,
+            address,
+        });
+    }
+
+    /// Adds to a word; gives what it held. Atomic for the whole device, orders nothing else.
+    #[track_caller]
+    pub fn atomic_add_global(
+        &self,
+        address: impl AddressOf<u64>,
+        value: impl Value<u32>,
+    ) -> Reg<'_, u32> {
+        let (address, src) = (address.address(), value.operand());
+        self.write(|dst| Op::Atomic {
+            op: AtomicOp::Add,
+            order: Order::Relaxed,
+            scope: Scope::Gpu,
+            space: Space::Global,
+            ty: Ty::U32,
+            dst,
+            address,
+            src,
+            swap: None,
+        })
+    }
+
+    /// Adds float32 neighbours (1, 2 or 4) to memory, each atomically, in any order.
+    #[track_caller]
+    pub fn reduce_add_global<const N: usize>(
+        &self,
+        address: impl AddressOf<u64>,
+        values: [Reg<'_, f32>; N],
+    ) {
+        self.emit(Op::Reduce {
+            op: AtomicOp::Add,
+            scope: Scope::Gpu,
+            space: Space::Global,
+            ty: Ty::F32,
+            address: address.address(),
+            src: values.map(Value::operand).to_vec(),
+        });
+    }
+
+    // ---- shared memory -------------------------------------------------------------------------
+
+    /// Loads a `T`.
+    #[track_caller]
+    pub fn load_shared<T: Scalar>(&self, address: impl AddressOf<u32>) -> Reg<'_, T> {
+        let [value] = self.load_vector(Space::Shared, Cache::Default, address.address());
+        value
+    }
+
+    /// Loads `N` (2 or 4) neighbours; the address is a multiple of their size.
+    #[track_caller]
+    pub fn load_shareds<T: Scalar, const N: usize>(
+        &self,
+        address: impl AddressOf<u32>,
+    ) -> [Reg<'_, T>; N] {
+        self.load_vector(Space::Shared, Cache::Default, address.address())
+    }
+
+    /// Stores a `T`.
+    #[track_caller]
+    pub fn store_shared<T: Scalar>(&self, address: impl AddressOf<u32>, value: Reg<'_, T>) {
+        self.store_vector(Space::Shared, address.address(), [value]);
+    }
+
+    /// Stores `N` (2 or 4) neighbours; the address is a multiple of their size.
+    #[track_caller]
+    pub fn store_shareds<T: Scalar, const N: usize>(
+        &self,
+        address: impl AddressOf<u32>,
+        values: [Reg<'_, T>; N],
+    ) {
+        self.store_vector(Space::Shared, address.address(), values);
+    }
+
+    /// Adds to a word of shared memory; gives what it held.
+    #[track_caller]
+    pub fn atomic_add_shared(
+        &self,
+        address: impl AddressOf<u32>,
+        value: impl Value<u32>,
+    ) -> Reg<'_, u32> {
+        let (address, src) = (address.address(), value.operand());
+        self.write(|dst| Op::Atomic {
+            op: AtomicOp::Add,
+            order: Order::Relaxed,
+            scope: Scope::Cta,
+            space: Space::Shared,
+            ty: Ty::U32,
+            dst,
+            address,
+            src,
+            swap: None,
+        })
+    }
+
+    /// A warp loads `N` (1, 2 or 4) 8 x 8 matrices of 16-bit elements: lane `8 i + r` gives the
+    /// address of row `r` of matrix `i` and gets elements `2 (lane % 4)` and the next of row
+    /// `lane / 4` of each.
+    #[track_caller]
+    pub fn load_matrices<const N: usize>(
+        &self,
+        address: impl AddressOf<u32>,
+        transposed: bool,
+    ) -> [Reg<'_, u32>; N] {
+        let values: [Reg<'_, u32>; N] = std::array::from_fn(|_| self.uninit());
+        let (dst, address) = (values.map(Reg::id).to_vec(), address.address());
+        self.emit(Op::LoadMatrix {
+            transposed,
+            dst,
+            address,
+        });
+        values
+    }
+
+    /// The reverse of [`Builder::load_matrices`].
+    #[track_caller]
+    pub fn store_matrices<const N: usize>(
+        &self,
+        address: impl AddressOf<u32>,
+        values: [Reg<'_, u32>; N],
+        transposed: bool,
+    ) {
+        let (src, address) = (values.map(Reg::id).to_vec(), address.address());
+        self.emit(Op::StoreMatrix {
+            transposed,
+            src,
+            address,
+        });
+    }
+
+    /// A fence.
+    #[track_caller]
+    pub fn fence(&self, fence: Fence) {
+        self.emit(Op::Fence(fence));
+    }
+
+    // ---- both ----------------------------------------------------------------------------------
+
+    #[track_caller]
+    fn load_vector<T: Scalar, const N: usize>(
+        &self,
+        space: Space,
+        cache: Cache,
+        address: ir::Address,
+    ) -> [Reg<'_, T>; N] {
+        let values: [Reg<'_, T>; N] = std::array::from_fn(|_| self.uninit());
+        let dst = values.map(Reg::id).to_vec();
+        self.emit(Op::Load {
+            space,
+            cache,
+            ty: T::TY,
+            dst,
+            address,
+        });
+        values
+    }
+
+    #[track_caller]
+    fn store_vector<T: Scalar, const N: usize>(
+        &self,
+        space: Space,
+        address: ir::Address,
+        values: [Reg<'_, T>; N],
+    ) {
+        let src = values.map(Value::operand).to_vec();
+        self.emit(Op::Store {
+            space,
+            ty: T::TY,
+            src,
+            address,
+        });
+    }
+}
