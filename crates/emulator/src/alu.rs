@@ -18,6 +18,7 @@ enum Form {
     Signed(u32),
     Unsigned(u32),
     Float,
+    Half,
     Bf16Pair,
     F16Pair,
 }
@@ -32,6 +33,7 @@ fn form(ty: Ty) -> Form {
         Ty::S32 => Form::Signed(32),
         Ty::B64 | Ty::U64 => Form::Unsigned(64),
         Ty::S64 => Form::Signed(64),
+        Ty::F16 => Form::Half,
         Ty::F32 => Form::Float,
         Ty::Bf16x2 => Form::Bf16Pair,
         Ty::F16x2 => Form::F16Pair,
@@ -141,6 +143,7 @@ pub(crate) fn binary(op: Binary, ty: Ty, a: u64, b: u64) -> Done<u64> {
             }),
             _ => return Err(unsupported(format!("{op:?} of {ty}"))),
         },
+        Form::Half => return Err(unsupported(format!("{op:?} of {ty}"))),
         Form::Signed(n) => integer(op, n, true, a, b)?,
         Form::Unsigned(n) => integer(op, n, false, a, b)?,
     })
@@ -213,7 +216,9 @@ pub(crate) fn compare(cmp: Cmp, ty: Ty, a: u64, b: u64) -> Done<bool> {
         Form::Float => float(a).partial_cmp(&float(b)),
         Form::Signed(n) => Some(signed(a, n).cmp(&signed(b, n))),
         Form::Unsigned(n) => Some((a & low(n)).cmp(&(b & low(n)))),
-        Form::Bf16Pair | Form::F16Pair => return Err(unsupported(format!("comparison of {ty}"))),
+        Form::Half | Form::Bf16Pair | Form::F16Pair => {
+            return Err(unsupported(format!("comparison of {ty}")));
+        }
     };
     Ok(match (cmp, order) {
         (Cmp::Ne, None) => true,
@@ -260,6 +265,8 @@ pub(crate) fn convert(to: Ty, from: Ty, a: u64) -> Done<u64> {
     let wrong = || unsupported(format!("conversion of {from} to {to}"));
     Ok(match (form(to), form(from)) {
         (Form::Float, Form::Float) => a,
+        (Form::Float, Form::Half) => bits(from_f16(a as u16)),
+        (Form::Half, Form::Float) => u64::from(f16_bits(float(a))),
         (Form::Float, Form::Signed(n)) => bits(signed(a, n) as f32),
         (Form::Float, Form::Unsigned(n)) => bits((a & low(n)) as f32),
         (Form::Signed(n), Form::Float) => {

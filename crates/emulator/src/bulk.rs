@@ -314,6 +314,7 @@ impl Machine<'_> {
         for (rank, address, barrier) in places {
             let state = self.mbarrier(here, &warp.clock, rank, barrier)?;
             let phase = state.phase;
+            state.copied = phase + 1;
             let access = Access {
                 component: state.component,
                 epoch: phase + 1,

@@ -81,14 +81,14 @@ impl fmt::Display for Earlier {
     }
 }
 
-/// A warp that can go no further.
+/// Warps of a thread block that can go no further, all for the same reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
-    /// Its thread block.
+    /// Their thread block.
     pub block: [u32; 3],
-    /// The warp.
-    pub warp: u32,
-    /// What it waits for, and how far that is.
+    /// The warps.
+    pub warps: Vec<u32>,
+    /// What they wait for, and how far that is.
     pub what: String,
     /// The instruction.
     pub instruction: String,
@@ -279,15 +279,21 @@ pub enum Kind {
 }
 
 fn waiting_text(waiting: &[Waiting]) -> String {
-    waiting
-        .iter()
-        .map(|w| {
-            format!(
-                "\n  block {:?}, warp {} waits for {}\n    at {}: {}",
-                w.block, w.warp, w.what, w.at, w.instruction
-            )
-        })
-        .collect()
+    let text = |w: &Waiting| {
+        let (warps, waits) = match w.warps[..] {
+            [warp] => (format!("warp {warp}"), "waits"),
+            _ => (format!("warps {:?}", w.warps), "wait"),
+        };
+        let Waiting {
+            block,
+            what,
+            instruction,
+            at,
+            ..
+        } = w;
+        format!("\n  block {block:?}, {warps} {waits} for {what}\n    at {at}: {instruction}")
+    };
+    waiting.iter().map(text).collect()
 }
 
 /// A kind on its way up, with the lanes concerned (none: all active ones).

@@ -390,11 +390,16 @@ impl<'m> Machine<'m> {
             return Err(Kind::LeftBehind { problem }.into());
         }
         for barrier in &block.shared.barriers {
-            if barrier.bytes != 0 && !barrier.invalid {
-                let place = block.shared.place(barrier.address);
-                let problem = format!("mbarrier at {place}: {}", barrier.describe());
-                return Err(Kind::LeftBehind { problem }.into());
-            }
+            let place = block.shared.place(barrier.address);
+            let problem = match barrier.describe() {
+                _ if barrier.invalid => continue,
+                state if barrier.bytes != 0 => format!("mbarrier at {place}: {state}"),
+                _ if barrier.copied > barrier.acquired => {
+                    format!("nobody waited for the last copies on the mbarrier at {place}")
+                }
+                _ => continue,
+            };
+            return Err(Kind::LeftBehind { problem }.into());
         }
         Ok(())
     }
@@ -461,6 +466,12 @@ impl<'m> Machine<'m> {
             block = self.clusters[here.cluster].blocks[here.rank].index;
             index = here.warp as u32;
         }
+        if let Kind::Deadlock { waiting } = &*wrong.kind
+            && let Some(first) = waiting.first()
+        {
+            (instruction, at) = (first.instruction.clone(), first.at.clone());
+            (block, index) = (first.block, first.warps[0]);
+        }
         if let Some((origin, origin_block, warp)) = wrong.origin {
             (instruction, at) = (program.text(origin), program.place(origin));
             (block, index) = (origin_block, warp);
@@ -478,7 +489,7 @@ impl<'m> Machine<'m> {
 
     /// Who waits for what.
     fn waiting(&self) -> Vec<Waiting> {
-        let mut waiting = Vec::new();
+        let mut waiting: Vec<Waiting> = Vec::new();
         for cluster in &self.clusters {
             for block in &cluster.blocks {
                 for warp in &block.warps {
@@ -510,13 +521,19 @@ impl<'m> Machine<'m> {
                         _ => warp.step,
                     };
                     let (instruction, at) = self.program.describe(step);
-                    waiting.push(Waiting {
-                        block: block.index,
-                        warp: warp.index as u32,
-                        what,
-                        instruction,
-                        at,
-                    });
+                    let index = warp.index as u32;
+                    let same =
+                        |w: &&mut Waiting| w.block == block.index && w.what == what && w.at == at;
+                    match waiting.iter_mut().find(same) {
+                        Some(known) => known.warps.push(index),
+                        None => waiting.push(Waiting {
+                            block: block.index,
+                            warps: vec![index],
+                            what,
+                            instruction,
+                            at,
+                        }),
+                    }
                 }
             }
         }

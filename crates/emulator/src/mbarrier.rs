@@ -20,6 +20,9 @@ pub(crate) struct Mbarrier {
     pub(crate) bytes: i64,
     /// Phases completed.
     pub(crate) phase: u32,
+    /// Phases up to the last one in which a copy was issued, and up to the last one waited for.
+    pub(crate) copied: u32,
+    pub(crate) acquired: u32,
     /// Its component in clocks: what completes on it is over by phase.
     pub(crate) component: Component,
     /// Who initialised it, when.
@@ -46,6 +49,8 @@ impl Mbarrier {
             pending: count,
             bytes: 0,
             phase: 0,
+            copied: 0,
+            acquired: 0,
             component,
             initialised,
             gathered: Clock::default(),
@@ -112,7 +117,8 @@ impl Mbarrier {
     }
 
     /// Tells somebody who waited for the last phase what is over.
-    pub(crate) fn acquire(&self, clock: &mut Clock) {
+    pub(crate) fn acquire(&mut self, clock: &mut Clock) {
+        self.acquired = self.phase;
         clock.join(&self.released);
         clock.learn(self.component, self.phase);
     }
