@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The arrows of `docs/architecture.md`: a crate, and the crates of ours that it may use.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: &[(&str, &[&str])] = &[
     (
         "flex-block-attn-kernels",
         &[
@@ -17,6 +17,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
     ),
     ("flex-block-attn-tile", &["flex-block-attn-ptx"]),
     ("flex-block-attn-ptx", &[]),
+    ("flex-block-attn-emulator", &["flex-block-attn-ptx"]),
     ("flex-block-attn-mask", &[]),
     ("flex-block-attn-cpu", &["flex-block-attn-mask"]),
     (
@@ -30,6 +31,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
         &[
             "flex-block-attn",
             "flex-block-attn-cpu",
+            "flex-block-attn-emulator",
             "flex-block-attn-kernels",
             "flex-block-attn-mask",
             "flex-block-attn-ptx",

@@ -1,0 +1,144 @@
+//! [`Shadow`]: who accessed each cell of a block's shared memory last, to find races.
+//!
+//! In: accesses of ranges, with the accessor's clock. Out: nothing, or the earlier access that this
+//! one conflicts with. A cell is as fine as the kernel's finest ordinary access, four bytes at most,
+//! so that neighbours are never taken for one another. Per cell there is the last write, and per
+//! component the last read. Asynchronous operations are entered when they are issued, so the
+//! verdict depends neither on the schedule nor on when they complete.
+
+use std::ops::Range;
+
+use crate::clock::{Clock, Component};
+
+/// One access, as far as its order goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Access<'a> {
+    /// Under which component and epoch it is entered.
+    pub(crate) component: Component,
+    pub(crate) epoch: u32,
+    /// The instruction, by its index.
+    pub(crate) instruction: u32,
+    /// What its issuer knows.
+    pub(crate) clock: &'a Clock,
+    /// Whether the async proxy makes it.
+    pub(crate) asynchronous: bool,
+    /// Atomic accesses do not conflict with each other.
+    pub(crate) atomic: bool,
+    /// Components below this are warps: their writes need a proxy fence before async accesses.
+    pub(crate) warps: Component,
+}
+
+/// An earlier access in the way.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Conflict {
+    /// The first cell concerned.
+    pub(crate) cell: usize,
+    pub(crate) component: Component,
+    pub(crate) instruction: u32,
+    /// Whether it was a write.
+    pub(crate) write: bool,
+    /// Whether it is ordered, and only a proxy fence is missing.
+    pub(crate) fence: bool,
+}
+
+/// The shadow of one block's shared memory.
+#[derive(Debug, Default)]
+pub(crate) struct Shadow {
+    /// Per cell: component (12 bits), whether atomic, instruction (19), epoch (32). 0: none.
+    writes: Vec<u64>,
+    /// By component and cell: epoch (32 bits), instruction (32).
+    reads: Vec<Option<Box<[u64]>>>,
+}
+
+/// Components and instructions that fit an entry.
+pub(crate) const MAX_COMPONENTS: usize = 1 << 12;
+pub(crate) const MAX_INSTRUCTIONS: usize = 1 << 19;
+
+impl Access<'_> {
+    fn entry(&self) -> u64 {
+        u64::from(self.component) << 52
+            | u64::from(self.atomic) << 51
+            | u64::from(self.instruction) << 32
+            | u64::from(self.epoch)
+    }
+
+    /// Whether an earlier write is in the way.
+    fn blocked_by(&self, write: u64, cell: usize) -> Result<(), Conflict> {
+        if write == 0 || (self.atomic && write >> 51 & 1 != 0) {
+            return Ok(());
+        }
+        let (component, epoch) = ((write >> 52) as Component, write as u32);
+        let unordered = self.clock.seen(component) < epoch;
+        let unfenced =
+            self.asynchronous && component < self.warps && self.clock.fenced(component) < epoch;
+        if unordered || unfenced {
+            return Err(Conflict {
+                cell,
+                component,
+                instruction: (write >> 32) as u32 & (MAX_INSTRUCTIONS as u32 - 1),
+                write: true,
+                fence: !unordered,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Shadow {
+    /// The shadow of so many cells, none accessed.
+    pub(crate) fn new(cells: usize) -> Self {
+        Self {
+            writes: vec![0; cells],
+            reads: Vec::new(),
+        }
+    }
+
+    fn after_writes(&self, access: &Access, cells: Range<usize>) -> Result<(), Conflict> {
+        // Neighbours mostly have the same entry.
+        let mut last = 0;
+        for (i, &write) in self.writes[cells.clone()].iter().enumerate() {
+            if write != last {
+                access.blocked_by(write, cells.start + i)?;
+                last = write;
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters a read of some cells.
+    pub(crate) fn read(&mut self, access: &Access, cells: Range<usize>) -> Result<(), Conflict> {
+        self.after_writes(access, cells.clone())?;
+        let component = usize::from(access.component);
+        if self.reads.len() <= component {
+            self.reads.resize_with(component + 1, || None);
+        }
+        let count = self.writes.len();
+        let reads = self.reads[component].get_or_insert_with(|| vec![0; count].into());
+        let entry = u64::from(access.epoch) << 32 | u64::from(access.instruction);
+        reads[cells].fill(entry);
+        Ok(())
+    }
+
+    /// Enters a write of some cells.
+    pub(crate) fn write(&mut self, access: &Access, cells: Range<usize>) -> Result<(), Conflict> {
+        self.after_writes(access, cells.clone())?;
+        for (component, reads) in self.reads.iter().enumerate() {
+            let Some(reads) = reads else { continue };
+            let component = component as Component;
+            let latest = u64::from(access.clock.seen(component)) << 32 | u64::from(u32::MAX);
+            let run = &reads[cells.clone()];
+            if run.iter().fold(0, |most, &entry| entry.max(most)) > latest {
+                let at = run.iter().position(|&entry| entry > latest).unwrap_or(0);
+                return Err(Conflict {
+                    cell: cells.start + at,
+                    component,
+                    instruction: run[at] as u32,
+                    write: false,
+                    fence: false,
+                });
+            }
+        }
+        self.writes[cells].fill(access.entry());
+        Ok(())
+    }
+}
