@@ -10,6 +10,7 @@ pub mod forward;
 pub mod gemm;
 
 use flex_block_attn_ptx::Kernel;
+pub use flex_block_attn_tile::Strides;
 
 /// Every kernel in every config that is ever launched.
 pub fn all() -> Vec<Kernel> {
