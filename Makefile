@@ -16,8 +16,10 @@ demo: extension $(VENV)/.demo ## Denoise a real video by dense and sparse attent
 
 test: test-rust test-python ## All tests
 
-test-rust:
-	cargo test --workspace --quiet
+# PTXAS is set, so printed kernels must assemble: without it those tests would be skipped.
+test-rust: $(VENV)/.ptxas
+	PTXAS=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/ptxas) \
+		cargo test --workspace --quiet
 
 test-python: extension $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -q
@@ -37,8 +39,15 @@ clean: ## Remove everything that was built or installed
 extension: $(VENV)/.torch
 	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
 
-$(VENV)/.torch: pyproject.toml
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+# NVIDIA's assembler alone, without the compiler that the package belongs to.
+$(VENV)/.ptxas: | $(BIN)/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cuda-nvcc==13.0.88
+	touch $@
+
+$(VENV)/.torch: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.7,<2' 'torch>=2.4' numpy
 	touch $@
 

@@ -6,7 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The arrows of `docs/architecture.md`: a crate, and the crates of ours that it may use.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 9] = [
+    (
+        "flex-block-attn-kernels",
+        &[
+            "flex-block-attn-mask",
+            "flex-block-attn-ptx",
+            "flex-block-attn-tile",
+        ],
+    ),
+    ("flex-block-attn-tile", &["flex-block-attn-ptx"]),
     ("flex-block-attn-ptx", &[]),
     ("flex-block-attn-emulator", &["flex-block-attn-ptx"]),
     ("flex-block-attn-mask", &[]),
@@ -16,7 +25,19 @@ const ARROWS: [(&str, &[&str]); 7] = [
         &["flex-block-attn-cpu", "flex-block-attn-mask"],
     ),
     ("flex-block-attn-python", &["flex-block-attn"]),
-    ("flex-block-attn-lab", &["flex-block-attn"]),
+    // The lab may use every other Rust library; nothing may use the lab.
+    (
+        "flex-block-attn-lab",
+        &[
+            "flex-block-attn",
+            "flex-block-attn-cpu",
+            "flex-block-attn-emulator",
+            "flex-block-attn-kernels",
+            "flex-block-attn-mask",
+            "flex-block-attn-ptx",
+            "flex-block-attn-tile",
+        ],
+    ),
 ];
 
 /// Lines of a source file at most: beyond that a noun is missing.

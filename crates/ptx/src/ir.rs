@@ -144,7 +144,7 @@ pub struct Inst {
 #[allow(missing_docs)] // fields, by the names in the PTX
 pub enum Op {
     // ---- values ------------------------------------------------------------------------------
-    /// `mov.ty dst, src`
+    /// `mov.ty dst, src`; as `b32` also between integer and float32 registers.
     Mov { ty: Ty, dst: RegId, src: Operand },
     /// `mov.u32 dst, %special`
     Special { dst: RegId, which: Special },
@@ -166,7 +166,7 @@ pub enum Op {
     Lop3 { dst: RegId, a: Operand, b: Operand, c: Operand, table: u8 },
     /// `prmt.b32 dst, a, b, selector`: bytes of two words, picked.
     Permute { dst: RegId, a: Operand, b: Operand, selector: Operand },
-    /// `cvt[.rounding].to.from dst, src`
+    /// `cvt[.rounding].to.from dst, src`: floats to integers towards zero, all else to the nearest.
     Convert { to: Ty, from: Ty, dst: RegId, src: Operand },
     /// `cvt.rn.bf16x2.f32 dst, high, low` and its kin: two float32 rounded into one register.
     Pack { format: Packed, dst: RegId, low: Operand, high: Operand },
@@ -376,11 +376,11 @@ pub enum Unary {
 /// Operations on two operands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Binary {
-    /// `add` (round to nearest)
+    /// `add`; of floats `add.rn`, which ptxas never joins with a product to `fma`
     Add,
-    /// `sub`
+    /// `sub`; of floats `sub.rn`
     Sub,
-    /// `mul`; for integers `mul.lo`
+    /// `mul`; of floats `mul.rn`, of integers `mul.lo`
     Mul,
     /// `mul.hi`
     MulHigh,

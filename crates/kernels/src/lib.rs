@@ -1,0 +1,23 @@
+//! The kernels, each as three things: a config (what it is built for), an argument record (what a
+//! launch gives it), and a function that builds it.
+//!
+//! In: configs and addresses, from `flex-block-attn`. Out: a [`Kernel`] for each config and a
+//! [`Launch`] for each call. Knows nothing of drivers, torch or allocation. [`all`] lists every
+//! config there is: tests print, assemble and emulate them all.
+#![forbid(unsafe_code)]
+
+pub mod forward;
+pub mod gemm;
+
+use flex_block_attn_ptx::Kernel;
+
+/// Every kernel in every config that is ever launched.
+pub fn all() -> Vec<Kernel> {
+    let forward = forward::Config::all()
+        .into_iter()
+        .map(|config| config.kernel());
+    let gemm = gemm::Config::all()
+        .into_iter()
+        .map(|config| config.kernel());
+    forward.chain(gemm).collect()
+}

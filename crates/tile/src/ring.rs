@@ -1,0 +1,123 @@
+//! [`Ring`]: tiles that a producer fills by TMA and consumers use up, in turn.
+//!
+//! Stages are known when the kernel is built: loops over tiles are unrolled by the number of
+//! stages, so that descriptors and addresses are constants. Each side keeps a parity for each
+//! stage, so a ring may be left at any stage and started again at stage 0, as long as both sides
+//! do so alike.
+
+use flex_block_attn_ptx::builder::TmaOptions;
+use flex_block_attn_ptx::{Builder, Reg};
+
+use crate::{Barrier, Place, Shape, Shared, SharedTile, Waiter};
+
+/// Some tiles of one shape, each with a barrier that says it is full and one that says it is
+/// empty again.
+#[derive(Debug, Clone)]
+pub struct Ring<'k> {
+    stages: Vec<Stage<'k>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Stage<'k> {
+    tile: SharedTile<'k>,
+    full: Barrier<'k>,
+    empty: Barrier<'k>,
+}
+
+impl<'k> Ring<'k> {
+    /// `stages` tiles; each is empty after `releases` arrivals: one by each consumer's warp.
+    pub fn new(shared: &Shared<'k>, stages: usize, shape: Shape, releases: u32) -> Self {
+        let tiles: Vec<_> = (0..stages).map(|_| shared.tile(shape)).collect();
+        let stages = tiles
+            .into_iter()
+            .map(|tile| Stage {
+                tile,
+                full: shared.barrier(1),
+                empty: shared.barrier(releases),
+            })
+            .collect();
+        Self { stages }
+    }
+
+    /// Makes its barriers ready, see [`Barrier::init`].
+    #[track_caller]
+    pub fn init(&self) {
+        for stage in &self.stages {
+            stage.full.init();
+            stage.empty.init();
+        }
+    }
+
+    /// The side that fills: one thread.
+    #[track_caller]
+    pub fn producer(&self) -> Producer<'k> {
+        let stages = self
+            .stages
+            .iter()
+            .map(|&stage| (stage, stage.empty.waiter_ahead()));
+        Producer {
+            stages: stages.collect(),
+        }
+    }
+
+    /// A side that uses what was filled: whole warps, of which `leader` is one lane each.
+    #[track_caller]
+    pub fn consumer(&self, k: &'k Builder, leader: Reg<'k, bool>) -> Consumer<'k> {
+        let stages = self
+            .stages
+            .iter()
+            .map(|&stage| (stage, stage.full.waiter()));
+        Consumer {
+            k,
+            leader,
+            stages: stages.collect(),
+        }
+    }
+}
+
+/// Fills a ring's tiles.
+#[derive(Debug, Clone)]
+pub struct Producer<'k> {
+    stages: Vec<(Stage<'k>, Waiter<'k>)>,
+}
+
+impl<'k> Producer<'k> {
+    /// Waits until the stage is empty, then has it filled by one copy.
+    #[track_caller]
+    pub fn load(&self, stage: usize, map: Reg<'k, u64>, place: Place, options: TmaOptions<'k>) {
+        let (Stage { tile, full, .. }, empty) = self.stages[stage];
+        empty.wait();
+        full.arrive_expect(tile.shape.bytes());
+        tile.load(map, place, full, options);
+    }
+}
+
+/// Uses a ring's tiles.
+#[derive(Debug, Clone)]
+pub struct Consumer<'k> {
+    k: &'k Builder,
+    leader: Reg<'k, bool>,
+    stages: Vec<(Stage<'k>, Waiter<'k>)>,
+}
+
+impl<'k> Consumer<'k> {
+    /// Waits until the stage is full.
+    #[track_caller]
+    pub fn wait(&self, stage: usize) -> SharedTile<'k> {
+        let (stage, full) = self.stages[stage];
+        full.wait();
+        stage.tile
+    }
+
+    /// The stage's tile, which must have been waited for.
+    pub fn tile(&self, stage: usize) -> SharedTile<'k> {
+        self.stages[stage].0.tile
+    }
+
+    /// Says that this warp needs the stage no longer: one lane arrives.
+    #[track_caller]
+    pub fn release(&self, stage: usize) {
+        let empty = self.stages[stage].0.empty;
+        self.k.where_(self.leader, || empty.arrive());
+    }
+}

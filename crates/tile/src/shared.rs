@@ -1,0 +1,261 @@
+//! A thread block's shared memory: [`Shared`] hands out tiles and barriers, [`SharedTile`] is a
+//! swizzled tile. In: shapes, when the kernel is built. Out: addresses, copies, descriptors.
+
+use std::cell::Cell;
+
+use flex_block_attn_ptx::builder::{Address, TmaOptions};
+use flex_block_attn_ptx::{Builder, Reg};
+
+use crate::shape::PANEL_ROW;
+use crate::{Barrier, Place, Shape};
+
+/// The swizzle's pattern repeats every 8 rows of 128 bytes; tiles start at a multiple of it.
+const ATOM: u32 = 8 * PANEL_ROW;
+/// Shared memory of a thread block on Hopper, at most.
+const MOST_BYTES: u32 = 227 * 1024;
+
+/// The shared memory that is still to be given out. Whoever has taken what it needs calls
+/// [`Shared::finish`].
+#[derive(Debug)]
+pub struct Shared<'k> {
+    k: &'k Builder,
+    base: Reg<'k, u32>,
+    /// `base >> 4`, what descriptors are made from.
+    base16: Reg<'k, u32>,
+    used: Cell<u32>,
+}
+
+/// A tile in shared memory, in panels, swizzled.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedTile<'k> {
+    k: &'k Builder,
+    /// What it is.
+    pub shape: Shape,
+    /// Where shared memory starts.
+    base: Reg<'k, u32>,
+    /// `base >> 4`.
+    base16: Reg<'k, u32>,
+    /// Bytes behind that, plus those of the view's first row and panel.
+    offset: u32,
+    /// Rows that a view of it starts with, if known only at run time: a multiple of 8.
+    first_row: Option<Reg<'k, u32>>,
+    /// Rows of the view.
+    rows: u32,
+}
+
+impl<'k> Shared<'k> {
+    /// All of it.
+    #[track_caller]
+    pub fn new(k: &'k Builder) -> Self {
+        let base = k.shared_base();
+        Self {
+            k,
+            base,
+            base16: base >> 4,
+            used: Cell::new(0),
+        }
+    }
+
+    /// A tile.
+    pub fn tile(&self, shape: Shape) -> SharedTile<'k> {
+        let offset = self.take(shape.bytes(), ATOM);
+        let (k, base, base16) = (self.k, self.base, self.base16);
+        SharedTile {
+            k,
+            shape,
+            base,
+            base16,
+            offset,
+            first_row: None,
+            rows: shape.rows,
+        }
+    }
+
+    /// A barrier whose phases take `count` arrivals. One thread must [`Barrier::init`] it.
+    pub fn barrier(&self, count: u32) -> Barrier<'k> {
+        Barrier::new(self.k, self.bytes(8, 8), count)
+    }
+
+    /// `bytes` bytes at a multiple of `alignment`.
+    pub fn bytes(&self, bytes: u32, alignment: u32) -> Address<'k, u32> {
+        self.base.at(self.take(bytes, alignment))
+    }
+
+    /// Says how much the kernel needs.
+    ///
+    /// # Panics
+    /// If that is more than a thread block can have.
+    pub fn finish(self) {
+        let used = self.used.get();
+        assert!(
+            used <= MOST_BYTES,
+            "{used} bytes of shared memory, of {MOST_BYTES}"
+        );
+        self.k.set_shared_bytes(used);
+    }
+
+    fn take(&self, bytes: u32, alignment: u32) -> u32 {
+        let start = self.used.get().next_multiple_of(alignment);
+        self.used.set(start + bytes);
+        start
+    }
+}
+
+impl<'k> SharedTile<'k> {
+    /// Rows of the tile, or of the view.
+    pub fn rows(self) -> u32 {
+        self.rows
+    }
+
+    /// Rows `first .. first + count`, `first` being known when the kernel is built.
+    ///
+    /// # Panics
+    /// If they are not in the tile, or not whole groups of 8.
+    pub fn row_range(self, first: u32, count: u32) -> Self {
+        assert!(
+            first + count <= self.rows && first.is_multiple_of(8),
+            "rows {first}+{count}"
+        );
+        Self {
+            offset: self.offset + first * PANEL_ROW,
+            rows: count,
+            ..self
+        }
+    }
+
+    /// Part `index` of the tile cut into parts of `count` rows, `index` being a register that is
+    /// the same in the whole warp.
+    ///
+    /// # Panics
+    /// If the tile is itself such a part, or not whole parts.
+    #[track_caller]
+    pub fn part(self, index: Reg<'k, u32>, count: u32) -> Self {
+        assert!(
+            self.rows.is_multiple_of(count) && count.is_multiple_of(8),
+            "parts of {count}"
+        );
+        assert!(self.first_row.is_none(), "a part of a part");
+        Self {
+            first_row: Some(index * count),
+            rows: count,
+            ..self
+        }
+    }
+
+    /// The tile's panel `panel`, alone.
+    pub fn panel(self, panel: u32) -> Self {
+        assert!(panel < self.shape.panels(), "panel {panel}");
+        let shape = Shape {
+            columns: self.shape.panel_columns(),
+            ..self.shape
+        };
+        Self {
+            shape,
+            offset: self.offset + panel * self.shape.panel_bytes(),
+            ..self
+        }
+    }
+
+    /// Loads the whole tile by one copy; the barrier counts its bytes.
+    ///
+    /// # Panics
+    /// If it is a view of some rows only.
+    #[track_caller]
+    pub fn load(
+        self,
+        map: Reg<'k, u64>,
+        place: Place,
+        barrier: Barrier<'k>,
+        options: TmaOptions<'k>,
+    ) {
+        assert_eq!(self.rows, self.shape.rows, "a copy fills a whole tile");
+        self.k.tma_load(
+            self.address(),
+            map,
+            &place.coordinates(),
+            barrier.address(),
+            options,
+        );
+    }
+
+    /// Stores the view, one panel at a time, by a map for just as many rows and one panel
+    /// ([`Shape::panel_map`]): the first panel goes to `places[0]`, and so on. One thread calls
+    /// it, after the writers' fence and a barrier, and commits and waits for the copies.
+    ///
+    /// # Panics
+    /// If there are not as many places as panels.
+    #[track_caller]
+    pub fn store(self, map: Reg<'k, u64>, places: impl IntoIterator<Item = Place>) {
+        let places: Vec<_> = places.into_iter().collect();
+        assert_eq!(
+            places.len(),
+            self.shape.panels() as usize,
+            "a place for each panel"
+        );
+        for (panel, place) in (0..).zip(places) {
+            self.k
+                .tma_store(map, &place.coordinates(), self.panel(panel).address());
+        }
+    }
+
+    /// Where the tile or view starts.
+    #[track_caller]
+    pub fn address(self) -> Address<'k, u32> {
+        match self.first_row {
+            None => self.base.at(self.offset),
+            Some(row) => (self.base + row * PANEL_ROW).at(self.offset),
+        }
+    }
+
+    /// The address of the chunk of 16 bytes that holds `column`, in row `row` (counted in the
+    /// view), for `column` a multiple of a chunk's elements plus what `chunk` adds.
+    ///
+    /// `chunk` is a register of 0 or 1; `column` is known when the kernel is built.
+    #[track_caller]
+    pub fn chunk(self, row: RowAddress<'k>, column: u32) -> Address<'k, u32> {
+        let chunk_elements = 16 / self.shape.element.bytes();
+        assert!(column.is_multiple_of(2 * chunk_elements), "column {column}");
+        let (panel, inside) = (
+            column / self.shape.panel_columns(),
+            column % self.shape.panel_columns(),
+        );
+        let swizzled = (row.chunk + inside / chunk_elements) ^ row.pattern;
+        (row.start + (swizzled << 4)).at(self.offset + panel * self.shape.panel_bytes())
+    }
+
+    /// What [`SharedTile::chunk`] needs of a lane's row: made once, used for all columns. Lane
+    /// `l` of warp `warp` has row `16 warp + l % 16` and the even (`l < 16`) or odd chunks, as
+    /// `ldmatrix` and `stmatrix` of 16 x 16 elements want it.
+    #[track_caller]
+    pub fn matrix_rows(self, warp: Reg<'k, u32>, lane: Reg<'k, u32>) -> RowAddress<'k> {
+        let row = warp * 16 + (lane & 15);
+        let first = match self.first_row {
+            None => self.base,
+            Some(first) => self.base + first * PANEL_ROW,
+        };
+        // Views start at whole groups of 8 rows, so the pattern is that of the row in the view.
+        RowAddress {
+            start: first + row * PANEL_ROW,
+            pattern: row & 7,
+            chunk: lane >> 4,
+        }
+    }
+
+    /// `address >> 4` of the view's start, less a constant that is returned beside it.
+    #[track_caller]
+    pub(crate) fn start16(self) -> (Reg<'k, u32>, u32) {
+        let base16 = match self.first_row {
+            None => self.base16,
+            Some(row) => self.base16 + row * (PANEL_ROW >> 4),
+        };
+        (base16, self.offset >> 4)
+    }
+}
+
+/// A lane's row of a tile, see [`SharedTile::matrix_rows`].
+#[derive(Debug, Clone, Copy)]
+pub struct RowAddress<'k> {
+    start: Reg<'k, u32>,
+    pattern: Reg<'k, u32>,
+    chunk: Reg<'k, u32>,
+}
