@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The arrows of `docs/architecture.md`: a crate, and the crates of ours that it may use.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: &[(&str, &[&str])] = &[
     (
         "flex-block-attn-kernels",
         &[
