@@ -32,7 +32,6 @@ mod matrix;
 mod mbarrier;
 mod memory;
 mod numbers;
-mod operands;
 mod options;
 mod program;
 mod shadow;

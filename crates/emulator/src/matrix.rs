@@ -117,6 +117,7 @@ impl Matrix {
     }
 
     /// A chunk's elements, with their indices.
+    #[inline]
     pub(crate) fn elements(&self, chunk: Chunk, bytes: &[u8], mut f: impl FnMut(u32, u32, f32)) {
         for (i, bytes) in bytes
             .chunks_exact(self.element.bytes() as usize)

@@ -4,12 +4,13 @@
 //! and whether all lanes must execute it together; the granularity that race checks need; the text
 //! and place of each step, for reports.
 
-use flex_block_attn_ptx::ir::{Block, Guard, Inst, Kernel, MatrixA, Node, Op, RegId, Space};
-use flex_block_attn_ptx::{Class, Ty};
+use flex_block_attn_ptx::ir::{
+    Block, Guard, Inst, Kernel, MatrixA, Node, Op, Operand, RegId, Space,
+};
+use flex_block_attn_ptx::operands::Use;
+use flex_block_attn_ptx::{Class, Ty, print};
 use std::ops::Range;
 use std::panic::Location;
-
-use crate::operands::uses;
 
 /// A step. Numbers are indices of steps.
 #[derive(Debug, Clone, Copy)]
@@ -150,12 +151,30 @@ impl<'k> Program<'k> {
     }
 
     fn inst(&mut self, inst: &'k Inst) {
-        let mut uses = uses(&inst.op);
-        uses.reads.extend(inst.guard.map(|guard| guard.pred));
+        let (mut reads, mut writes) = (Vec::new(), Vec::new());
+        inst.op.visit(&mut |operand| match operand {
+            Use::Read(register, _) => reads.push(register),
+            Use::Write(register, _) => writes.push(register),
+            Use::Constant(..) => {}
+        });
+        if let Op::Wgmma {
+            a, b, accumulate, ..
+        } = &inst.op
+        {
+            // Accumulators and A registers have rules of their own (`wgmma`).
+            let descriptor = match a {
+                MatrixA::Shared { descriptor, .. } => Some(*descriptor),
+                MatrixA::Registers(_) => None,
+            };
+            let plain = descriptor.into_iter().chain([*b, *accumulate]);
+            reads = plain.filter_map(register).collect();
+            writes.clear();
+        }
+        reads.extend(inst.guard.map(|guard| guard.pred));
         let start = self.uses.len() as u32;
-        let middle = start + uses.reads.len() as u32;
-        self.uses.append(&mut uses.reads);
-        self.uses.append(&mut uses.writes);
+        let middle = start + reads.len() as u32;
+        self.uses.extend(reads);
+        self.uses.extend(writes);
         let end = self.uses.len() as u32;
         let index = self.instructions.len() as u32;
         self.instructions.push(Decoded {
@@ -187,7 +206,9 @@ impl<'k> Program<'k> {
 
     /// An instruction as text.
     pub(crate) fn text(&self, instruction: u32) -> String {
-        let text = format!("{:?}", self.instructions[instruction as usize].inst.op);
+        let inst = self.instructions[instruction as usize].inst;
+        let text = print::instruction(self.kernel, inst);
+        // wgmmas have up to 128 registers.
         match text.char_indices().nth(160) {
             Some((end, _)) => format!("{}...", &text[..end]),
             None => text,
@@ -255,5 +276,12 @@ pub(crate) fn a_registers(a: &MatrixA) -> &[RegId] {
     match a {
         MatrixA::Shared { .. } => &[],
         MatrixA::Registers(registers) => registers,
+    }
+}
+
+fn register(operand: Operand) -> Option<RegId> {
+    match operand {
+        Operand::Reg(register) => Some(register),
+        Operand::Imm(_) => None,
     }
 }

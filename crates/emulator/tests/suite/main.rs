@@ -9,7 +9,7 @@ mod products;
 mod races;
 mod values;
 
-use flex_block_attn_emulator::{Completion, Fault, Kind, Memory, Options, Schedule, emulate};
+use flex_block_attn_emulator::{Fault, Kind, Memory, Options, emulate};
 use flex_block_attn_ptx::{Arg, Kernel, Launch};
 
 /// A launch of some blocks along x.
@@ -62,18 +62,6 @@ pub fn caught(
         }
     }
     last.expect("there are several ways")
-}
-
-/// The fault of a kernel under the latest completion, each warp in turn.
-#[track_caller]
-pub fn fault(kernel: &Kernel, launch: &Launch, memory: &Memory) -> Fault {
-    let options = Options {
-        mode: Completion::Latest,
-        schedule: Schedule::RoundRobin,
-        ..Options::default()
-    };
-    let result = emulate(kernel, launch, &mut memory.clone(), &options);
-    *result.expect_err("the kernel is wrong")
 }
 
 /// Numbers by chance, small multiples of 1/8: sums of their products are exact.

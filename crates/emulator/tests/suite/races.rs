@@ -1,1 +1,223 @@
-//! To come.
+//! Races between warps, thread blocks and proxies; and orders that are none.
+
+use flex_block_attn_emulator::{Kind, Memory};
+use flex_block_attn_ptx::ir::{Fence, Scope};
+use flex_block_attn_ptx::{Arg, Builder, Kernel, Launch};
+
+use crate::{caught, launch, results};
+
+fn buffer() -> (Memory, Launch) {
+    let mut memory = Memory::new();
+    let at = memory.alloc_with("buffer", &[0u32; 256]);
+    (memory, launch(2, &[Arg::U64(at)]))
+}
+
+#[track_caller]
+fn right(kernel: &Kernel) {
+    let (memory, launch) = buffer();
+    results(kernel, &launch, &memory, |_| ());
+}
+
+#[track_caller]
+fn race(kernel: &Kernel) -> String {
+    let (memory, launch) = buffer();
+    caught(kernel, &launch, &memory, |kind| {
+        matches!(kind, Kind::Race { .. } | Kind::UninitialisedMemory { .. })
+    })
+    .to_string()
+}
+
+/// Warp 0 writes shared memory, warp 1 reads it.
+fn hand_over(barrier: bool) -> Kernel {
+    Builder::kernel("hand over", 64, |k| {
+        k.param::<u64>("buffer");
+        k.set_shared_bytes(256);
+        let (smem, tid) = (k.shared_base(), k.tid());
+        k.if_(tid.lt(32), || k.store_shared(smem + (tid << 2), tid));
+        if barrier {
+            k.sync_threads();
+        }
+        k.if_(tid.ge(32), || {
+            k.load_shared::<u32>((smem + (tid << 2)) - 128);
+        });
+    })
+}
+
+#[test]
+fn warps_need_a_barrier_between_write_and_read() {
+    right(&hand_over(true));
+    race(&hand_over(false));
+}
+
+#[test]
+fn reads_come_before_later_writes() {
+    let kernel = |last: bool| {
+        Builder::kernel("overwrite", 64, |k| {
+            k.param::<u64>("buffer");
+            k.set_shared_bytes(256);
+            let (smem, tid) = (k.shared_base(), k.tid());
+            let own = smem + (tid << 2);
+            k.store_shared(own, tid);
+            k.sync_threads();
+            k.load_shared::<u32>(smem + ((tid ^ 32) << 2));
+            if last {
+                k.sync_threads();
+            }
+            k.store_shared(own, tid);
+        })
+    };
+    right(&kernel(true));
+    // The write after the read, or the read after the write: whichever comes second.
+    race(&kernel(false));
+}
+
+/// What arrives at a barrier without waiting is known to those who wait, not the other way round.
+#[test]
+fn arriving_orders_one_way() {
+    let kernel = |back: bool| {
+        Builder::kernel("one way", 64, |k| {
+            k.param::<u64>("buffer");
+            k.set_shared_bytes(256);
+            let (smem, tid) = (k.shared_base(), k.tid());
+            let own = smem + (tid << 2);
+            k.store_shared(own, tid);
+            k.if_else(
+                tid.lt(32),
+                || {
+                    k.barrier_arrive(1, 64);
+                    if back {
+                        k.load_shared::<u32>(own.at(128));
+                    }
+                },
+                || {
+                    k.barrier_sync(1, 64);
+                    k.load_shared::<u32>(own - 128);
+                },
+            );
+        })
+    };
+    right(&kernel(false));
+    race(&kernel(true));
+}
+
+/// A store by ordinary instructions, then a bulk store of the same bytes by another warp, with the
+/// proxy fence on the writer's side, on the reader's, or nowhere.
+fn publish(before: bool, after: bool) -> Kernel {
+    Builder::kernel("publish", 64, |k| {
+        let buffer = k.param::<u64>("buffer");
+        k.set_shared_bytes(128);
+        let (smem, tid) = (k.shared_base(), k.tid());
+        k.if_(tid.lt(32), || {
+            k.store_shared(smem + (tid << 2), tid);
+            if before {
+                k.fence(Fence::ProxyAsyncShared);
+            }
+        });
+        k.sync_threads();
+        k.if_(tid.equals(32), || {
+            if after {
+                k.fence(Fence::ProxyAsyncShared);
+            }
+            k.bulk_store(buffer + k.cta_x().times_wide(128), smem, 128);
+            k.bulk_commit();
+            k.bulk_wait_read(0);
+        });
+    })
+}
+
+#[test]
+fn proxies_need_a_fence_on_either_side() {
+    right(&publish(true, false));
+    right(&publish(false, true));
+    let (memory, launch) = buffer();
+    let fault = caught(&publish(false, false), &launch, &memory, |kind| {
+        matches!(kind, Kind::ProxyFence { .. })
+    });
+    assert!(fault.to_string().contains("the write by warp 0"), "{fault}");
+}
+
+#[test]
+fn blocks_do_not_share_words_without_order() {
+    let kernel = Builder::kernel("blocks", 32, |k| {
+        let buffer = k.param::<u64>("buffer");
+        k.store_global(buffer + k.tid().times_wide(4), k.tid());
+    });
+    let text = race(&kernel);
+    assert!(
+        text.contains("buffer + 0") && text.contains("block ["),
+        "{text}"
+    );
+    let kernel = Builder::kernel("reader", 32, |k| {
+        let buffer = k.param::<u64>("buffer");
+        let address = buffer + k.tid().times_wide(4);
+        k.if_else(
+            k.cta_x().equals(0),
+            || k.store_global(address, k.tid()),
+            || {
+                k.load_global::<u32>(address);
+            },
+        );
+    });
+    race(&kernel);
+}
+
+/// The last block to come reads what all have written: the pattern of a split sum.
+fn last_reads_all(fences: bool) -> Kernel {
+    Builder::kernel("last", 64, |k| {
+        let buffer = k.param::<u64>("buffer");
+        k.set_shared_bytes(16);
+        let (smem, tid) = (k.shared_base(), k.tid());
+        let own = buffer + ((k.cta_x() << 6) + tid).times_wide(4);
+        k.store_global(own, tid);
+        k.sync_threads();
+        k.if_(tid.equals(0), || {
+            if fences {
+                k.fence(Fence::AcquireRelease(Scope::Gpu));
+            }
+            let before = k.atomic_add_global(buffer.at(1020), 1);
+            if fences {
+                k.fence(Fence::AcquireRelease(Scope::Gpu));
+            }
+            k.store_shared(smem, before);
+        });
+        k.sync_threads();
+        k.if_(k.load_shared::<u32>(smem).equals(1), || {
+            k.load_global::<u32>(buffer + tid.times_wide(4));
+            k.load_global::<u32>((buffer + tid.times_wide(4)).at(256));
+        });
+    })
+}
+
+#[test]
+fn fences_and_atomics_order_blocks() {
+    right(&last_reads_all(true));
+    race(&last_reads_all(false));
+}
+
+#[test]
+fn releases_and_acquisitions_order_blocks() {
+    let kernel = |scope_ok: bool| {
+        Builder::kernel("flag", 32, |k| {
+            let buffer = k.param::<u64>("buffer");
+            let (tid, flag) = (k.tid(), buffer.at(512));
+            k.if_else(
+                k.cta_x().equals(0),
+                || {
+                    k.store_global(buffer + tid.times_wide(4), tid);
+                    k.warp_sync();
+                    k.if_(tid.equals(0), || k.store_release(flag, 1, Scope::Gpu));
+                },
+                || {
+                    if scope_ok {
+                        k.loop_(|leave| {
+                            leave.when(k.load_acquire(flag, Scope::Gpu).equals(1));
+                        });
+                    }
+                    k.load_global::<u32>(buffer + tid.times_wide(4));
+                },
+            );
+        })
+    };
+    right(&kernel(true));
+    race(&kernel(false));
+}
