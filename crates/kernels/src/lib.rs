@@ -9,7 +9,7 @@
 pub mod forward;
 pub mod gemm;
 
-use flex_block_attn_ptx::Kernel;
+pub use flex_block_attn_ptx::{Element, Kernel, Launch};
 pub use flex_block_attn_tile::Strides;
 
 /// Every kernel in every config that is ever launched.
