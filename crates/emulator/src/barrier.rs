@@ -210,6 +210,18 @@ impl Machine<'_> {
         Ok(())
     }
 
+    /// `fence.mbarrier_init`: of the mbarriers that this warp has initialised.
+    pub(crate) fn mbarrier_init_fence(&mut self, here: Here, warp: &mut Warp) {
+        let cluster = &mut self.clusters[here.cluster];
+        let own = cluster.component(here.rank, here.warp);
+        for barrier in &mut cluster.blocks[here.rank].shared.barriers {
+            if barrier.initialised.0 == own && barrier.fenced.is_none() {
+                barrier.fenced = Some(warp.clock.seen(own));
+            }
+        }
+        warp.next_epoch(cluster, here);
+    }
+
     /// The mbarrier at an address of a block, which the warp must know to be initialised.
     pub(crate) fn mbarrier(
         &mut self,

@@ -313,6 +313,12 @@ impl Machine<'_> {
         let mut targets = Vec::with_capacity(places.len());
         for (rank, address, barrier) in places {
             let state = self.mbarrier(here, &warp.clock, rank, barrier)?;
+            if !state.is_fenced(&warp.clock) {
+                let problem = "neither fence.mbarrier_init nor fence.proxy.async lies between its \
+                               initialisation and this copy";
+                let shared = &self.clusters[here.cluster].blocks[rank].shared;
+                return Err(shared.no_barrier(barrier, problem));
+            }
             let phase = state.phase;
             state.copied = phase + 1;
             let access = Access {

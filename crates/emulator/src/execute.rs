@@ -384,8 +384,14 @@ impl Machine<'_> {
                 self.store_matrix(here, warp, inst, *transposed, (src, address))?;
             }
             Op::Fence(fence) => match fence {
-                Fence::ProxyAsyncShared | Fence::ProxyAsyncGlobal => warp.clock.fence(),
-                Fence::MbarrierInit | Fence::AcquireRelease(Scope::Cta) => {}
+                Fence::ProxyAsyncShared => {
+                    warp.clock.fence();
+                    // What follows is not covered by it.
+                    warp.next_epoch(&self.clusters[here.cluster], here);
+                }
+                Fence::MbarrierInit => self.mbarrier_init_fence(here, warp),
+                // Proxies of global memory are not told apart.
+                Fence::ProxyAsyncGlobal | Fence::AcquireRelease(Scope::Cta) => {}
                 Fence::AcquireRelease(_) => self.device_fence(here, warp),
             },
 

@@ -27,6 +27,8 @@ pub(crate) struct Mbarrier {
     pub(crate) component: Component,
     /// Who initialised it, when.
     pub(crate) initialised: (Component, u32),
+    /// When the initialising warp fenced that for others, if it did.
+    pub(crate) fenced: Option<u32>,
     /// What those who arrived in this phase knew.
     gathered: Clock,
     /// What those who arrived in the last phase knew.
@@ -53,10 +55,20 @@ impl Mbarrier {
             acquired: 0,
             component,
             initialised,
+            fenced: None,
             gathered: Clock::default(),
             released: Clock::default(),
             invalid: false,
         }
+    }
+
+    /// Whether, to somebody's knowledge, a fence has made it known to the async proxy.
+    pub(crate) fn is_fenced(&self, clock: &Clock) -> bool {
+        let (component, epoch) = self.initialised;
+        clock.fenced(component) >= epoch
+            || self
+                .fenced
+                .is_some_and(|fenced| clock.seen(component) >= fenced)
     }
 
     /// One arrival of somebody who knows `clock`, having announced `bytes`; whether that ends the

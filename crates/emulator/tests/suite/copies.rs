@@ -231,6 +231,7 @@ fn wrong(body: fn(&Builder), expected: impl Fn(&Kind) -> bool) -> String {
         k.set_shared_bytes(520);
         k.if_(k.tid().equals(0), || {
             k.mbarrier_init(k.shared_base().at(512), 1);
+            k.mbarrier_init_fence();
             body(k);
         });
     });
@@ -342,4 +343,40 @@ fn copies_are_waited_for() {
         |kind| matches!(kind, Kind::Race { .. }),
     );
     assert!(text.contains("a bulk copy on the mbarrier"), "{text}");
+}
+
+/// The bulk engine is of the async proxy: that an mbarrier is there must be fenced for it, by
+/// either fence, behind the initialisation.
+#[test]
+fn copies_need_a_fence_behind_the_init_of_their_barrier() {
+    let kernel = |before: Option<Fence>, after: Option<Fence>| {
+        Builder::kernel("init", 64, |k| {
+            let source = k.param::<u64>("source");
+            k.set_shared_bytes(128 + 8);
+            let (smem, barrier) = (k.shared_base(), k.shared_base().at(128));
+            k.if_(k.tid().equals(0), || {
+                before.into_iter().for_each(|fence| k.fence(fence));
+                k.mbarrier_init(barrier, 1);
+                after.into_iter().for_each(|fence| k.fence(fence));
+            });
+            k.sync_threads();
+            k.if_(k.tid().equals(32), || {
+                k.mbarrier_arrive_expect(barrier, 128);
+                k.bulk_load(smem, source, 128, barrier);
+                k.mbarrier_wait(barrier, 0);
+            });
+        })
+    };
+    let mut memory = Memory::new();
+    let source = memory.alloc_with("source", &[1u32; 32]);
+    let launch = launch(1, &[Arg::U64(source)]);
+    for fence in [Fence::MbarrierInit, Fence::ProxyAsyncShared] {
+        results(&kernel(None, Some(fence)), &launch, &memory, |_| ());
+        for wrong in [kernel(None, None), kernel(Some(fence), None)] {
+            let fault = caught(&wrong, &launch, &memory, |kind| {
+                matches!(kind, Kind::Mbarrier { .. })
+            });
+            assert!(fault.to_string().contains("fence.mbarrier_init"), "{fault}");
+        }
+    }
 }

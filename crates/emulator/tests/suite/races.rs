@@ -221,3 +221,38 @@ fn releases_and_acquisitions_order_blocks() {
     right(&kernel(true));
     race(&kernel(false));
 }
+
+/// A fence is for what was written before it, not for what the same warp writes next; and for its
+/// own kind of memory.
+#[test]
+fn fences_cover_earlier_writes_of_their_memory() {
+    let kernel = |before: Option<Fence>, after: Option<Fence>| {
+        Builder::kernel("early fence", 64, |k| {
+            let buffer = k.param::<u64>("buffer");
+            k.set_shared_bytes(128);
+            let (smem, tid) = (k.shared_base(), k.tid());
+            k.if_(tid.lt(32), || {
+                before.into_iter().for_each(|fence| k.fence(fence));
+                k.store_shared(smem + (tid << 2), tid);
+                after.into_iter().for_each(|fence| k.fence(fence));
+            });
+            k.sync_threads();
+            k.if_(tid.equals(32), || {
+                k.bulk_store(buffer + k.cta_x().times_wide(128), smem, 128);
+                k.bulk_commit();
+                k.bulk_wait_read(0);
+            });
+        })
+    };
+    let fence = Some(Fence::ProxyAsyncShared);
+    right(&kernel(None, fence));
+    let (memory, launch) = buffer();
+    for wrong in [
+        kernel(fence, None),
+        kernel(None, Some(Fence::ProxyAsyncGlobal)),
+    ] {
+        caught(&wrong, &launch, &memory, |kind| {
+            matches!(kind, Kind::ProxyFence { .. })
+        });
+    }
+}
