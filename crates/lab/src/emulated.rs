@@ -92,7 +92,10 @@ impl Expected {
                 let got: Vec<f32> = memory.read(self.address, values.len());
                 let pairs = got.into_iter().map(f64::from).zip(values);
                 let close = |got: f64, value: f64| got == value || (got - value).abs() < most;
-                match pairs.enumerate().find(|(_, (got, value))| !close(*got, **value)) {
+                match pairs
+                    .enumerate()
+                    .find(|(_, (got, value))| !close(*got, **value))
+                {
                     None => Ok(()),
                     Some((i, (got, value))) => Err(format!("{name} {i} is {got}, not {value}")),
                 }

@@ -1,0 +1,362 @@
+//! Ways to change a kernel: instructions taken out, replaced, moved, wrapped in branches.
+//!
+//! In: a kernel, which instructions, and how. Out: the number of places changed, 0 if there is no
+//! such instruction. Instructions are counted in the order of the body.
+
+use std::panic::Location;
+
+use flex_block_attn_ptx::Class;
+use flex_block_attn_ptx::Ty;
+use flex_block_attn_ptx::ir::{
+    Address, Block, Cmp, Guard, Inst, Kernel, MatrixA, Node, Op, Operand, RegId, Special,
+};
+
+/// Which of the instructions that match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    All,
+    Nth(usize),
+}
+
+/// A test of an instruction, as a closure.
+macro_rules! op {
+    ($pattern:pat $(if $guard:expr)?) => {
+        |op: &Op| matches!(op, $pattern $(if $guard)?)
+    };
+}
+pub(crate) use op;
+
+impl Which {
+    fn takes(self, index: usize) -> bool {
+        match self {
+            Self::All => true,
+            Self::Nth(nth) => nth == index,
+        }
+    }
+}
+
+/// Calls `f` for each block of statements, inner ones first.
+fn blocks(block: &mut Block, f: &mut dyn FnMut(&mut Block)) {
+    for node in &mut *block {
+        match node {
+            Node::Inst(_) | Node::Break { .. } => {}
+            Node::If {
+                then, otherwise, ..
+            } => {
+                blocks(then, f);
+                blocks(otherwise, f);
+            }
+            Node::Loop { body, .. } => blocks(body, f),
+        }
+    }
+    f(block);
+}
+
+/// Calls `f` for each instruction, in order.
+fn instructions(block: &Block, f: &mut dyn FnMut(&Inst)) {
+    for node in block {
+        match node {
+            Node::Inst(inst) => f(inst),
+            Node::Break { .. } => {}
+            Node::If {
+                then, otherwise, ..
+            } => {
+                instructions(then, f);
+                instructions(otherwise, f);
+            }
+            Node::Loop { body, .. } => instructions(body, f),
+        }
+    }
+}
+
+/// All instructions, in order.
+pub fn all(kernel: &Kernel) -> Vec<Inst> {
+    let mut all = Vec::new();
+    instructions(&kernel.body, &mut |inst| all.push(inst.clone()));
+    all
+}
+
+/// Puts what `f` returns in the place of instructions.
+pub fn rewrite(
+    kernel: &mut Kernel,
+    which: Which,
+    matches: impl Fn(&Op) -> bool,
+    mut f: impl FnMut(Inst) -> Vec<Node>,
+) -> usize {
+    fn walk(block: &mut Block, f: &mut dyn FnMut(Inst) -> Vec<Node>) {
+        for node in std::mem::take(block) {
+            match node {
+                Node::Inst(inst) => block.extend(f(inst)),
+                Node::Break { .. } => block.push(node),
+                Node::If {
+                    cond,
+                    mut then,
+                    mut otherwise,
+                    at,
+                } => {
+                    walk(&mut then, f);
+                    walk(&mut otherwise, f);
+                    block.push(Node::If {
+                        cond,
+                        then,
+                        otherwise,
+                        at,
+                    });
+                }
+                Node::Loop { id, mut body, at } => {
+                    walk(&mut body, f);
+                    block.push(Node::Loop { id, body, at });
+                }
+            }
+        }
+    }
+    let (mut seen, mut edits) = (0, 0);
+    walk(&mut kernel.body, &mut |inst| {
+        if !matches(&inst.op) {
+            return vec![Node::Inst(inst)];
+        }
+        seen += 1;
+        if !which.takes(seen - 1) {
+            return vec![Node::Inst(inst)];
+        }
+        edits += 1;
+        f(inst)
+    });
+    edits
+}
+
+/// Takes instructions out.
+pub fn remove(kernel: &mut Kernel, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
+    rewrite(kernel, which, matches, |_| Vec::new())
+}
+
+/// Executes instructions twice.
+pub fn double(kernel: &mut Kernel, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
+    rewrite(kernel, which, matches, |inst| {
+        vec![Node::Inst(inst.clone()), Node::Inst(inst)]
+    })
+}
+
+/// Changes instructions in place.
+pub fn change(
+    kernel: &mut Kernel,
+    which: Which,
+    matches: impl Fn(&Op) -> bool,
+    mut f: impl FnMut(&mut Op),
+) -> usize {
+    rewrite(kernel, which, matches, |mut inst| {
+        f(&mut inst.op);
+        vec![Node::Inst(inst)]
+    })
+}
+
+/// Lets all lanes execute instructions that some are guarded from.
+pub fn unguard(kernel: &mut Kernel, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
+    rewrite(kernel, which, matches, |inst| {
+        vec![Node::Inst(Inst {
+            guard: None,
+            ..inst
+        })]
+    })
+}
+
+/// Moves every instruction of one sort to just before the nearest earlier one of another sort in
+/// the same block.
+pub fn move_before(
+    kernel: &mut Kernel,
+    moved: impl Fn(&Op) -> bool,
+    anchor: impl Fn(&Op) -> bool,
+) -> usize {
+    let is = |node: &Node, test: &dyn Fn(&Op) -> bool| matches!(node, Node::Inst(inst) if test(&inst.op));
+    let mut edits = 0;
+    blocks(&mut kernel.body, &mut |block| {
+        for i in 0..block.len() {
+            if !is(&block[i], &moved) {
+                continue;
+            }
+            if let Some(to) = (0..i).rev().find(|&j| is(&block[j], &anchor)) {
+                block[to..=i].rotate_right(1);
+                edits += 1;
+            }
+        }
+    });
+    edits
+}
+
+/// Empties branches whose instructions match: `if c { body }` becomes `body`.
+pub fn unbranch(kernel: &mut Kernel, holds: impl Fn(&Op) -> bool) -> usize {
+    let mut edits = 0;
+    blocks(&mut kernel.body, &mut |block| {
+        for node in std::mem::take(block) {
+            match node {
+                Node::If {
+                    then, otherwise, ..
+                } if otherwise.is_empty()
+                    && then
+                        .iter()
+                        .any(|n| matches!(n, Node::Inst(i) if holds(&i.op))) =>
+                {
+                    edits += 1;
+                    block.extend(then);
+                }
+                _ => block.push(node),
+            }
+        }
+    });
+    edits
+}
+
+/// Lets only threads whose index compares so with `bound` execute instructions.
+pub fn only_threads(
+    kernel: &mut Kernel,
+    which: Which,
+    matches: impl Fn(&Op) -> bool,
+    cmp: Cmp,
+    bound: u64,
+) -> usize {
+    let mut fresh = |class| {
+        kernel.registers.push(class);
+        RegId(kernel.registers.len() as u32 - 1)
+    };
+    let (tid, pred) = (fresh(Class::B32), fresh(Class::Pred));
+    rewrite(kernel, which, matches, |inst| {
+        let at = inst.at;
+        let plain = |op| {
+            Node::Inst(Inst {
+                guard: None,
+                op,
+                at,
+            })
+        };
+        vec![
+            plain(Op::Special {
+                dst: tid,
+                which: Special::TidX,
+            }),
+            plain(Op::Compare {
+                cmp,
+                ty: Ty::U32,
+                dst: pred,
+                a: Operand::Reg(tid),
+                b: Operand::Imm(bound),
+            }),
+            Node::If {
+                cond: Guard {
+                    pred,
+                    negated: false,
+                },
+                then: vec![Node::Inst(inst)],
+                otherwise: Vec::new(),
+                at,
+            },
+        ]
+    })
+}
+
+/// An instruction without a guard, at the place of the mutation.
+#[track_caller]
+pub fn plain(op: Op) -> Node {
+    Node::Inst(Inst {
+        guard: None,
+        op,
+        at: Location::caller(),
+    })
+}
+
+/// The address of the mbarrier that is initialised `nth`.
+pub fn barrier(kernel: &Kernel, nth: usize) -> Address {
+    let address = |inst: &Inst| match inst.op {
+        Op::MbarrierInit { address, .. } => Some(address),
+        _ => None,
+    };
+    all(kernel)
+        .iter()
+        .filter_map(address)
+        .nth(nth)
+        .expect("kernels initialise their mbarriers")
+}
+
+/// A test for waits on the mbarrier that is initialised `nth`.
+pub fn waits_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
+    let at = barrier(kernel, nth).offset;
+    move |op| matches!(op, Op::MbarrierWait { address, .. } if address.offset == at)
+}
+
+/// A test for plain arrivals on it.
+pub fn arrives_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
+    let at = barrier(kernel, nth).offset;
+    move |op| matches!(op, Op::MbarrierArrive { address, .. } if address.offset == at)
+}
+
+/// A test for arrivals on it that announce bytes.
+pub fn expects_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
+    let at = barrier(kernel, nth).offset;
+    move |op| matches!(op, Op::MbarrierArriveExpect { address, .. } if address.offset == at)
+}
+
+/// A test for its initialisation.
+pub fn inits(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
+    let at = barrier(kernel, nth).offset;
+    move |op| matches!(op, Op::MbarrierInit { address, .. } if address.offset == at)
+}
+
+/// The registers that hold the parity of waits on an mbarrier: one for each role.
+pub fn parities(kernel: &Kernel, nth: usize) -> Vec<RegId> {
+    let waits = waits_on(kernel, nth);
+    let parity = |inst: &Inst| match inst.op {
+        Op::MbarrierWait {
+            parity: Operand::Reg(parity),
+            ..
+        } if waits(&inst.op) => Some(parity),
+        _ => None,
+    };
+    all(kernel).iter().filter_map(parity).collect()
+}
+
+/// Which operand of a wgmma.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    A,
+    B,
+}
+
+/// Changes the constants in the low words of the descriptors of those wgmmas that `of` accepts.
+pub fn descriptors(
+    kernel: &mut Kernel,
+    side: Side,
+    of: impl Fn(&Op) -> bool,
+    f: impl Fn(u64) -> u64,
+) -> usize {
+    let all = all(kernel);
+    let descriptor = |inst: &Inst| match (&inst.op, side) {
+        (
+            Op::Wgmma {
+                a: MatrixA::Shared { descriptor, .. },
+                ..
+            },
+            Side::A,
+        ) if of(&inst.op) => Some(*descriptor),
+        (Op::Wgmma { b, .. }, Side::B) if of(&inst.op) => Some(*b),
+        _ => None,
+    };
+    let descriptors: Vec<Operand> = all.iter().filter_map(descriptor).collect();
+    let low = |inst: &Inst| match inst.op {
+        Op::Join { dst, low, .. } if descriptors.contains(&Operand::Reg(dst)) => Some(low),
+        _ => None,
+    };
+    let lows: Vec<Operand> = all.iter().filter_map(low).collect();
+    change(
+        kernel,
+        Which::All,
+        |op| matches!(op, Op::Binary { dst, b: Operand::Imm(_), .. } if lows.contains(&Operand::Reg(*dst))),
+        |op| {
+            if let Op::Binary {
+                b: Operand::Imm(bits),
+                ..
+            } = op
+            {
+                *bits = f(*bits);
+            }
+        },
+    )
+}

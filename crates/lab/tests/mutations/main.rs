@@ -1,0 +1,219 @@
+//! Mutations: the real kernels, each with one thing wrong, which the verifier, the emulator or the
+//! comparison with float64 must find. This is the proof that they would find it in a new kernel.
+//!
+//! A mutation is an entry of a table: what is edited, in which problem, and who must find it. An
+//! edit that finds nothing to change fails the suite, so entries cannot go stale unnoticed.
+//!
+//! - `edit`: ways to change a kernel;
+//! - `fences`, `phases`, `groups`, `warps`, `places`, `values`: the table, by what is broken;
+//! - `texts`: that reports say all that a user needs.
+
+mod edit;
+mod fences;
+mod groups;
+mod phases;
+mod places;
+mod texts;
+mod values;
+mod warps;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use flex_block_attn_emulator::Options;
+use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
+use flex_block_attn_ptx::verify;
+
+/// Problems: small, but every ring goes round and every branch is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Base {
+    /// The matrix product, five steps through three stages, two thread blocks.
+    Gemm,
+    /// Attention forward, head dimension 128, tiles of 128 keys: rows of five tiles and of two.
+    Wide,
+    /// Head dimension 64, tiles of 192 keys, two tiles to a block of keys, two heads.
+    Short,
+}
+
+const BASES: [Base; 3] = [Base::Gemm, Base::Wide, Base::Short];
+
+impl Base {
+    fn setup(self) -> Setup {
+        match self {
+            Self::Gemm => Product {
+                m: 256,
+                n: 256,
+                k: 320,
+            }
+            .setup(),
+            Self::Wide => Forward {
+                heads: 1,
+                group: 1,
+                head_dim: 128,
+                kv_tile: 128,
+                q_block: 128,
+                kv_block: 128,
+                kv_len: 640,
+                lists: vec![vec![0, 2, 3, 4, 1], vec![4, 2]],
+                scale: 0.125,
+            }
+            .setup(),
+            Self::Short => Forward {
+                heads: 2,
+                group: 2,
+                head_dim: 64,
+                kv_tile: 192,
+                q_block: 128,
+                kv_block: 384,
+                kv_len: 768,
+                lists: vec![vec![1, 0]],
+                scale: 0.2,
+            }
+            .setup(),
+        }
+    }
+}
+
+/// Who must find a mutation.
+#[derive(Debug, Clone, Copy)]
+enum By {
+    /// The verifier, by one of these faults.
+    Verifier(&'static [&'static str]),
+    /// The emulator, by one of these kinds.
+    Emulator(&'static [&'static str]),
+    /// The comparison with float64, without any fault.
+    Result,
+}
+
+/// One planted fault.
+struct Mutation {
+    name: &'static str,
+    /// What sort of mistake it is.
+    kind: &'static str,
+    base: Base,
+    /// Makes it; returns how many places were changed.
+    edit: fn(&mut Setup) -> usize,
+    by: By,
+}
+
+fn table() -> Vec<Mutation> {
+    [
+        fences::table(),
+        groups::table(),
+        phases::table(),
+        warps::table(),
+        places::table(),
+        values::table(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The ways in which kernels are run here. The limit is a hundred times what right kernels need.
+fn ways() -> Vec<Options> {
+    let limit = 1 << 24;
+    let limited = |options| Options { limit, ..options };
+    Options::all(2).into_iter().map(limited).collect()
+}
+
+/// The name of an enum's variant.
+fn variant(value: &impl std::fmt::Debug) -> String {
+    let text = format!("{value:?}");
+    let end = text.find(|c: char| !c.is_alphanumeric());
+    text[..end.unwrap_or(text.len())].to_owned()
+}
+
+/// Who found a mistake in a launch, and what is said of it; none if nobody did.
+fn found(setup: &Setup) -> Option<(String, String)> {
+    if let Err(error) = verify(&setup.kernel) {
+        let who = format!("verifier: {}", variant(&error.fault));
+        return Some((who, error.to_string()));
+    }
+    ways().iter().find_map(|options| match setup.run(options) {
+        Ok(_) => None,
+        Err(Failure::Fault(fault)) => {
+            let who = format!("emulator: {}", variant(&fault.kind));
+            Some((who, fault.to_string()))
+        }
+        Err(Failure::Wrong(text)) => Some(("result".to_owned(), text)),
+    })
+}
+
+impl Mutation {
+    /// The launch with the mistake in it, and what was found; or why that is not as it should be.
+    fn check(&self, bases: &BTreeMap<Base, Setup>) -> Result<(String, String), String> {
+        let mut setup = bases[&self.base].clone();
+        if (self.edit)(&mut setup) == 0 {
+            return Err("the edit changes nothing".to_owned());
+        }
+        let Some((who, text)) = found(&setup) else {
+            return Err("not found".to_owned());
+        };
+        let (finder, kinds) = match self.by {
+            By::Verifier(kinds) => ("verifier: ", kinds),
+            By::Emulator(kinds) => ("emulator: ", kinds),
+            By::Result => ("result", &[""][..]),
+        };
+        if kinds.iter().any(|kind| who == format!("{finder}{kind}")) {
+            Ok((who, text))
+        } else {
+            Err(format!("found as {who}, not as {:?}: {text}", self.by))
+        }
+    }
+}
+
+/// Does `f` for each of `items`, on all cores.
+fn each<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(Vec::new());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((i, item)) = {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    items.get(i).map(|item| (i, item))
+                } {
+                    let result = f(item);
+                    results.lock().expect("no panic").push((i, result));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().expect("no panic");
+    results.sort_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+#[test]
+fn unchanged_kernels_are_right() {
+    for (base, found) in BASES.iter().zip(each(&BASES, |base| found(&base.setup()))) {
+        assert!(found.is_none(), "{base:?}: {found:?}");
+    }
+}
+
+#[test]
+fn every_mutation_is_found() {
+    let bases = BASES.map(|base| (base, base.setup())).into();
+    let table = table();
+    let names: BTreeSet<&str> = table.iter().map(|mutation| mutation.name).collect();
+    assert_eq!(names.len(), table.len(), "names are given twice");
+    let kinds: BTreeSet<&str> = table.iter().map(|mutation| mutation.kind).collect();
+    assert!(table.len() >= 30, "{} mutations", table.len());
+    assert!(kinds.len() >= 12, "{} kinds: {kinds:?}", kinds.len());
+
+    let mut survivors = String::new();
+    for (mutation, result) in table.iter().zip(each(&table, |m| m.check(&bases))) {
+        let Mutation {
+            name, kind, base, ..
+        } = mutation;
+        match result {
+            // Seen with --nocapture.
+            Ok((who, text)) => println!("{name} | {kind} | {base:?} | {who}\n{text}\n"),
+            Err(why) => survivors += &format!("\n{name} | {kind} | {base:?} | {why}"),
+        }
+    }
+    assert!(survivors.is_empty(), "survivors:{survivors}");
+}

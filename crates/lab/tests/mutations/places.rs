@@ -1,0 +1,466 @@
+//! Where things lie: matrix descriptors, tensor maps, coordinates, addresses, lists.
+
+use flex_block_attn_ptx::ir::{Binary, MatrixA, Op, Operand};
+use flex_block_attn_ptx::{Arg, Swizzle, TensorMap};
+
+use crate::edit::Which::{All, Nth};
+use crate::edit::{Side, change, descriptors, op};
+use crate::{Base, By, Mutation, Setup};
+
+// Arguments of attention, by their index, and those of the product.
+const Q: usize = 0;
+const K: usize = 1;
+const OUT: usize = 3;
+const LSE: usize = 4;
+const COUNTS: usize = 5;
+const LISTS: usize = 6;
+const LIST_STRIDE: usize = 7;
+const TILES_PER_BLOCK: usize = 12;
+const A: usize = 0;
+const B: usize = 1;
+const C: usize = 2;
+
+/// Stride and swizzle of all descriptors, as the tile layer has them.
+const HIGH: u64 = 64 | 1 << 30;
+
+fn high(s: &mut Setup, to: u64) -> usize {
+    change(
+        &mut s.kernel,
+        All,
+        op!(Op::Mov {
+            src: Operand::Imm(HIGH),
+            ..
+        }),
+        |op| {
+            if let Op::Mov { src, .. } = op {
+                *src = Operand::Imm(to);
+            }
+        },
+    )
+}
+
+/// Changes a tensor map.
+fn map(s: &mut Setup, arg: usize, f: impl Fn(&mut TensorMap)) -> usize {
+    match &mut s.launch.args[arg] {
+        Arg::TensorMap(map) => {
+            f(map);
+            1
+        }
+        _ => 0,
+    }
+}
+
+fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
+    match &mut s.launch.args[arg] {
+        Arg::U64(value) => {
+            *value = f(*value);
+            1
+        }
+        _ => 0,
+    }
+}
+
+/// Overwrites the first number of a plan's list.
+fn number(s: &mut Setup, arg: usize, value: i32) -> usize {
+    match s.launch.args[arg] {
+        Arg::U64(address) => {
+            s.memory.write(address, &[value]);
+            1
+        }
+        _ => 0,
+    }
+}
+
+pub fn table() -> Vec<Mutation> {
+    let mut table = matrices();
+    table.extend(copies());
+    table.extend(launches());
+    table
+}
+
+/// Matrix descriptors.
+fn matrices() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "b starts 32 bytes on",
+            kind: "descriptor",
+            base: Base::Gemm,
+            edit: |s| descriptors(&mut s.kernel, Side::B, op!(Op::Wgmma { .. }), |low| low + 2),
+            by: By::Emulator(&["Unsupported", "LiveMbarrier", "UninitialisedMemory", "Race"]),
+        },
+        Mutation {
+            name: "a starts 32 bytes on",
+            kind: "descriptor",
+            base: Base::Gemm,
+            edit: |s| descriptors(&mut s.kernel, Side::A, op!(Op::Wgmma { .. }), |low| low + 2),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the second step along k starts where the first does",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| {
+                descriptors(
+                    &mut s.kernel,
+                    Side::B,
+                    op!(Op::Wgmma {
+                        b_transposed: false,
+                        ..
+                    }),
+                    |low| low & !2,
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "panels of v half as far apart",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| {
+                let of_v = op!(Op::Wgmma {
+                    b_transposed: true,
+                    ..
+                });
+                descriptors(&mut s.kernel, Side::B, of_v, |low| {
+                    (low >> 17 << 16) | (low & 0xffff)
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "a descriptor points beyond shared memory",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| {
+                descriptors(&mut s.kernel, Side::B, op!(Op::Wgmma { .. }), |low| {
+                    low + 0x2800
+                })
+            },
+            by: By::Emulator(&["OutOfBounds", "Descriptor"]),
+        },
+        Mutation {
+            name: "groups of rows half as far apart",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| high(s, 32 | 1 << 30),
+            by: By::Result,
+        },
+        Mutation {
+            name: "no swizzle in the descriptors",
+            kind: "descriptor",
+            base: Base::Short,
+            edit: |s| high(s, 64),
+            by: By::Result,
+        },
+        Mutation {
+            name: "a 64-byte swizzle in the descriptors",
+            kind: "descriptor",
+            base: Base::Gemm,
+            edit: |s| high(s, 64 | 2 << 30),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "k is taken for transposed",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| {
+                change(
+                    &mut s.kernel,
+                    All,
+                    op!(Op::Wgmma {
+                        a: MatrixA::Shared { .. },
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Wgmma { b_transposed, .. } = op {
+                            *b_transposed = true;
+                        }
+                    },
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "columns of a fragment in reverse",
+            kind: "descriptor",
+            base: Base::Wide,
+            edit: |s| {
+                change(
+                    &mut s.kernel,
+                    All,
+                    op!(Op::Wgmma {
+                        a: MatrixA::Registers(_),
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Wgmma {
+                            a: MatrixA::Registers(registers),
+                            ..
+                        } = op
+                        {
+                            registers.reverse();
+                        }
+                    },
+                )
+            },
+            by: By::Result,
+        },
+    ]
+}
+
+/// Bulk copies.
+fn copies() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "row and panel of k in each other's place",
+            kind: "coordinates",
+            base: Base::Wide,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::TmaLoad { .. }), |op| {
+                    if let Op::TmaLoad { coordinates, .. } = op {
+                        coordinates.swap(1, 2);
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the output's head and batch in each other's place",
+            kind: "coordinates",
+            base: Base::Short,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::TmaStore { .. }), |op| {
+                    if let Op::TmaStore { coordinates, .. } = op {
+                        coordinates.swap(3, 4);
+                    }
+                })
+            },
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a coordinate too few",
+            kind: "coordinates",
+            base: Base::Gemm,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::TmaLoad { .. }), |op| {
+                    if let Op::TmaLoad { coordinates, .. } = op {
+                        coordinates.pop();
+                    }
+                })
+            },
+            by: By::Emulator(&["Bulk"]),
+        },
+        Mutation {
+            name: "k and v in each other's place",
+            kind: "coordinates",
+            base: Base::Wide,
+            edit: |s| {
+                s.launch.args.swap(K, K + 1);
+                1
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "a tile 64 bytes off",
+            kind: "shared address",
+            base: Base::Wide,
+            edit: |s| {
+                change(&mut s.kernel, Nth(0), op!(Op::TmaLoad { .. }), |op| {
+                    if let Op::TmaLoad { dst, .. } = op {
+                        dst.offset += 64;
+                    }
+                })
+            },
+            by: By::Emulator(&["Misaligned"]),
+        },
+        Mutation {
+            name: "the swizzle's pattern 128 bytes off",
+            kind: "shared address",
+            base: Base::Wide,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::StoreMatrix { .. }), |op| {
+                    if let Op::StoreMatrix { address, .. } = op {
+                        address.offset ^= 128;
+                    }
+                })
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "stmatrix without a swizzle",
+            kind: "shared address",
+            base: Base::Gemm,
+            edit: |s| {
+                // Rows' patterns are all XORed in with one register; parities with constants.
+                let swizzles = op!(Op::Binary {
+                    op: Binary::Xor,
+                    b: Operand::Reg(_),
+                    ..
+                });
+                change(&mut s.kernel, All, swizzles, |op| {
+                    if let Op::Binary { b, .. } = op {
+                        *b = Operand::Imm(0);
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "a stage loaded over its neighbour",
+            kind: "shared address",
+            base: Base::Gemm,
+            edit: |s| {
+                change(&mut s.kernel, Nth(2), op!(Op::TmaLoad { .. }), |op| {
+                    if let Op::TmaLoad { dst, .. } = op {
+                        dst.offset -= 128 * 128;
+                    }
+                })
+            },
+            by: By::Emulator(&["Race"]),
+        },
+    ]
+}
+
+/// Launches and plans.
+fn launches() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "k lies beyond its memory",
+            kind: "out of bounds",
+            base: Base::Wide,
+            edit: |s| map(s, K, |map| map.address += map.strides[1] * map.dims[1]),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "the map of a has a row too many, and a row of tiles is read from there",
+            kind: "out of bounds",
+            base: Base::Gemm,
+            edit: |s| {
+                let edits = map(s, A, |map| {
+                    map.dims[1] += 1;
+                    map.address += map.strides[1];
+                });
+                edits
+            },
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "a block of keys that is not there, in a map that is too long",
+            kind: "out of bounds",
+            base: Base::Wide,
+            edit: |s| map(s, K, |map| map.dims[1] *= 2) + number(s, LISTS, 6),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            // The copies bring zeros: the hardware does not mind.
+            name: "a block of keys that is not there",
+            kind: "out of bounds",
+            base: Base::Wide,
+            edit: |s| number(s, LISTS, 6),
+            by: By::Result,
+        },
+        Mutation {
+            name: "lse lies beyond its memory",
+            kind: "out of bounds",
+            base: Base::Short,
+            edit: |s| wide(s, LSE, |address| address + 1024),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "lse is not aligned",
+            kind: "alignment",
+            base: Base::Short,
+            edit: |s| wide(s, LSE, |address| address + 2),
+            by: By::Emulator(&["Misaligned"]),
+        },
+        Mutation {
+            name: "a tensor map is not aligned",
+            kind: "alignment",
+            base: Base::Wide,
+            edit: |s| map(s, Q, |map| map.address += 8),
+            by: By::Emulator(&["Launch"]),
+        },
+        Mutation {
+            name: "too long a row: its list goes on behind the last list",
+            kind: "out of bounds",
+            base: Base::Wide,
+            edit: |s| number(s, COUNTS, 11),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "lists too close together",
+            kind: "plan",
+            base: Base::Wide,
+            edit: |s| {
+                s.launch.args[LIST_STRIDE] = Arg::U32(4);
+                1
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "blocks of one tile instead of two",
+            kind: "plan",
+            base: Base::Short,
+            edit: |s| {
+                s.launch.args[TILES_PER_BLOCK] = Arg::U32(1);
+                1
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "a head too many",
+            kind: "plan",
+            base: Base::Short,
+            edit: |s| {
+                s.launch.grid[1] += 1;
+                1
+            },
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "a thread block too few",
+            kind: "plan",
+            base: Base::Gemm,
+            edit: |s| {
+                s.launch.grid[0] -= 1;
+                1
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "tiles of b have half of their rows",
+            kind: "tensor map",
+            base: Base::Gemm,
+            edit: |s| map(s, B, |map| map.tile[1] /= 2),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "tiles of q have twice their rows",
+            kind: "tensor map",
+            base: Base::Wide,
+            edit: |s| map(s, Q, |map| map.tile[1] *= 2),
+            by: By::Emulator(&["Deadlock", "Race"]),
+        },
+        Mutation {
+            name: "the map of k has no swizzle",
+            kind: "tensor map",
+            base: Base::Wide,
+            edit: |s| map(s, K, |map| map.swizzle = Swizzle::None),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the map of c has a swizzle that its rows do not fit",
+            kind: "tensor map",
+            base: Base::Gemm,
+            edit: |s| map(s, C, |map| map.swizzle = Swizzle::B64),
+            by: By::Emulator(&["Launch"]),
+        },
+        Mutation {
+            name: "rows of the output overlap",
+            kind: "tensor map",
+            base: Base::Wide,
+            edit: |s| map(s, OUT, |map| map.strides[1] -= 16),
+            by: By::Emulator(&["Race"]),
+        },
+    ]
+}

@@ -1,0 +1,369 @@
+//! Values: registers without any, shuffles, the softmax, rounding.
+
+use flex_block_attn_ptx::Ty;
+use flex_block_attn_ptx::ir::{
+    Binary, Cmp, Kernel, Node, Op, Operand, ShuffleMode, Ternary, Unary,
+};
+
+use crate::edit::Which::{All, Nth};
+use crate::edit::{all, change, op, remove};
+use crate::{Base, By, Mutation, Setup};
+
+/// Where the accumulators of the wgmma `nth` are set to zero.
+fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
+    let acc = |inst: &flex_block_attn_ptx::ir::Inst| match &inst.op {
+        Op::Wgmma { acc, .. } => Some(acc.clone()),
+        _ => None,
+    };
+    let acc = all(kernel)
+        .iter()
+        .filter_map(acc)
+        .nth(nth)
+        .expect("kernels multiply");
+    move |op| matches!(op, Op::Mov { dst, src: Operand::Imm(0), .. } if acc.contains(dst))
+}
+
+/// Changes what the wgmma `nth` does with its accumulators.
+fn accumulate(s: &mut Setup, nth: usize, to: u64) -> usize {
+    change(&mut s.kernel, Nth(nth), op!(Op::Wgmma { .. }), |op| {
+        if let Op::Wgmma { accumulate, .. } = op {
+            *accumulate = Operand::Imm(to);
+        }
+    })
+}
+
+/// Sets the distance of shuffles over `from` lanes.
+fn distance(s: &mut Setup, which: crate::edit::Which, from: u64, to: u64) -> usize {
+    let shuffles = move |op: &Op| matches!(op, Op::Shuffle { mode: ShuffleMode::Butterfly, lane: Operand::Imm(lane), .. } if *lane == from);
+    change(&mut s.kernel, which, shuffles, |op| {
+        if let Op::Shuffle { lane, .. } = op {
+            *lane = Operand::Imm(to);
+        }
+    })
+}
+
+/// Swaps the operands of instructions with two of them.
+fn swap(s: &mut Setup, which: crate::edit::Which, matches: impl Fn(&Op) -> bool) -> usize {
+    change(&mut s.kernel, which, matches, |op| match op {
+        Op::Binary { a, b, .. } => std::mem::swap(a, b),
+        Op::Pack { low, high, .. } => std::mem::swap(low, high),
+        _ => {}
+    })
+}
+
+/// Turns the comparisons that decide when loops are left.
+fn loops(kernel: &mut Kernel) -> usize {
+    let mut edits = 0;
+    let mut preds = Vec::new();
+    fn walk(block: &[Node], preds: &mut Vec<flex_block_attn_ptx::ir::RegId>) {
+        for node in block {
+            match node {
+                Node::Break {
+                    cond: Some(guard), ..
+                } => preds.push(guard.pred),
+                Node::Loop { body, .. } => walk(body, preds),
+                Node::If {
+                    then, otherwise, ..
+                } => {
+                    walk(then, preds);
+                    walk(otherwise, preds);
+                }
+                _ => {}
+            }
+        }
+    }
+    walk(&kernel.body, &mut preds);
+    edits += change(
+        kernel,
+        All,
+        |op| matches!(op, Op::Compare { cmp: Cmp::Ge, dst, .. } if preds.contains(dst)),
+        |op| {
+            if let Op::Compare { cmp, .. } = op {
+                *cmp = Cmp::Gt;
+            }
+        },
+    );
+    edits
+}
+
+pub fn table() -> Vec<Mutation> {
+    let mut table = registers();
+    table.extend(numbers());
+    table
+}
+
+fn registers() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "the sum does not start at zero",
+            kind: "uninitialised accumulator",
+            base: Base::Gemm,
+            edit: |s| {
+                let fills = fills(&s.kernel, 0);
+                remove(&mut s.kernel, All, fills)
+            },
+            by: By::Verifier(&["Unassigned"]),
+        },
+        Mutation {
+            name: "the output does not start at zero",
+            kind: "uninitialised accumulator",
+            base: Base::Wide,
+            edit: |s| {
+                let fills = fills(&s.kernel, 16);
+                remove(&mut s.kernel, All, fills)
+            },
+            by: By::Verifier(&["Unassigned"]),
+        },
+        Mutation {
+            name: "the first scores are added to registers without a value",
+            kind: "uninitialised accumulator",
+            base: Base::Wide,
+            edit: |s| accumulate(s, 0, 1),
+            by: By::Verifier(&["Unassigned"]),
+        },
+        Mutation {
+            name: "later scores are added to the weights before",
+            kind: "wrong accumulation",
+            base: Base::Wide,
+            edit: |s| accumulate(s, 8, 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the second stage's product replaces the sum",
+            kind: "wrong accumulation",
+            base: Base::Gemm,
+            edit: |s| accumulate(s, 4, 0),
+            by: By::Result,
+        },
+        Mutation {
+            name: "a sum without a first value",
+            kind: "uninitialised register",
+            base: Base::Wide,
+            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::Mov { ty: Ty::F32, .. })),
+            by: By::Verifier(&["Unassigned"]),
+        },
+        Mutation {
+            // Lanes that do not load have nothing: the verifier sees one path only.
+            name: "weights rounded in some lanes only",
+            kind: "uninitialised register",
+            base: Base::Wide,
+            edit: |s| {
+                let rounds = op!(Op::Pack { .. });
+                crate::edit::only_threads(&mut s.kernel, Nth(0), rounds, Cmp::Ge, 130)
+            },
+            by: By::Verifier(&["Unassigned"]),
+        },
+        Mutation {
+            name: "the loops go on for a step too many",
+            kind: "loop",
+            base: Base::Wide,
+            edit: |s| loops(&mut s.kernel),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "the product's loops go on for a step too many",
+            kind: "loop",
+            base: Base::Gemm,
+            edit: |s| loops(&mut s.kernel),
+            by: By::Result,
+        },
+    ]
+}
+
+fn numbers() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "the maximum of a row without the neighbours' columns",
+            kind: "shuffle",
+            base: Base::Wide,
+            edit: |s| distance(s, All, 1, 4),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the sum of a row from another row",
+            kind: "shuffle",
+            base: Base::Short,
+            edit: |s| {
+                // The last two shuffles over two lanes are of the sum.
+                let all = all(&s.kernel);
+                let count = all.iter().filter(|inst| {
+                    matches!(
+                        inst.op,
+                        Op::Shuffle {
+                            mode: ShuffleMode::Butterfly,
+                            lane: Operand::Imm(2),
+                            ..
+                        }
+                    )
+                });
+                let last = count.count() - 1;
+                distance(s, Nth(last), 2, 8)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "warps read the number of their warpgroup from a lane that has another",
+            kind: "shuffle",
+            base: Base::Gemm,
+            edit: |s| {
+                change(
+                    &mut s.kernel,
+                    All,
+                    op!(Op::Shuffle {
+                        mode: ShuffleMode::Index,
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Shuffle { src, .. } = op {
+                            *src = Operand::Imm(1);
+                        }
+                    },
+                )
+            },
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "the factor for a new maximum upside down",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                swap(
+                    s,
+                    All,
+                    op!(Op::Binary {
+                        op: Binary::Sub,
+                        ty: Ty::F32,
+                        ..
+                    }),
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the output is not rescaled for the last maximum",
+            kind: "softmax",
+            base: Base::Short,
+            edit: |s| {
+                // Multiplications of the output by the factor of its row, in place.
+                let rescales = |op: &Op| matches!(op, Op::Binary { op: Binary::Mul, ty: Ty::F32, dst, a, .. } if *a == Operand::Reg(*dst));
+                change(&mut s.kernel, All, rescales, |op| {
+                    if let Op::Binary { b, .. } = op {
+                        *b = Operand::Imm(1.0f32.to_bits().into());
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the sum of weights is not rescaled",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                // Scores are rescaled by fma too, but from themselves to another register.
+                let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, ty: Ty::F32, b, .. } if matches!(b, Operand::Reg(_)));
+                change(&mut s.kernel, Nth(64), sums, |op| {
+                    if let Op::Ternary { b, .. } = op {
+                        *b = Operand::Imm(1.0f32.to_bits().into());
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "one weight of 64 is not exponentiated",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                change(
+                    &mut s.kernel,
+                    Nth(20),
+                    op!(Op::Unary {
+                        op: Unary::Exp2,
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Unary { op, .. } = op {
+                            *op = Unary::Abs;
+                        }
+                    },
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "scores in other units than the maximum",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| match s.launch.args.last_mut() {
+                Some(flex_block_attn_ptx::Arg::F32(scale)) => {
+                    *scale *= std::f32::consts::LN_2;
+                    1
+                }
+                _ => 0,
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the minimum of a row for its maximum",
+            kind: "softmax",
+            base: Base::Short,
+            edit: |s| {
+                change(
+                    &mut s.kernel,
+                    All,
+                    op!(Op::Binary {
+                        op: Binary::Max,
+                        ty: Ty::F32,
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Binary { op, .. } = op {
+                            *op = Binary::Min;
+                        }
+                    },
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "pairs of weights in the wrong order",
+            kind: "rounding",
+            base: Base::Wide,
+            edit: |s| swap(s, All, op!(Op::Pack { .. })),
+            by: By::Result,
+        },
+        Mutation {
+            name: "a pair of c in the wrong order",
+            kind: "rounding",
+            base: Base::Gemm,
+            edit: |s| swap(s, Nth(17), op!(Op::Pack { .. })),
+            by: By::Result,
+        },
+        Mutation {
+            name: "c is rounded to float16",
+            kind: "rounding",
+            base: Base::Gemm,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::Pack { .. }), |op| {
+                    if let Op::Pack { format, .. } = op {
+                        *format = flex_block_attn_ptx::ir::Packed::F16;
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "c's matrices are stored transposed",
+            kind: "rounding",
+            base: Base::Gemm,
+            edit: |s| {
+                change(&mut s.kernel, All, op!(Op::StoreMatrix { .. }), |op| {
+                    if let Op::StoreMatrix { transposed, .. } = op {
+                        *transposed = true;
+                    }
+                })
+            },
+            by: By::Result,
+        },
+    ]
+}
