@@ -228,7 +228,8 @@ impl Machine<'_> {
         )?;
         check_registers(warp, acc, a_registers(a), *n, accumulate)?;
 
-        // What is read, at the latest until the group is waited for.
+        // What is read, at the latest until the group is waited for. PTX does not say which warp
+        // reads which rows of A, so each is taken to read all of them.
         let cluster = &mut self.clusters[here.cluster];
         let access = Access {
             component: cluster.wgmma_component(here.rank, here.warp),
@@ -241,13 +242,12 @@ impl Machine<'_> {
         };
         let shared = &mut cluster.blocks[here.rank].shared;
         let mut conflict = None;
-        let first = 16 * (here.warp as u32 % 4);
-        for (matrix, first, count) in a_matrix
-            .map(|a| (a, first, 16))
+        for (matrix, count) in a_matrix
+            .map(|a| (a, 64))
             .into_iter()
-            .chain([(b_matrix, 0, *n)])
+            .chain([(b_matrix, *n)])
         {
-            matrix.chunks(first, count, |chunk| {
+            matrix.chunks(0, count, |chunk| {
                 let range = shared.data(chunk.address, 16, 16)?;
                 let cells = shared.cells(&range);
                 if conflict.is_none() {

@@ -34,6 +34,10 @@ enum Mistake {
     UninitialisedAccumulator,
     OneWarpLess,
     WrongDescriptor,
+    /// Each warp overwrites its rows of A behind its wait: at once, or (no mistake) when all warps
+    /// have waited.
+    ReuseA,
+    ReuseASynced,
 }
 
 /// A product of one block: 128 threads, A at 0, B at 8192 (panels of 64 columns if transposed), the
@@ -149,6 +153,12 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
         }
         if mistake != Mistake::Wait {
             k.wgmma_wait(0);
+        }
+        if mistake == Mistake::ReuseASynced {
+            k.sync_threads();
+        }
+        if matches!(mistake, Mistake::ReuseA | Mistake::ReuseASynced) {
+            k.store_shared(smem + (tid << 6), tid);
         }
         let row = (warp << 4) + (lane >> 2);
         let start = out + (row * n + ((lane & 3) << 1)).times_wide(4);
@@ -285,6 +295,22 @@ fn mistakes_around_products_are_caught() {
         &memory,
         |kind| matches!(kind, Kind::OutOfBounds { .. }),
     );
+}
+
+/// PTX does not say which warp's part of a product reads which rows of A.
+#[test]
+fn warps_wait_for_each_other_before_they_overwrite_a() {
+    let shape = shape(64, false, false, false);
+    let (memory, launch, _, _) = problem(shape);
+    results(
+        &product(shape, Mistake::ReuseASynced),
+        &launch,
+        &memory,
+        |_| (),
+    );
+    caught(&product(shape, Mistake::ReuseA), &launch, &memory, |kind| {
+        matches!(kind, Kind::Race { .. })
+    });
 }
 
 /// Accumulator fragments, rounded, are the next product's A operand without moving anything.
