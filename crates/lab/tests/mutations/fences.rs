@@ -3,7 +3,7 @@
 use flex_block_attn_ptx::ir::{Fence, Op, Scope};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{change, move_before, op, remove};
+use crate::edit::{change, inits, move_before, op, remove};
 use crate::{Base, By, Mutation};
 
 pub fn table() -> Vec<Mutation> {
@@ -72,12 +72,13 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
-            name: "fence before the last init of an mbarrier",
+            // The one behind it, "empty", is not used by copies: it needs no fence.
+            name: "fence before the last init of a full mbarrier",
             kind: "mbarrier init fence",
             base: Base::Gemm,
             edit: |s| {
-                let fence = op!(Op::Fence(Fence::MbarrierInit));
-                move_before(&mut s.kernel, fence, op!(Op::MbarrierInit { .. }))
+                let last = inits(&s.kernel, 10);
+                move_before(&mut s.kernel, op!(Op::Fence(Fence::MbarrierInit)), last)
             },
             by: By::Emulator(&["Mbarrier"]),
         },

@@ -106,7 +106,7 @@ pub fn table() -> Vec<Mutation> {
             kind: "wgmma commit",
             base: Base::Gemm,
             edit: |s| remove(&mut s.kernel, All, op!(Op::WgmmaCommit)),
-            by: By::Emulator(&["AccumulatorInFlight"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "scores in the loop are not a group of their own",

@@ -2,7 +2,8 @@
 //!
 //! No mutations, for they are harmless: `arrive_expect` behind its copy (the phase cannot end
 //! before that arrival); a proxy fence less between a consumer's release and the next copy (wgmma
-//! and copies are of one proxy).
+//! and copies are of one proxy); no wait for a stage of b to be empty (the producer has just waited
+//! for a's, which the same warps give back at the same time).
 
 use flex_block_attn_ptx::ir::{Binary, Cmp, Op, Operand};
 
@@ -135,7 +136,7 @@ fn tokens() -> Vec<Mutation> {
             kind: "parity",
             base: Base::Gemm,
             edit: |s| no_toggle(s, B_EMPTY),
-            by: By::Emulator(&["Race"]),
+            by: By::Emulator(&["Deadlock", "Race"]),
         },
         Mutation {
             name: "16 bytes too many expected",
@@ -163,7 +164,7 @@ fn tokens() -> Vec<Mutation> {
             kind: "expected bytes",
             base: Base::Wide,
             edit: |s| expect(s, V_FULL, -(128 * 256)),
-            by: By::Emulator(&["Mbarrier"]),
+            by: By::Emulator(&["Mbarrier", "Race"]),
         },
         Mutation {
             name: "no arrive_expect",
@@ -210,10 +211,10 @@ fn tokens() -> Vec<Mutation> {
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
-            name: "a stage of b is filled before it is empty",
+            name: "a stage of a is filled before it is empty",
             kind: "missing empty wait",
             base: Base::Gemm,
-            edit: |s| no_wait(s, B_EMPTY),
+            edit: |s| no_wait(s, A_EMPTY),
             by: By::Emulator(&["Race", "Mbarrier"]),
         },
         Mutation {
@@ -269,7 +270,7 @@ fn tokens() -> Vec<Mutation> {
                 let releases = arrives_on(&s.kernel, K_EMPTY);
                 unguard(&mut s.kernel, All, releases)
             },
-            by: By::Emulator(&["Race", "Mbarrier"]),
+            by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
         },
         Mutation {
             name: "a stage of a is given back twice",
@@ -279,7 +280,7 @@ fn tokens() -> Vec<Mutation> {
                 let releases = arrives_on(&s.kernel, A_EMPTY);
                 double(&mut s.kernel, All, releases)
             },
-            by: By::Emulator(&["Race", "Mbarrier"]),
+            by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
         },
     ]
 }

@@ -93,7 +93,7 @@ fn matrices() -> Vec<Mutation> {
             kind: "descriptor",
             base: Base::Gemm,
             edit: |s| descriptors(&mut s.kernel, Side::A, op!(Op::Wgmma { .. }), |low| low + 2),
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "the second step along k starts where the first does",
@@ -150,7 +150,7 @@ fn matrices() -> Vec<Mutation> {
             kind: "descriptor",
             base: Base::Short,
             edit: |s| high(s, 64),
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "a 64-byte swizzle in the descriptors",
@@ -235,7 +235,7 @@ fn copies() -> Vec<Mutation> {
                     }
                 })
             },
-            by: By::Emulator(&["Race"]),
+            by: By::Result,
         },
         Mutation {
             name: "a coordinate too few",
@@ -332,15 +332,14 @@ fn launches() -> Vec<Mutation> {
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
-            name: "the map of a has a row too many, and a row of tiles is read from there",
+            name: "the map of a starts a row late and is a row too long",
             kind: "out of bounds",
             base: Base::Gemm,
             edit: |s| {
-                let edits = map(s, A, |map| {
+                map(s, A, |map| {
                     map.dims[1] += 1;
                     map.address += map.strides[1];
-                });
-                edits
+                })
             },
             by: By::Emulator(&["OutOfBounds"]),
         },
@@ -425,7 +424,7 @@ fn launches() -> Vec<Mutation> {
                 s.launch.grid[0] -= 1;
                 1
             },
-            by: By::Result,
+            by: By::Emulator(&["DivisionByZero"]),
         },
         Mutation {
             name: "tiles of b have half of their rows",

@@ -1,17 +1,19 @@
 //! Values: registers without any, shuffles, the softmax, rounding.
 
-use flex_block_attn_ptx::Ty;
+use std::ops::Range;
+
 use flex_block_attn_ptx::ir::{
-    Binary, Cmp, Kernel, Node, Op, Operand, ShuffleMode, Ternary, Unary,
+    Binary, Block, Cmp, Inst, Kernel, Node, Op, Operand, Packed, RegId, ShuffleMode, Ternary, Unary,
 };
+use flex_block_attn_ptx::{Arg, Ty};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{all, change, op, remove};
+use crate::edit::{Which, all, change, only_threads, op, remove};
 use crate::{Base, By, Mutation, Setup};
 
 /// Where the accumulators of the wgmma `nth` are set to zero.
 fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
-    let acc = |inst: &flex_block_attn_ptx::ir::Inst| match &inst.op {
+    let acc = |inst: &Inst| match &inst.op {
         Op::Wgmma { acc, .. } => Some(acc.clone()),
         _ => None,
     };
@@ -33,7 +35,7 @@ fn accumulate(s: &mut Setup, nth: usize, to: u64) -> usize {
 }
 
 /// Sets the distance of shuffles over `from` lanes.
-fn distance(s: &mut Setup, which: crate::edit::Which, from: u64, to: u64) -> usize {
+fn distance(s: &mut Setup, which: Which, from: u64, to: u64) -> usize {
     let shuffles = move |op: &Op| matches!(op, Op::Shuffle { mode: ShuffleMode::Butterfly, lane: Operand::Imm(lane), .. } if *lane == from);
     change(&mut s.kernel, which, shuffles, |op| {
         if let Op::Shuffle { lane, .. } = op {
@@ -43,7 +45,7 @@ fn distance(s: &mut Setup, which: crate::edit::Which, from: u64, to: u64) -> usi
 }
 
 /// Swaps the operands of instructions with two of them.
-fn swap(s: &mut Setup, which: crate::edit::Which, matches: impl Fn(&Op) -> bool) -> usize {
+fn swap(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
     change(&mut s.kernel, which, matches, |op| match op {
         Op::Binary { a, b, .. } => std::mem::swap(a, b),
         Op::Pack { low, high, .. } => std::mem::swap(low, high),
@@ -51,30 +53,12 @@ fn swap(s: &mut Setup, which: crate::edit::Which, matches: impl Fn(&Op) -> bool)
     })
 }
 
-/// Turns the comparisons that decide when loops are left.
-fn loops(kernel: &mut Kernel) -> usize {
-    let mut edits = 0;
-    let mut preds = Vec::new();
-    fn walk(block: &[Node], preds: &mut Vec<flex_block_attn_ptx::ir::RegId>) {
-        for node in block {
-            match node {
-                Node::Break {
-                    cond: Some(guard), ..
-                } => preds.push(guard.pred),
-                Node::Loop { body, .. } => walk(body, preds),
-                Node::If {
-                    then, otherwise, ..
-                } => {
-                    walk(then, preds);
-                    walk(otherwise, preds);
-                }
-                _ => {}
-            }
-        }
-    }
-    walk(&kernel.body, &mut preds);
-    edits += change(
-        kernel,
+/// Lets loops go on for a step too many: those that are left by their `of`-th conditions.
+fn longer(s: &mut Setup, of: Range<usize>) -> usize {
+    let leaves = breaks(&s.kernel.body);
+    let preds = leaves.get(of).unwrap_or(&[]);
+    change(
+        &mut s.kernel,
         All,
         |op| matches!(op, Op::Compare { cmp: Cmp::Ge, dst, .. } if preds.contains(dst)),
         |op| {
@@ -82,8 +66,20 @@ fn loops(kernel: &mut Kernel) -> usize {
                 *cmp = Cmp::Gt;
             }
         },
-    );
-    edits
+    )
+}
+
+/// The predicates that loops are left by, in order.
+fn breaks(block: &Block) -> Vec<RegId> {
+    let of = |node: &Node| match node {
+        Node::Inst(_) => Vec::new(),
+        Node::Break { cond, .. } => cond.iter().map(|guard| guard.pred).collect(),
+        Node::Loop { body, .. } => breaks(body),
+        Node::If {
+            then, otherwise, ..
+        } => [breaks(then), breaks(otherwise)].concat(),
+    };
+    block.iter().flat_map(of).collect()
 }
 
 pub fn table() -> Vec<Mutation> {
@@ -149,23 +145,31 @@ fn registers() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let rounds = op!(Op::Pack { .. });
-                crate::edit::only_threads(&mut s.kernel, Nth(0), rounds, Cmp::Ge, 130)
+                only_threads(&mut s.kernel, Nth(0), rounds, Cmp::Ge, 130)
             },
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
-            name: "the loops go on for a step too many",
+            name: "all go on for a tile too many",
             kind: "loop",
             base: Base::Wide,
-            edit: |s| loops(&mut s.kernel),
-            by: By::Emulator(&["OutOfBounds"]),
+            edit: |s| longer(s, 0..4),
+            by: By::Result,
         },
         Mutation {
-            name: "the product's loops go on for a step too many",
+            name: "the consumers go on for a tile too many",
+            kind: "loop",
+            base: Base::Wide,
+            edit: |s| longer(s, 2..4),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            // Both going on is harmless: the step too many brings zeros.
+            name: "the producer goes on for a step too many",
             kind: "loop",
             base: Base::Gemm,
-            edit: |s| loops(&mut s.kernel),
-            by: By::Result,
+            edit: |s| longer(s, 0..3),
+            by: By::Emulator(&["LeftBehind"]),
         },
     ]
 }
@@ -261,7 +265,7 @@ fn numbers() -> Vec<Mutation> {
             edit: |s| {
                 // Scores are rescaled by fma too, but from themselves to another register.
                 let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, ty: Ty::F32, b, .. } if matches!(b, Operand::Reg(_)));
-                change(&mut s.kernel, Nth(64), sums, |op| {
+                change(&mut s.kernel, Nth(66), sums, |op| {
                     if let Op::Ternary { b, .. } = op {
                         *b = Operand::Imm(1.0f32.to_bits().into());
                     }
@@ -295,7 +299,7 @@ fn numbers() -> Vec<Mutation> {
             kind: "softmax",
             base: Base::Wide,
             edit: |s| match s.launch.args.last_mut() {
-                Some(flex_block_attn_ptx::Arg::F32(scale)) => {
+                Some(Arg::F32(scale)) => {
                     *scale *= std::f32::consts::LN_2;
                     1
                 }
@@ -346,7 +350,7 @@ fn numbers() -> Vec<Mutation> {
             edit: |s| {
                 change(&mut s.kernel, All, op!(Op::Pack { .. }), |op| {
                     if let Op::Pack { format, .. } = op {
-                        *format = flex_block_attn_ptx::ir::Packed::F16;
+                        *format = Packed::F16;
                     }
                 })
             },
