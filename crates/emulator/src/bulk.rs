@@ -123,8 +123,9 @@ pub(crate) struct ThreadGroups {
     committed: u32,
     /// The last group whose reads were waited for.
     waited: u32,
-    /// The last group with copies in it.
+    /// The last group with copies in it, and the last of these.
     last: u32,
+    last_store: u32,
     stores: VecDeque<Store>,
 }
 
@@ -484,6 +485,7 @@ impl Machine<'_> {
                     committed: 0,
                     waited: 0,
                     last: 0,
+                    last_store: 0,
                     stores: VecDeque::new(),
                 });
                 warp.bulk.len() - 1
@@ -525,6 +527,7 @@ impl Machine<'_> {
         let data = self.move_out(here, &store)?;
         let thread = &mut warp.bulk[thread];
         thread.last = group;
+        thread.last_store = inst.index;
         if self.is_eager() {
             return write_rows(self.memory, &store.target, sum, &data);
         }
@@ -598,9 +601,10 @@ impl Machine<'_> {
         for thread in threads {
             if thread.waited < thread.last {
                 let problem = format!(
-                    "bulk stores of lane {} may still read shared memory: they need commit_group \
-                     and wait_group.read",
-                    thread.lane
+                    "a bulk store may still read shared memory: it needs commit_group and \
+                     wait_group.read; of {}: {}",
+                    self.program.place(thread.last_store),
+                    self.program.text(thread.last_store)
                 );
                 let mut wrong = Wrong::from(Kind::LeftBehind { problem });
                 wrong.lanes = 1 << thread.lane;

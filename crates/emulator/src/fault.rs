@@ -109,8 +109,8 @@ pub enum Kind {
     /// A register is read that nothing was written to.
     #[error("register {register} is read before it is written")]
     UninitialisedRegister {
-        /// Its index.
-        register: u32,
+        /// Its name in PTX.
+        register: String,
     },
     /// All lanes must execute an instruction together, and some are elsewhere.
     #[error("all lanes must execute this together, only {active:#010x} do")]
@@ -225,23 +225,23 @@ pub enum Kind {
     /// An accumulator is used while a wgmma may still write it.
     #[error("accumulator register {register} is used before the wgmma.wait_group that covers it")]
     AccumulatorInFlight {
-        /// Its index.
-        register: u32,
+        /// Its name in PTX.
+        register: String,
     },
     /// An A operand is overwritten while a wgmma may still read it.
     #[error(
         "register {register}, an A operand, is written before the wgmma.wait_group that covers it"
     )]
     OperandInFlight {
-        /// Its index.
-        register: u32,
+        /// Its name in PTX.
+        register: String,
     },
     /// Registers of a wgmma were used by other instructions, or by a wgmma of another shape, since
     /// the last `wgmma.fence`.
     #[error("no wgmma.fence lies between this wgmma and an earlier use of register {register}")]
     MissingWgmmaFence {
-        /// Its index.
-        register: u32,
+        /// Its name in PTX.
+        register: String,
     },
     /// The four warps of a warpgroup do not execute the same warpgroup instructions.
     #[error("the warps of a warpgroup differ: {problem}")]

@@ -137,14 +137,21 @@ impl Mbarrier {
 
     /// Its state, for reports.
     pub(crate) fn describe(&self) -> String {
-        format!(
-            "it is in phase {} (parity {}), {} of {} arrivals and {} bytes are missing",
-            self.phase,
-            self.phase & 1,
-            self.pending,
-            self.count,
-            self.bytes
-        )
+        let Self {
+            phase,
+            pending,
+            count,
+            bytes,
+            ..
+        } = self;
+        let state = match bytes {
+            0.. => format!("{pending} of {count} arrivals and {bytes} bytes are missing"),
+            _ => format!(
+                "{pending} of {count} arrivals are missing, and {} bytes came that were not expected",
+                -bytes
+            ),
+        };
+        format!("it is in phase {phase} (parity {}): {state}", phase & 1)
     }
 }
 

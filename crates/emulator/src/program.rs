@@ -207,12 +207,12 @@ impl<'k> Program<'k> {
     /// An instruction as text.
     pub(crate) fn text(&self, instruction: u32) -> String {
         let inst = self.instructions[instruction as usize].inst;
-        let text = print::instruction(self.kernel, inst);
-        // wgmmas have up to 128 registers.
-        match text.char_indices().nth(160) {
-            Some((end, _)) => format!("{}...", &text[..end]),
-            None => text,
-        }
+        print::brief(self.kernel, inst)
+    }
+
+    /// A register's name in PTX.
+    pub(crate) fn name(&self, register: RegId) -> String {
+        print::register(self.kernel, register)
     }
 
     /// An instruction's place in Rust source.

@@ -209,7 +209,7 @@ impl Warp {
         };
         if !self.is_known(guard.pred, self.active) {
             return Err(Kind::UninitialisedRegister {
-                register: guard.pred.0,
+                register: program.name(guard.pred),
             }
             .into());
         }
@@ -224,7 +224,7 @@ impl Warp {
             let index = register.0 as usize;
             if self.known[index] & lanes != lanes {
                 return Err(Kind::UninitialisedRegister {
-                    register: register.0,
+                    register: program.name(register),
                 }
                 .into());
             }
@@ -232,7 +232,7 @@ impl Warp {
             if track.accumulated != 0 {
                 if track.accumulated > completed {
                     return Err(Kind::AccumulatorInFlight {
-                        register: register.0,
+                        register: program.name(register),
                     }
                     .into());
                 }
@@ -243,13 +243,13 @@ impl Warp {
             let track = &mut self.tracks[register.0 as usize];
             if track.accumulated > completed {
                 return Err(Kind::AccumulatorInFlight {
-                    register: register.0,
+                    register: program.name(register),
                 }
                 .into());
             }
             if track.read_as_a > completed {
                 return Err(Kind::OperandInFlight {
-                    register: register.0,
+                    register: program.name(register),
                 }
                 .into());
             }

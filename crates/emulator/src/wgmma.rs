@@ -15,7 +15,7 @@ use crate::execute::lanes_of;
 use crate::fault::{Done, Kind};
 use crate::machine::{Here, Machine};
 use crate::matrix::{Matrix, number};
-use crate::program::{Decoded, a_registers};
+use crate::program::{Decoded, Program, a_registers};
 use crate::shadow::Access;
 use crate::warp::{FULL, Warp};
 
@@ -226,7 +226,7 @@ impl Machine<'_> {
             inst,
             [a_bits, b_bits ^ u64::from(accumulate) << 48],
         )?;
-        check_registers(warp, acc, a_registers(a), *n, accumulate)?;
+        check_registers(p, warp, acc, a_registers(a), *n, accumulate)?;
 
         // What is read, at the latest until the group is waited for. PTX does not say which warp
         // reads which rows of A, so each is taken to read all of them.
@@ -374,6 +374,7 @@ impl Machine<'_> {
 
 /// The rules of a wgmma's own registers.
 fn check_registers(
+    program: &Program,
     warp: &Warp,
     acc: &[RegId],
     a: &[RegId],
@@ -382,13 +383,13 @@ fn check_registers(
 ) -> Done {
     let missing = |register: &RegId| {
         Kind::MissingWgmmaFence {
-            register: register.0,
+            register: program.name(*register),
         }
         .into()
     };
     let unknown = |register: &RegId| {
         Kind::UninitialisedRegister {
-            register: register.0,
+            register: program.name(*register),
         }
         .into()
     };
@@ -396,7 +397,7 @@ fn check_registers(
         let track = &warp.tracks[register.0 as usize];
         if track.accumulated > warp.completed {
             return Err(Kind::AccumulatorInFlight {
-                register: register.0,
+                register: program.name(*register),
             }
             .into());
         }

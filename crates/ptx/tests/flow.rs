@@ -50,10 +50,9 @@ fn read(register: u32) -> Op {
 
 #[track_caller]
 fn assert_unassigned(register: RegId, body: Block) {
-    assert_eq!(
-        refusal(&kernel(2, body)).fault,
-        Fault::Unassigned { register }
-    );
+    let kernel = kernel(2, body);
+    let name = flex_block_attn_ptx::print::register(&kernel, register);
+    assert_eq!(refusal(&kernel).fault, Fault::Unassigned { register, name });
 }
 
 #[track_caller]
@@ -213,12 +212,11 @@ fn an_error_names_kernel_instruction_and_place() {
     let Node::Inst(Inst { at, .. }) = &kernel.body[0] else {
         panic!("made above")
     };
-    let register = r(3).0;
     assert_eq!(
         refusal(&kernel).to_string(),
         format!(
             "kernel `k`, `st.shared.u32 [%r3], 0;` ({at}): \
-             register {register} is read, but not assigned on every path to here"
+             register %r3 is read, but not assigned on every path to here"
         )
     );
     assert!(at.file().ends_with("flow.rs"), "{at}");

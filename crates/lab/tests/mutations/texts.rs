@@ -1,1 +1,67 @@
-//! Reports, read as a user: kernel, instruction, place in Rust source, warp, address.
+//! Reports, read as a user: they name the kernel, the instruction, its place in Rust source, the
+//! warp, and the address.
+
+use flex_block_attn_ptx::ir::{Op, Operand};
+
+use crate::edit::Which::All;
+use crate::edit::{arrives_on, op, remove};
+use crate::{Base, found};
+
+/// Asserts that a mistake is found as `who` by a text that holds all of `parts`.
+#[track_caller]
+fn assert_names(edit: fn(&mut crate::Setup) -> usize, who: &str, parts: &[&str]) {
+    let mut setup = Base::Wide.setup();
+    assert!(edit(&mut setup) > 0, "nothing is changed");
+    let (by, text) = found(&setup).expect("it is wrong");
+    assert_eq!(by, who, "{text}");
+    for part in parts {
+        assert!(text.contains(part), "{part} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn a_race_is_told_in_full() {
+    assert_names(
+        |s| {
+            let own = op!(Op::BarrierSync {
+                threads: Operand::Imm(128),
+                ..
+            });
+            remove(&mut s.kernel, All, own)
+        },
+        "emulator: Race",
+        &[
+            "kernel forward_bf16_d128_kv128, block [",
+            "warp ",
+            // Where it is noticed, by what instruction, on which byte.
+            "crates/kernels/src/forward/kernel.rs:",
+            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [",
+            "shared memory of block [",
+            "(address 0x",
+            // And with whom it conflicts.
+            "is not ordered after the read by wgmma of warp ",
+            ": wgmma.mma_async.sync.aligned.m64n128k16",
+        ],
+    );
+}
+
+#[test]
+fn a_deadlock_is_told_in_full() {
+    // The third mbarrier is "empty" of the first stage of keys: nobody gives it back.
+    assert_names(
+        |s| {
+            let releases = arrives_on(&s.kernel, 2);
+            remove(&mut s.kernel, All, releases)
+        },
+        "emulator: Deadlock",
+        &[
+            "kernel forward_bf16_d128_kv128, block [0, 0, 0], warp 0: deadlock",
+            "block [0, 0, 0], warp 0 waits for parity 0 of the mbarrier at shared memory of",
+            "(address 0x",
+            "it is in phase 0 (parity 0): 8 of 8 arrivals and 0 bytes are missing",
+            "at crates/kernels/src/forward/kernel.rs:",
+            ": mbarrier.try_wait.parity.shared::cta.b64 ",
+            "warps [4, 5, 6, 7, 8, 9, 10, 11] wait for ",
+        ],
+    );
+}

@@ -14,7 +14,7 @@ use std::fmt::Write as _;
 
 use arguments::{CLASSES, Names, arguments};
 
-use crate::ir::{Guard, Inst, Kernel, Module, Node, Op, ParamKind};
+use crate::ir::{Guard, Inst, Kernel, Module, Node, Op, ParamKind, RegId};
 
 /// The name of dynamic shared memory.
 const SHARED: &str = "smem";
@@ -50,6 +50,24 @@ pub fn instruction(kernel: &Kernel, inst: &Inst) -> String {
     printer.depth = 0;
     printer.instruction(inst);
     printer.text.trim_end().to_owned()
+}
+
+/// As [`instruction`], for a line of a report: of several instructions the one that counts, and of
+/// very long lines the beginning.
+pub fn brief(kernel: &Kernel, inst: &Inst) -> String {
+    let (text, mnemonic) = (instruction(kernel, inst), inst.op.mnemonic());
+    let line = text.lines().find(|line| line.contains(&mnemonic));
+    let line = line.unwrap_or(&text).trim_start();
+    // wgmmas have up to 128 registers.
+    match line.char_indices().nth(120) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
+/// A register of a kernel as it is printed.
+pub fn register(kernel: &Kernel, register: RegId) -> String {
+    Names::new(kernel).register(register)
 }
 
 fn entry(kernel: &Kernel) -> String {

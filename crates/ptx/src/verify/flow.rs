@@ -126,7 +126,8 @@ impl Walk<'_> {
         if partly || self.assigned.has(register) {
             Ok(())
         } else {
-            Err(Fault::Unassigned { register })
+            let name = crate::print::register(self.kernel, register);
+            Err(Fault::Unassigned { register, name })
         }
     }
 

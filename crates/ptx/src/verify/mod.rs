@@ -92,10 +92,12 @@ pub enum Fault {
         ty: Ty,
     },
     /// A register that is read before it is written.
-    #[error("register {} is read, but not assigned on every path to here", register.0)]
+    #[error("register {name} is read, but not assigned on every path to here")]
     Unassigned {
         /// The register.
         register: RegId,
+        /// Its name in PTX.
+        name: String,
     },
     /// A break out of a loop that does not enclose it.
     #[error("leaves loop {id}, which is not around it; around it are {around:?}")]
@@ -232,13 +234,7 @@ fn error(kernel: &Kernel, place: Place, fault: Fault) -> VerifyError {
 fn error_at(kernel: &Kernel, node: &Node, fault: Fault) -> VerifyError {
     let (text, at) = match node {
         Node::Inst(inst) => {
-            let text = crate::print::instruction(kernel, inst);
-            // Of an instruction that takes several lines the name says enough.
-            let text = if text.contains('\n') {
-                inst.op.mnemonic()
-            } else {
-                text
-            };
+            let text = crate::print::brief(kernel, inst);
             (text, inst.at)
         }
         Node::If { at, .. } => ("if".to_owned(), *at),
