@@ -184,6 +184,10 @@ impl Machine<'_> {
             let mut one = || {
                 let cluster = &mut self.clusters[here.cluster];
                 let shared = &mut cluster.blocks[here.rank].shared;
+                if shared.barrier(address).is_ok() {
+                    let problem = "it is initialised again, without mbarrier.inval before";
+                    return Err(shared.no_barrier(address, problem));
+                }
                 let bytes = shared.data(address, 8, 8)?;
                 if count == 0 || count >= 1 << 20 {
                     return Err(shared.no_barrier(address, &format!("a count of {count}")));

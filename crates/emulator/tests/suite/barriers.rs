@@ -235,3 +235,16 @@ fn registers_come_from_a_pool() {
         |kind| matches!(kind, Kind::Warpgroup { .. }),
     );
 }
+
+#[test]
+fn mbarriers_are_initialised_once() {
+    let kernel = Builder::kernel("again", 32, |k| {
+        k.set_shared_bytes(8);
+        k.if_(k.tid().equals(0), || {
+            k.mbarrier_init(k.shared_base(), 1);
+            k.mbarrier_init(k.shared_base(), 1);
+        });
+    });
+    let text = wrong(&kernel, |kind| matches!(kind, Kind::Mbarrier { .. }));
+    assert!(text.contains("initialised again"), "{text}");
+}

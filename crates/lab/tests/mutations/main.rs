@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flex_block_attn_emulator::Options;
 use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
+use flex_block_attn_ptx::ir::Op;
 use flex_block_attn_ptx::verify;
 
 /// Problems: small, but every ring goes round and every branch is taken.
@@ -216,4 +217,58 @@ fn every_mutation_is_found() {
         }
     }
     assert!(survivors.is_empty(), "survivors:{survivors}");
+}
+
+/// Whether an instruction is there to order others.
+fn orders(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Fence(_)
+            | Op::BarrierSync { .. }
+            | Op::BarrierArrive { .. }
+            | Op::MbarrierInit { .. }
+            | Op::MbarrierArrive { .. }
+            | Op::MbarrierArriveExpect { .. }
+            | Op::MbarrierWait { .. }
+            | Op::BulkCommit
+            | Op::BulkWait { .. }
+            | Op::WgmmaFence
+            | Op::WgmmaCommit
+            | Op::WgmmaWait { .. }
+            | Op::SetMaxRegisters { .. }
+    )
+}
+
+#[test]
+fn every_instruction_that_orders_others_is_missed() {
+    let mut cases = Vec::new();
+    for base in BASES {
+        let setup = base.setup();
+        let count = edit::all(&setup.kernel)
+            .iter()
+            .filter(|inst| orders(&inst.op))
+            .count();
+        cases.extend((0..count).map(|nth| (setup.clone(), nth)));
+    }
+    let missed = each(&cases, |(setup, nth)| {
+        let mut without = setup.clone();
+        edit::remove(&mut without.kernel, edit::Which::Nth(*nth), orders);
+        found(&without)
+    });
+    for ((setup, nth), found) in cases.iter().zip(missed) {
+        if found.is_none() {
+            let all = edit::all(&setup.kernel);
+            let inst = all
+                .iter()
+                .filter(|inst| orders(&inst.op))
+                .nth(*nth)
+                .unwrap();
+            println!(
+                "UNMISSED {} {} {}",
+                setup.kernel.name,
+                inst.at,
+                flex_block_attn_ptx::print::brief(&setup.kernel, inst)
+            );
+        }
+    }
 }

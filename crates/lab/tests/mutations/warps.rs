@@ -236,7 +236,7 @@ pub fn table() -> Vec<Mutation> {
             kind: "thread choice",
             base: Base::Gemm,
             edit: |s| unbranch(&mut s.kernel, op!(Op::MbarrierInit { .. })),
-            by: By::Emulator(&["Race", "LiveMbarrier", "Mbarrier"]),
+            by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
             name: "all threads of the producer's warpgroup load q",

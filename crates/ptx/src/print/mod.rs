@@ -59,7 +59,7 @@ pub fn brief(kernel: &Kernel, inst: &Inst) -> String {
     let line = text.lines().find(|line| line.contains(&mnemonic));
     let line = line.unwrap_or(&text).trim_start();
     // wgmmas have up to 128 registers.
-    match line.char_indices().nth(120) {
+    match line.char_indices().nth(160) {
         Some((end, _)) => format!("{}...", &line[..end]),
         None => line.to_owned(),
     }
