@@ -391,7 +391,7 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Wide,
             edit: |s| {
-                s.launch.args[LIST_STRIDE] = Arg::U32(4);
+                s.launch.args[LIST_STRIDE] = Arg::U32(3);
                 1
             },
             by: By::Result,

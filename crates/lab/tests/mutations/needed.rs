@@ -1,0 +1,85 @@
+//! Every instruction that is there to order others, left out alone, is missed: by the emulator or by
+//! the results. What is not is listed here, with the reason.
+
+use std::collections::BTreeMap;
+
+use flex_block_attn_ptx::ir::Op;
+
+use crate::edit::{Which, all, remove};
+use crate::{Base, each, found};
+
+/// By kernel and instruction, how many are not missed. None of them is needed for right results.
+const HARMLESS: &[(&str, &str, usize)] = &[
+    // A stage of b is empty when a's is, which the producer has just waited for.
+    ("gemm_bf16", "mbarrier.try_wait.parity.shared::cta.b64", 3),
+    // Only products touch the sum once the first fence is passed.
+    ("gemm_bf16", "wgmma.fence.sync.aligned", 2),
+    // Who does not ask for more registers must do with fewer: ptxas would see to it.
+    ("gemm_bf16", "setmaxnreg.inc.sync.aligned.u32", 1),
+    (
+        "forward_bf16_d128_kv128",
+        "setmaxnreg.inc.sync.aligned.u32",
+        1,
+    ),
+    // The first stage of keys is empty when the first tile comes.
+    (
+        "forward_bf16_d128_kv128",
+        "mbarrier.try_wait.parity.shared::cta.b64",
+        1,
+    ),
+];
+
+fn orders(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Fence(_)
+            | Op::BarrierSync { .. }
+            | Op::BarrierArrive { .. }
+            | Op::MbarrierInit { .. }
+            | Op::MbarrierArrive { .. }
+            | Op::MbarrierArriveExpect { .. }
+            | Op::MbarrierWait { .. }
+            | Op::BulkCommit
+            | Op::BulkWait { .. }
+            | Op::WgmmaFence
+            | Op::WgmmaCommit
+            | Op::WgmmaWait { .. }
+            | Op::SetMaxRegisters { .. }
+    )
+}
+
+#[test]
+fn every_instruction_that_orders_others_is_missed() {
+    let mut cases = Vec::new();
+    // `Base::Short` has an even number of tiles in every row: one of its branches is never taken.
+    for base in [Base::Gemm, Base::Wide] {
+        let setup = base.setup();
+        let insts = all(&setup.kernel)
+            .into_iter()
+            .filter(|inst| orders(&inst.op));
+        cases.extend(
+            insts
+                .enumerate()
+                .map(|(nth, inst)| (setup.clone(), nth, inst)),
+        );
+    }
+    assert!(cases.len() > 60, "{} instructions", cases.len());
+    let missed = each(&cases, |(setup, nth, _)| {
+        let mut setup = setup.clone();
+        assert_eq!(remove(&mut setup.kernel, Which::Nth(*nth), orders), 1);
+        found(&setup).is_some()
+    });
+
+    let mut counts = BTreeMap::new();
+    let mut places = String::new();
+    for ((setup, _, inst), _) in cases.iter().zip(missed).filter(|(_, missed)| !missed) {
+        let (kernel, mnemonic) = (setup.kernel.name.clone(), inst.op.mnemonic());
+        places += &format!("\n{kernel}, {}: {mnemonic}", inst.at);
+        *counts.entry((kernel, mnemonic)).or_insert(0) += 1;
+    }
+    let known = |&(kernel, mnemonic, count): &(&str, &str, usize)| {
+        ((kernel.to_owned(), mnemonic.to_owned()), count)
+    };
+    let expected: BTreeMap<_, usize> = HARMLESS.iter().map(known).collect();
+    assert_eq!(counts, expected, "nobody misses:{places}");
+}
