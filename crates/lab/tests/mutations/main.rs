@@ -27,7 +27,7 @@ use flex_block_attn_emulator::Options;
 use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
-/// Problems: small, but every ring goes round and every branch is taken.
+/// Problems: small, but every ring goes round and, of the first two, every branch is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Base {
     /// The matrix product, seven steps through three stages, two thread blocks.
@@ -180,10 +180,9 @@ fn each<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some((i, item)) = {
+                loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
-                    items.get(i).map(|item| (i, item))
-                } {
+                    let Some(item) = items.get(i) else { break };
                     let result = f(item);
                     results.lock().expect("no panic").push((i, result));
                 }

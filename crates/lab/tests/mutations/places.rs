@@ -212,7 +212,7 @@ fn matrices() -> Vec<Mutation> {
 fn copies() -> Vec<Mutation> {
     vec![
         Mutation {
-            name: "row and panel of k in each other's place",
+            name: "rows and panels of loads in each other's place",
             kind: "coordinates",
             base: Base::Wide,
             edit: |s| {

@@ -139,7 +139,7 @@ fn registers() -> Vec<Mutation> {
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
-            // Lanes that do not load have nothing: the verifier sees one path only.
+            // On the path of the other lanes nothing is assigned.
             name: "weights rounded in some lanes only",
             kind: "uninitialised register",
             base: Base::Wide,
@@ -206,7 +206,7 @@ fn numbers() -> Vec<Mutation> {
             by: By::Result,
         },
         Mutation {
-            name: "warps read the number of their warpgroup from a lane that has another",
+            name: "all warps take themselves for the first consumers",
             kind: "shuffle",
             base: Base::Gemm,
             edit: |s| {
