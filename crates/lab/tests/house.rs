@@ -18,6 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flex-block-attn-tile", &["flex-block-attn-ptx"]),
     ("flex-block-attn-ptx", &[]),
     ("flex-block-attn-emulator", &["flex-block-attn-ptx"]),
+    ("flex-block-attn-cuda", &["flex-block-attn-ptx"]),
     ("flex-block-attn-mask", &[]),
     ("flex-block-attn-cpu", &["flex-block-attn-mask"]),
     (
@@ -31,6 +32,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "flex-block-attn",
             "flex-block-attn-cpu",
+            "flex-block-attn-cuda",
             "flex-block-attn-emulator",
             "flex-block-attn-kernels",
             "flex-block-attn-mask",
