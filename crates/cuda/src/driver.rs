@@ -4,9 +4,10 @@
 //! the symbol of the same row of the table and turns its status into a [`Result`] that names it.
 //!
 //! Signatures and constants: CUDA driver API reference, 13.0. All but one are in every driver since
-//! 12.0, the first for Hopper's kernels; newer ones keep them.
+//! 12.0; newer ones keep them. Kernels are printed as PTX 8.1, which is 12.1's.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::fmt;
 use std::ptr;
 use std::sync::OnceLock;
 
@@ -218,6 +219,11 @@ pub(crate) struct Driver {
     function_load: Option<FunctionLoad>,
 }
 
+/// The CUDA version that a driver must have, as it counts: its PTX is what we print.
+const OLDEST: c_int = 12_010;
+/// The first driver that has it.
+const OLDEST_RELEASE: &str = "530";
+
 /// What the driver's library is called.
 const NAMES: [&str; 2] = if cfg!(windows) {
     ["nvcuda.dll", "nvcuda64.dll"]
@@ -247,17 +253,17 @@ impl Driver {
                     names[0]
                 ))
             })?;
-        let old = |error| {
-            unavailable(format!(
-                "the NVIDIA driver is too old, 12.0 is needed: {error}"
-            ))
+        let old = |reason: &dyn fmt::Display| {
+            let needed = format!("release {OLDEST_RELEASE} (CUDA 12.1) or newer is needed");
+            unavailable(format!("the NVIDIA driver is too old, {needed}: {reason}"))
         };
+        let missing = |error: libloading::Error| old(&error);
         // SAFETY: it is the driver's library, found under the driver's name.
         let driver = unsafe {
             Self {
-                symbols: Symbols::of(&library).map_err(old)?,
-                error_name: *library.get("cuGetErrorName").map_err(old)?,
-                error_text: *library.get("cuGetErrorString").map_err(old)?,
+                symbols: Symbols::of(&library).map_err(missing)?,
+                error_name: *library.get("cuGetErrorName").map_err(missing)?,
+                error_text: *library.get("cuGetErrorString").map_err(missing)?,
                 function_load: library.get("cuFuncLoad").ok().map(|symbol| *symbol),
             }
         };
@@ -268,6 +274,16 @@ impl Driver {
             Error::Call { text, .. } => unavailable(format!("the NVIDIA driver says: {text}")),
             other => other,
         })?;
+        let mut version = 0;
+        // SAFETY: the result goes to a variable of its type.
+        unsafe { driver.version(&raw mut version)? };
+        if version < OLDEST {
+            return Err(old(&format!(
+                "it has CUDA {}.{}",
+                version / 1000,
+                version % 1000 / 10
+            )));
+        }
         Ok(driver)
     }
 
