@@ -94,7 +94,7 @@ PEERS: dict[str, tuple[str, Callable[[], Figure]]] = {
 
 
 def ours(tool: str, case: str) -> Figure:
-    output = subprocess.run([tool, "time", case], capture_output=True, text=True, check=True)
+    output = subprocess.run([tool, "time", case], stdout=subprocess.PIPE, text=True, check=True)
     name, median, _, _, work = output.stdout.strip().split("\t")
     if name != case:
         raise ValueError(f"the tool measured {name!r}, not {case!r}")

@@ -50,8 +50,6 @@ impl Function {
                 problem: format!("{} arguments, {MOST} at most", launch.args.len()),
             }));
         }
-        let mut arguments = Arguments::empty();
-        let args = arguments.fill(self.device.driver, &launch.args)?;
         let mut cluster = LaunchAttribute {
             id: driver::LAUNCH_ATTRIBUTE_CLUSTER,
             pad: [0; 4],
@@ -66,13 +64,15 @@ impl Function {
             attributes: &raw const cluster,
             attribute_count: u32::from(self.entry.cluster > 1),
         };
-        // SAFETY: config and arguments live until the call returns, by when the driver has copied
-        // them; each argument has its parameter's size, as checked above. Memory and stream are
-        // the caller's word.
-        self.device.with_context(|| unsafe {
-            self.device
-                .driver
-                .launch(&raw const config, self.handle, args, ptr::null())
+        let driver = self.device.driver;
+        self.device.with_context(|| {
+            let mut arguments = Arguments::empty();
+            // Encoding tensor maps, too, wants a context.
+            let args = arguments.fill(driver, &launch.args)?;
+            // SAFETY: config and arguments live until the call returns, by when the driver has
+            // copied them; each argument has its parameter's size, as checked above. Memory and
+            // stream are the caller's word.
+            unsafe { driver.launch(&raw const config, self.handle, args, ptr::null()) }
         })
     }
 }
