@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_int};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use flex_block_attn_ptx::{Kernel, Module, print};
 
@@ -24,7 +24,9 @@ pub struct Device {
     multiprocessors: u32,
     memory_bytes: usize,
     driver_version: (u32, u32),
-    context: Context,
+    handle: DeviceHandle,
+    /// The primary context: retained when it is first needed, since it takes memory.
+    context: OnceLock<Context>,
     /// By PTX. Each has a lock of its own, so that compiling one keeps nobody from another.
     functions: Mutex<HashMap<String, Arc<LoadedOnce>>>,
 }
@@ -72,7 +74,7 @@ impl Device {
 
     fn open(driver: &'static Driver, ordinal: u32) -> Result<Self, Error> {
         let mut handle: DeviceHandle = 0;
-        let (mut version, mut memory_bytes, mut context) = (0, 0, Context::NULL);
+        let (mut version, mut memory_bytes) = (0, 0);
         let mut name = [0u8; 256];
         // SAFETY: results go to variables of their types; `name` has the length given.
         unsafe {
@@ -80,7 +82,6 @@ impl Device {
             driver.device_name(name.as_mut_ptr().cast(), name.len() as c_int, handle)?;
             driver.device_memory(&raw mut memory_bytes, handle)?;
             driver.version(&raw mut version)?;
-            driver.primary_context(&raw mut context, handle)?;
         }
         let attribute = |which| {
             let mut value = 0;
@@ -103,7 +104,8 @@ impl Device {
             multiprocessors: attribute(driver::DEVICE_MULTIPROCESSORS)?,
             memory_bytes,
             driver_version: (version as u32 / 1000, version as u32 % 1000 / 10),
-            context,
+            handle,
+            context: OnceLock::new(),
             functions: Mutex::default(),
         })
     }
@@ -252,17 +254,31 @@ impl Device {
         &self,
         work: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
+        let context = self.context()?;
         let mut current = Context::NULL;
         // SAFETY: contexts are valid for ever (primary, never released); each push has its pop.
         unsafe {
             self.driver.context_current(&raw mut current)?;
-            if current == self.context {
+            if current == context {
                 return work();
             }
-            self.driver.context_push(self.context)?;
+            self.driver.context_push(context)?;
             let result = work();
             self.driver.context_pop(&raw mut current)?;
             result
         }
+    }
+
+    fn context(&self) -> Result<Context, Error> {
+        if let Some(&context) = self.context.get() {
+            return Ok(context);
+        }
+        let mut context = Context::NULL;
+        // SAFETY: the result goes to a variable of its type. Two threads may both retain it: it is
+        // the same, and is never released.
+        unsafe {
+            self.driver.primary_context(&raw mut context, self.handle)?;
+        }
+        Ok(*self.context.get_or_init(|| context))
     }
 }

@@ -23,7 +23,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("flex-block-attn-cpu", &["flex-block-attn-mask"]),
     (
         "flex-block-attn",
-        &["flex-block-attn-cpu", "flex-block-attn-mask"],
+        &[
+            "flex-block-attn-cpu",
+            "flex-block-attn-cuda",
+            "flex-block-attn-mask",
+        ],
     ),
     ("flex-block-attn-python", &["flex-block-attn"]),
     // The lab may use every other Rust library; nothing may use the lab.
