@@ -1,6 +1,5 @@
 """Types of the extension module; crates/python is what they describe."""
 
-from pathlib import Path
 from typing import TypedDict
 
 __version__: str
@@ -23,11 +22,6 @@ class _Report(TypedDict):
     # Why no GPU can be reached; then there are none.
     gpu_problem: str | None
     gpus: list[_Gpu]
-    # Where compiled kernels are kept; none if that is switched off.
-    cache_folder: Path | None
-    cache_kernels: int
-    cache_bytes: int
-    cache_problem: str | None
 
 # (address, dtype, shape, strides), strides in elements.
 _Tensor = tuple[int, str, tuple[int, ...], tuple[int, ...]]

@@ -5,7 +5,9 @@ In: what the extension module and torch say. Out: text. Each line says one thing
 with an arrow say what a user can do.
 """
 
+import os
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +39,7 @@ def describe(found: "_Report", torch_cuda: str | None, torch_sees_gpu: bool) -> 
         f"CPU              {found['threads']} threads; products by {found['float32']} (float32) "
         f"and {found['bf16']} (bfloat16)",
         *_gpus(found, torch_cuda, torch_sees_gpu),
-        *_cache(found),
+        *_cache(),
         "used             CPU tensors: the CPU backend; CUDA tensors are refused by this version",
     ]
     return "\n".join(lines)
@@ -68,17 +70,22 @@ def _gpus(found: "_Report", torch_cuda: str | None, torch_sees_gpu: bool) -> lis
     return lines
 
 
-def _cache(found: "_Report") -> list[str]:
-    folder, kernels = found["cache_folder"], found["cache_kernels"]
-    if folder is None:
+def _cache() -> list[str]:
+    """Where the driver keeps what it compiled (CUDA programming guide, environment variables)."""
+    if os.environ.get("CUDA_CACHE_DISABLE") == "1":
         return [
-            "kernel cache     off: each process compiles what it uses",
-            "  -> set FLEX_BLOCK_ATTN_CACHE_DIR to a folder to keep compiled kernels",
+            "kernel cache     off (CUDA_CACHE_DISABLE=1): each process compiles what it uses, about "
+            "a second a kernel",
+            "  -> unset CUDA_CACHE_DISABLE to keep compiled kernels",
         ]
-    if found["cache_problem"] is not None:
+    chosen = os.environ.get("CUDA_CACHE_PATH")
+    folder = Path(chosen) if chosen else Path.home() / ".nv" / "ComputeCache"
+    # The driver makes the folder, where it may.
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return [
-            f"kernel cache     {folder}: {found['cache_problem']}",
-            "  -> set FLEX_BLOCK_ATTN_CACHE_DIR to a folder that can be written to",
+            f"kernel cache     {folder} cannot be written to: each process compiles what it uses, "
+            "about a second a kernel",
+            "  -> set CUDA_CACHE_PATH to a folder that can be written to",
         ]
-    size = found["cache_bytes"] / 2**20
-    return [f"kernel cache     {folder}: {kernels} compiled kernels, {size:.1f} MiB"]
+    return [f"kernel cache     {folder} (the driver's)"]

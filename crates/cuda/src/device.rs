@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use flex_block_attn_ptx::{Kernel, Module, print};
 
-use crate::cache::{self, Slot, Source};
-use crate::compile::compile;
-use crate::driver::{self, Context, DeviceHandle, Driver, FunctionHandle, ModuleHandle, Stream};
+use crate::compile;
+use crate::driver::{self, Context, DeviceHandle, Driver, FunctionHandle, Stream};
 use crate::{Error, Function};
 
 /// What our kernels are compiled for: sm_90a runs on nothing else.
@@ -156,24 +155,13 @@ impl Device {
         Err(Error::Unavailable { reason })
     }
 
-    /// A kernel on this device: loaded before, found compiled on disk, or compiled now, which takes
-    /// up to seconds. Looking it up costs as much as printing it: who launches often keeps it.
+    /// A kernel on this device: loaded before, found compiled in the driver's cache on disk, or
+    /// compiled now, which takes up to seconds. Looking it up costs as much as printing it: who
+    /// launches often keeps it.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the device cannot run it; whatever the driver says else.
     pub fn load(&'static self, kernel: &Kernel) -> Result<&'static Function, Error> {
-        self.load_from(kernel, cache::folder().as_deref())
-    }
-
-    /// [`Device::load`] with a given folder for compiled kernels, or none.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn load_from(
-        &'static self,
-        kernel: &Kernel,
-        folder: Option<&std::path::Path>,
-    ) -> Result<&'static Function, Error> {
         self.check()?;
         let kernels = vec![kernel.clone()];
         let ptx = print(&Module { kernels });
@@ -188,40 +176,20 @@ impl Device {
         if let Some(function) = *function {
             return Ok(function);
         }
-        let loaded: &'static Function = Box::leak(Box::new(self.load_new(kernel, &ptx, folder)?));
+        let handle = self.with_context(|| self.load_code(kernel, &ptx))?;
+        let loaded: &'static Function =
+            Box::leak(Box::new(Function::new(self, handle, kernel.entry())));
         *function = Some(loaded);
         Ok(loaded)
     }
 
-    fn load_new(
-        &'static self,
-        kernel: &Kernel,
-        ptx: &str,
-        folder: Option<&std::path::Path>,
-    ) -> Result<Function, Error> {
-        let (major, minor) = self.driver_version;
-        let slot = Slot::new(folder, &[ptx, &format!("driver {major}.{minor}"), "sm_90a"]);
-        self.with_context(|| {
-            let build = || compile(self.driver, &kernel.name, ptx);
-            let (code, source) = slot.get_or_build(build)?;
-            let handle = match (self.load_code(kernel, &code), source) {
-                // Code that this driver does not take, whatever the file's name says.
-                (Err(_), Source::Disk) => self.load_code(kernel, &slot.build(build)?)?,
-                (result, _) => result?,
-            };
-            Ok(Function::new(self, handle, kernel.entry()))
-        })
-    }
-
-    /// Loads machine code in the current context, ready for launch.
-    fn load_code(&self, kernel: &Kernel, code: &[u8]) -> Result<FunctionHandle, Error> {
-        let (mut module, mut function) = (ModuleHandle::NULL, FunctionHandle::NULL);
-        let name = CString::new(kernel.name.as_str()).expect("names of kernels are identifiers");
-        // SAFETY: the code is whole (checked, or just compiled), the name ends in 0, and the
-        // module is unloaded only if nobody gets its function.
+    /// Loads a kernel in the current context, ready for launch.
+    fn load_code(&self, kernel: &Kernel, ptx: &str) -> Result<FunctionHandle, Error> {
+        let module = compile::load(self.driver, &kernel.name, ptx)?;
+        let mut function = FunctionHandle::NULL;
+        let name = CString::new(kernel.name.as_str()).expect("a name without 0 was compiled");
+        // SAFETY: the name ends in 0, and the module is unloaded only if nobody gets its function.
         unsafe {
-            self.driver
-                .module_load(&raw mut module, code.as_ptr().cast())?;
             let ready = (|| {
                 self.driver
                     .module_function(&raw mut function, module, name.as_ptr())?;

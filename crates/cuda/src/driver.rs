@@ -44,8 +44,6 @@ handles! {
     ModuleHandle;
     /// A kernel of a module.
     FunctionHandle;
-    /// A linker at work.
-    Linker;
     /// An event.
     EventHandle;
 }
@@ -85,13 +83,14 @@ pub(crate) struct LaunchConfig {
 pub(crate) struct EncodedMap(pub(crate) [u64; 16]);
 
 pub(crate) const LAUNCH_ATTRIBUTE_CLUSTER: c_int = 4;
+pub(crate) const FUNCTION_LOCAL_BYTES: c_int = 3;
+pub(crate) const FUNCTION_REGISTERS: c_int = 4;
 pub(crate) const FUNCTION_SHARED_BYTES: c_int = 8;
 pub(crate) const DEVICE_MULTIPROCESSORS: c_int = 16;
 pub(crate) const DEVICE_MAJOR: c_int = 75;
 pub(crate) const DEVICE_MINOR: c_int = 76;
 pub(crate) const JIT_ERROR_LOG: c_int = 5;
 pub(crate) const JIT_ERROR_LOG_BYTES: c_int = 6;
-pub(crate) const JIT_INPUT_PTX: c_int = 1;
 /// Events that carry a time.
 pub(crate) const EVENT_DEFAULT: c_uint = 0;
 
@@ -150,26 +149,19 @@ calls! {
     context_push = "cuCtxPushCurrent_v2" (context: Context);
     /// Takes it off.
     context_pop = "cuCtxPopCurrent_v2" (context: *mut Context);
-    /// Starts a linker.
-    link_create = "cuLinkCreate_v2"
-        (count: c_uint, options: *const c_int, values: *const *mut c_void, linker: *mut Linker);
-    /// Compiles PTX into it.
-    link_add = "cuLinkAddData_v2" (
-        linker: Linker, kind: c_int, data: *const c_void, len: usize, name: *const c_char,
-        count: c_uint, options: *const c_int, values: *const *mut c_void
+    /// Compiles PTX, or finds it compiled, and loads it into the current context.
+    module_load = "cuModuleLoadDataEx" (
+        module: *mut ModuleHandle, ptx: *const c_void, count: c_uint, options: *const c_int,
+        values: *const *mut c_void
     );
-    /// The machine code, which belongs to the linker.
-    link_complete = "cuLinkComplete"
-        (linker: Linker, code: *mut *const c_void, len: *mut usize);
-    /// Ends it.
-    link_destroy = "cuLinkDestroy" (linker: Linker);
-    /// Loads machine code into the current context.
-    module_load = "cuModuleLoadData" (module: *mut ModuleHandle, code: *const c_void);
     /// Unloads it.
     module_unload = "cuModuleUnload" (module: ModuleHandle);
     /// A kernel of it.
     module_function = "cuModuleGetFunction"
         (function: *mut FunctionHandle, module: ModuleHandle, name: *const c_char);
+    /// A property of a kernel.
+    function_get = "cuFuncGetAttribute"
+        (value: *mut c_int, attribute: c_int, function: FunctionHandle);
     /// Sets a property of a kernel.
     function_set = "cuFuncSetAttribute" (function: FunctionHandle, attribute: c_int, value: c_int);
     /// Launches a kernel.

@@ -1,5 +1,6 @@
 //! [`Function`]: a kernel that is loaded on a device.
 
+use std::ffi::c_int;
 use std::ptr;
 
 use flex_block_attn_ptx::{Entry, Launch, LaunchError};
@@ -28,6 +29,33 @@ impl Function {
     /// What it is launched with.
     pub fn entry(&self) -> &Entry {
         &self.entry
+    }
+
+    /// Registers of a thread, as the driver's compiler chose.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn registers(&self) -> Result<u32, Error> {
+        self.property(driver::FUNCTION_REGISTERS)
+    }
+
+    /// Bytes of a thread that did not find a register, and lie in memory.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn spilled_bytes(&self) -> Result<u32, Error> {
+        self.property(driver::FUNCTION_LOCAL_BYTES)
+    }
+
+    fn property(&self, which: c_int) -> Result<u32, Error> {
+        let mut value = 0;
+        // SAFETY: the function lives, and the result goes to a variable of its type.
+        self.device.with_context(|| unsafe {
+            self.device
+                .driver
+                .function_get(&raw mut value, which, self.handle)
+        })?;
+        Ok(value as u32)
     }
 
     /// Puts a launch on a stream, and returns at once.

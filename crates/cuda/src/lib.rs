@@ -8,14 +8,12 @@
 //!
 //! - [`Device`]: a GPU; [`Device::load`] compiles a kernel or finds it compiled;
 //! - [`Function`]: a kernel on a device; [`Function::launch`] launches it;
-//! - [`cache`]: where compiled kernels are kept between processes;
 //! - [`Buffer`], [`Event`]: memory and timing for tests and tools; attention never allocates.
 //!
 //! A machine without driver or GPU is no failure: [`Device::get`] then gives
 //! [`Error::Unavailable`], whose text says why.
 
 mod arguments;
-pub mod cache;
 mod compile;
 mod device;
 mod driver;

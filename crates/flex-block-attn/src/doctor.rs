@@ -4,7 +4,6 @@
 //! In: nothing. Out: a [`Report`], plain data; whoever shows it finds the words.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 
 use flex_block_attn_cuda as cuda;
 
@@ -15,8 +14,6 @@ pub struct Report {
     pub cpu: Cpu,
     /// All NVIDIA GPUs, or why none can be reached.
     pub gpus: Result<Vec<Gpu>, String>,
-    /// Where compiled kernels are kept.
-    pub cache: Cache,
 }
 
 /// The CPU backend.
@@ -47,19 +44,6 @@ pub struct Gpu {
     pub problem: Option<String>,
 }
 
-/// Where compiled kernels are kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cache {
-    /// The folder; none if it is switched off.
-    pub folder: Option<PathBuf>,
-    /// Kernels in it.
-    pub kernels: usize,
-    /// Their bytes together.
-    pub bytes: u64,
-    /// Why it cannot be written to, if so.
-    pub problem: Option<String>,
-}
-
 impl Report {
     /// Looks.
     pub fn new() -> Self {
@@ -72,7 +56,6 @@ impl Report {
                 threads: threads.map_or(1, NonZeroUsize::get),
             },
             gpus: gpus(),
-            cache: cache(),
         }
     }
 }
@@ -97,23 +80,4 @@ fn gpus() -> Result<Vec<Gpu>, String> {
         problem: device.check().err().map(|error| error.to_string()),
     };
     Ok(devices.into_iter().map(gpu).collect())
-}
-
-fn cache() -> Cache {
-    let folder = cuda::cache::folder();
-    let looked = folder.as_deref().map(|folder| {
-        cuda::cache::probe(folder)?;
-        cuda::cache::usage(folder)
-    });
-    let (usage, problem) = match looked {
-        None => (cuda::cache::Usage::default(), None),
-        Some(Ok(usage)) => (usage, None),
-        Some(Err(error)) => (cuda::cache::Usage::default(), Some(error.to_string())),
-    };
-    Cache {
-        folder,
-        kernels: usage.files,
-        bytes: usage.bytes,
-        problem,
-    }
 }

@@ -7,7 +7,7 @@ use pyo3::types::PyDict;
 /// See `_native.pyi` for its keys.
 #[pyfunction]
 pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let Report { cpu, gpus, cache } = py.detach(Report::new);
+    let Report { cpu, gpus } = py.detach(Report::new);
     let report = PyDict::new(py);
     report.set_item("float32", cpu.float32)?;
     report.set_item("bf16", cpu.bf16)?;
@@ -29,9 +29,5 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         found.push(entry);
     }
     report.set_item("gpus", found)?;
-    report.set_item("cache_folder", cache.folder)?;
-    report.set_item("cache_kernels", cache.kernels)?;
-    report.set_item("cache_bytes", cache.bytes)?;
-    report.set_item("cache_problem", cache.problem)?;
     Ok(report)
 }

@@ -8,9 +8,9 @@ use flex_block_attn_lab::gpu::Gpu;
 
 pub const USAGE: &str = "lab load
 
-Loads all kernels on the first GPU and prints the milliseconds that each took: those of
-the driver's compiler the first time, those of reading the code from the cache's folder
-(FLEX_BLOCK_ATTN_CACHE_DIR) the next. CUDA_CACHE_DISABLE=1 keeps the driver's own cache out.";
+Loads all kernels on the first GPU and prints the milliseconds that each took, the driver's
+registers a thread and spilled bytes. CUDA_CACHE_DISABLE=1 has the driver compile; without it,
+and from the second run on, it finds compiled code in its cache (CUDA_CACHE_PATH).";
 
 pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
     if !words.is_empty() {
@@ -19,9 +19,10 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
     let gpu = Gpu::find()?;
     for kernel in kernels::all() {
         let start = Instant::now();
-        gpu.load(&kernel)?;
+        let function = gpu.load(&kernel)?;
         let ms = start.elapsed().as_secs_f64() * 1e3;
-        println!("load {}\t{ms:.2}", kernel.name);
+        let (registers, spilled) = (function.registers()?, function.spilled_bytes()?);
+        println!("load {}\t{ms:.2}\t{registers}\t{spilled}", kernel.name);
     }
     Ok(())
 }
