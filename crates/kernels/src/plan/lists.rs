@@ -10,19 +10,19 @@ const WARPS: u32 = THREADS / 32;
 /// Steps of 32 columns of a row whose loads are under way together: their latency is most of the
 /// time that a mask takes.
 const STEPS: usize = 12;
-/// Columns of a strip that a warp lists.
-const OWN: usize = (STRIP / WARPS) as usize;
 /// Columns of a strip, which a thread block has.
 const STRIP: u32 = 32;
 /// Chunks of 32 rows of a strip whose bits are in shared memory together.
 const CHUNKS: u32 = 2 * WARPS;
-/// Bytes from a column's bits to the next's: not a multiple of 32 words, which would all be in
-/// one bank.
-const COLUMN_BYTES: u32 = 4 * (CHUNKS + 4);
+/// Where, behind its bits, the length of a column's list so far lies.
+const COUNT: u32 = 4 * CHUNKS;
+/// Bytes from a column's bits to the next's: a multiple of 16, but not of 128, lest all be in one
+/// bank.
+const COLUMN_BYTES: u32 = COUNT + 16;
 
-/// Thread blocks for one matrix: those for rows, then those for columns.
+/// Thread blocks for one matrix: those for columns, which take longer, then those for rows.
 pub(super) fn blocks(rows: u32, columns: u32) -> u32 {
-    rows.div_ceil(WARPS) + columns.div_ceil(STRIP)
+    columns.div_ceil(STRIP) + rows.div_ceil(WARPS)
 }
 
 pub(super) fn body(k: &Builder) {
@@ -32,11 +32,14 @@ pub(super) fn body(k: &Builder) {
     let columns = Lists::new(k, record, ["column_counts", "column_lists"], mask.rows);
     k.set_shared_bytes(STRIP * COLUMN_BYTES);
 
-    let row_blocks = (mask.rows + (WARPS - 1)) / WARPS;
+    // Known to be the same in all lanes: so are the branches around votes.
+    let warp = (k.tid() >> 5).uniform();
+    let strips = (mask.columns + (STRIP - 1)) / STRIP;
     k.if_else(
-        k.cta_x().lt(row_blocks),
+        k.cta_x().lt(strips),
+        || mask.strip(k.cta_x() * STRIP, warp, &columns),
         || {
-            let row = k.cta_x() * WARPS + (k.tid() >> 5);
+            let row = (k.cta_x() - strips) * WARPS + warp;
             k.if_(row.lt(mask.rows), || {
                 let list = rows.list(row);
                 k.for_(0, mask.columns, 32 * STEPS as u32, |first| {
@@ -47,7 +50,6 @@ pub(super) fn body(k: &Builder) {
                 list.finish();
             });
         },
-        || mask.strip((k.cta_x() - row_blocks) * STRIP, &columns),
     );
 }
 
@@ -109,42 +111,41 @@ impl<'k> Mask<'k> {
     }
 
     /// Lists the columns from `strip` on.
-    fn strip(&self, strip: Reg<'k, u32>, columns: &Lists<'k>) {
+    fn strip(&self, strip: Reg<'k, u32>, warp: Reg<'k, u32>, columns: &Lists<'k>) {
         let k = strip.builder();
-        let (warp, lane) = (k.tid() >> 5, k.lane());
-        let bits = k.shared_base();
-        // What this thread writes and what its warp reads of the bits.
-        let written = bits + lane * COLUMN_BYTES + (warp << 2);
-        let own = warp * OWN as u32;
-        let read = bits + own * COLUMN_BYTES;
-        let lists: [List<'k>; OWN] = std::array::from_fn(|i| columns.list(strip + own + i as u32));
+        let (lane, shared) = (k.lane(), k.shared_base());
         k.for_(0, self.rows, 32 * CHUNKS, |first| {
-            for turn in 0..CHUNKS / WARPS {
-                let row = first + (warp + turn * WARPS) * 32;
-                let word = k.var(0u32);
-                k.if_(row.lt(self.rows), || {
-                    word.set(self.column_bits(row, strip + lane));
-                });
-                k.store_shared(written.at(4 * turn * WARPS), word);
-            }
+            // Whole fours, which are read together.
+            let chunks = ((self.rows - first).min(32 * CHUNKS) + 127) / 128 * 4;
+            k.for_(warp, chunks, WARPS, |chunk| {
+                let word = self.column_bits(first + chunk * 32, strip + lane);
+                k.store_shared(shared + lane * COLUMN_BYTES + (chunk << 2), word);
+            });
             k.sync_threads();
-            let end = (self.rows - first).min(32 * CHUNKS);
-            for (i, list) in (0..).zip(&lists) {
-                k.if_((strip + own + i).lt(self.columns), || {
-                    k.for_(0, end, 4 * 32, |row| {
-                        let words =
-                            k.load_shareds::<u32, 4>((read + (row >> 3)).at(i * COLUMN_BYTES));
-                        for (chunk, word) in (0..).zip(words) {
-                            list.append(word, first + row + 32 * chunk);
-                        }
-                    });
+            k.for_(warp, (self.columns - strip).min(STRIP), WARPS, |column| {
+                let bits = shared + column * COLUMN_BYTES;
+                let list = columns.list(strip + column);
+                k.if_(first.gt(0), || {
+                    list.count.set(k.load_shared::<u32>(bits.at(COUNT)));
                 });
-            }
+                k.for_(0, chunks, 4, |chunk| {
+                    let words = k.load_shareds::<u32, 4>(bits + (chunk << 2));
+                    for (i, word) in (0..).zip(words) {
+                        list.append(word, first + (chunk + i) * 32);
+                    }
+                });
+                k.if_else(
+                    (first + 32 * CHUNKS).ge(self.rows),
+                    || list.finish(),
+                    || {
+                        k.where_(lane.equals(0), || {
+                            k.store_shared(bits.at(COUNT), list.count)
+                        })
+                    },
+                );
+            });
             k.sync_threads();
         });
-        for (i, list) in (0..).zip(&lists) {
-            k.if_((strip + own + i).lt(self.columns), || list.finish());
-        }
     }
 }
 
