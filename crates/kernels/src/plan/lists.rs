@@ -86,7 +86,7 @@ impl<'k> Mask<'k> {
         let bytes: [Reg<'k, u32>; STEPS] = std::array::from_fn(|step| {
             let inside = (column + 32 * step as u32).lt(self.columns);
             let byte = k.load_constant_byte_where(inside, entry);
-            entry = entry + step_bytes;
+            entry += step_bytes;
             byte
         });
         bytes.map(|byte| byte.differs(0).ballot())
@@ -100,7 +100,7 @@ impl<'k> Mask<'k> {
             self.address + first.to_u64() * self.row_stride + column.to_u64() * self.column_stride;
         let bytes: [Reg<'k, u32>; 32] = std::array::from_fn(|row| {
             let byte = k.load_constant_byte_where((first + row as u32).lt(rows), entry);
-            entry = entry + self.row_stride;
+            entry += self.row_stride;
             byte
         });
         let mut word = k.var(0u32);

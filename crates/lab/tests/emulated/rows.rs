@@ -82,7 +82,7 @@ fn delta_is_the_sum_of_products() {
     for (index, config) in delta::Config::all().into_iter().enumerate() {
         let head_dim = config.head_dim as usize;
         // Some of a thread block's rows, all of them, and a few more.
-        let q_len = [1, 64, 70][index % 3];
+        let q_len = [1, 64, 130][index % 3];
         let shape = [2, 2, q_len, head_dim];
         let out = Values::new(1, shape, true, 8);
         let dout = Values::new(2, shape, false, 0);
