@@ -2,7 +2,9 @@
 //! chance. A fault of any kind, or a wrong element, fails.
 
 mod attention;
+mod plan;
 mod product;
+mod rows;
 
 use flex_block_attn_emulator::{Memory, Options, emulate};
 use flex_block_attn_ptx::{Kernel, Launch};
