@@ -74,8 +74,8 @@ def _cache() -> list[str]:
     """Where the driver keeps what it compiled (CUDA programming guide, environment variables)."""
     if os.environ.get("CUDA_CACHE_DISABLE") == "1":
         return [
-            "kernel cache     off (CUDA_CACHE_DISABLE=1): each process compiles what it uses, about "
-            "a second a kernel",
+            "kernel cache     off (CUDA_CACHE_DISABLE=1): each process compiles what it uses, "
+            "about a second a kernel",
             "  -> unset CUDA_CACHE_DISABLE to keep compiled kernels",
         ]
     chosen = os.environ.get("CUDA_CACHE_PATH")

@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-use flex_block_attn_kernels::{Element, Strides, forward, gemm};
+use flex_block_attn::{Extents, PlanLayout};
+use flex_block_attn_kernels::{Element, Strides, delta, forward, gemm, plan, pool};
 use flex_block_attn_lab::gpu::{Gpu, Times};
 use half::bf16;
 
@@ -34,6 +35,15 @@ fn cases() -> Vec<Case> {
             let case = move |gpu: &mut Gpu| attention(gpu, heads, tokens, kv_tile);
             cases.push((name, Box::new(case)));
         }
+    }
+    for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
+        let case = move |gpu: &mut Gpu| plan(gpu, heads, rows, columns);
+        cases.push((format!("plan h{heads} {rows}x{columns}"), Box::new(case)));
+    }
+    cases.push(("delta h24 s30720".to_owned(), Box::new(rows_of_products)));
+    for block in [64, 384] {
+        let case = move |gpu: &mut Gpu| means(gpu, block);
+        cases.push((format!("pool h24 s30720 b{block}"), Box::new(case)));
     }
     cases
 }
@@ -78,9 +88,98 @@ fn product(gpu: &mut Gpu, size: u32) -> Result<Measured> {
     })
 }
 
+/// Both launches; of the mask's blocks 3 in 10 are kept.
+fn plan(gpu: &mut Gpu, heads: usize, rows: usize, columns: usize) -> Result<Measured> {
+    let layout = PlanLayout {
+        extents: Extents::new(rows * 128, columns * 128, 128, 128)?,
+        batch: 1,
+        heads,
+    };
+    let blocks = heads * rows * columns;
+    let mask: Vec<u8> = numbers(1, blocks)
+        .chunks_exact(2)
+        .map(|number| u8::from(bf16::from_le_bytes([number[0], number[1]]).to_f32() > 0.524))
+        .collect();
+    let args = plan::Args {
+        mask: gpu.alloc_with(&mask)?,
+        strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        layout,
+        plan: gpu.alloc(4 * layout.words())?,
+    };
+    let mut launches = Vec::new();
+    for config in plan::Config::all() {
+        launches.push((gpu.load(&config.kernel())?, config.launch(&args)));
+    }
+    let times = gpu.time(20, 30, || {
+        let mut each = launches.iter();
+        each.try_for_each(|(function, launch)| gpu.launch(function, launch))
+    })?;
+    Ok(Measured {
+        times,
+        work: blocks as f64,
+    })
+}
+
+const HEADS: u32 = 24;
+const TOKENS: u32 = 30_720;
+const HEAD_DIM: u32 = 128;
+
+fn tensor(gpu: &mut Gpu, seed: u64) -> Result<forward::Tensor> {
+    let strides = Strides {
+        row: HEAD_DIM.into(),
+        head: (TOKENS * HEAD_DIM).into(),
+        batch: (HEADS * TOKENS * HEAD_DIM).into(),
+    };
+    let address = gpu.alloc_with(&numbers(seed, strides.batch as usize))?;
+    Ok(forward::Tensor { address, strides })
+}
+
+fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
+    let config = delta::Config {
+        element: Element::Bf16,
+        head_dim: HEAD_DIM,
+    };
+    let rows = HEADS * TOKENS;
+    let args = delta::Args {
+        out: tensor(gpu, 1)?,
+        dout: tensor(gpu, 2)?,
+        delta: gpu.alloc(4 * rows as usize)?,
+        batch: 1,
+        heads: HEADS,
+        q_len: TOKENS,
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: f64::from(rows * (4 * HEAD_DIM + 4)),
+    })
+}
+
+fn means(gpu: &mut Gpu, block: u32) -> Result<Measured> {
+    let config = pool::Config {
+        element: Element::Bf16,
+        head_dim: HEAD_DIM,
+    };
+    let (rows, blocks) = (HEADS * TOKENS, HEADS * TOKENS / block);
+    let args = pool::Args {
+        tensor: tensor(gpu, 1)?,
+        means: gpu.alloc((4 * HEAD_DIM * blocks) as usize)?,
+        batch: 1,
+        heads: HEADS,
+        len: TOKENS,
+        block,
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: f64::from(2 * rows * HEAD_DIM) + f64::from(4 * blocks * HEAD_DIM),
+    })
+}
+
 /// All keys are one block.
 fn attention(gpu: &mut Gpu, heads: u32, tokens: u32, kv_tile: u32) -> Result<Measured> {
-    const HEAD_DIM: u32 = 128;
     let config = forward::Config {
         element: Element::Bf16,
         head_dim: HEAD_DIM,
