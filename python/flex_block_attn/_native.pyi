@@ -1,6 +1,27 @@
 """Types of the extension module; crates/python is what they describe."""
 
+from typing import TypedDict
+
 __version__: str
+
+class _Gpu(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    # The CUDA version up to which the driver goes.
+    driver_version: tuple[int, int]
+    # Why it cannot run our kernels.
+    problem: str | None
+
+class _Report(TypedDict):
+    # Instruction sets of the CPU backend's products.
+    float32: str
+    bf16: str
+    threads: int
+    # Why no GPU can be reached; then there are none.
+    gpu_problem: str | None
+    gpus: list[_Gpu]
 
 # (address, dtype, shape, strides), strides in elements.
 _Tensor = tuple[int, str, tuple[int, ...], tuple[int, ...]]
@@ -26,6 +47,7 @@ def plan_words(sizes: _Sizes) -> int: ...
 def write_plan(
     blocks: tuple[int, tuple[int, ...], tuple[int, ...]], sizes: _Sizes, to: tuple[int, int]
 ) -> None: ...
+def doctor() -> _Report: ...
 
 class BlockMask:
     @staticmethod

@@ -13,6 +13,8 @@ from .masks import BlockMask, as_blocks, as_size
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPES = (*_CAST, torch.float64)
+# "meta" tensors have shapes only: torch.compile works out a program's shapes with them.
+_DEVICES = ("cpu", "meta")
 
 
 def flex_block_attn_func(
@@ -107,7 +109,7 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             )
         _same_device(name, tensor, q)
     device = q.device.type
-    if device not in ("cpu", "meta"):
+    if device not in _DEVICES:
         raise NotImplementedError(
             f"q is on {q.device}, but this version computes on CPUs only: "
             "move q, k, v and the mask with .cpu()"

@@ -95,3 +95,18 @@ pub struct Backward<'a, T: Element> {
 pub fn backward<T: Element>(args: &Backward<'_, T>) {
     backward::backward(args);
 }
+
+/// What products are made of on this CPU: for float32 operands, and for bf16 ones.
+pub fn instruction_sets() -> [&'static str; 2] {
+    struct Name<'a>(&'a mut &'static str);
+    impl simd::Job<f32> for Name<'_> {
+        fn run<I: simd::Isa<Real = f32>>(self) {
+            *self.0 = I::NAME;
+        }
+    }
+    [simd::Operands::Exact, simd::Operands::Bf16].map(|operands| {
+        let mut name = "";
+        simd::run_f32(Name(&mut name), operands);
+        name
+    })
+}

@@ -3,8 +3,8 @@
 //! In: a kernel, its launch record, memory, options. Out: statistics, or the fault. Which
 //! instruction does what is `execute`'s business.
 
-use flex_block_attn_ptx::ir::{Kernel, Op, ParamKind};
-use flex_block_attn_ptx::{Arg, Class, Launch};
+use flex_block_attn_ptx::ir::{Kernel, Op};
+use flex_block_attn_ptx::{Arg, Launch};
 
 use crate::bulk::{Captured, Load};
 use crate::cluster::Cluster;
@@ -122,44 +122,19 @@ fn fits(kernel: &Kernel, launch: &Launch) -> Result<(), String> {
     check((1..=16).contains(&kernel.cluster), &|| {
         format!("a cluster of {}", kernel.cluster)
     })?;
-    check(launch.grid.iter().all(|&blocks| blocks > 0), &|| {
-        format!("grid {:?}", launch.grid)
-    })?;
-    check(launch.grid[0].is_multiple_of(kernel.cluster), &|| {
-        format!(
-            "{} blocks along x are no multiple of the cluster's {}",
-            launch.grid[0], kernel.cluster
-        )
-    })?;
     check(kernel.shared_bytes <= 232_448, &|| {
         format!(
             "{} bytes of shared memory, 232448 at most",
             kernel.shared_bytes
         )
     })?;
-    check(kernel.params.len() == launch.args.len(), &|| {
-        format!(
-            "{} arguments for {} parameters",
-            launch.args.len(),
-            kernel.params.len()
-        )
-    })?;
-    for (param, arg) in kernel.params.iter().zip(&launch.args) {
-        let fits = match (param.kind, arg) {
-            (ParamKind::TensorMap, Arg::TensorMap(_)) => true,
-            (ParamKind::Scalar(ty), Arg::U32(_)) => ty.class() == Class::B32,
-            (ParamKind::Scalar(ty), Arg::U64(_)) => ty.class() == Class::B64,
-            (ParamKind::Scalar(ty), Arg::F32(_)) => ty.class() == Class::F32,
-            _ => false,
-        };
-        check(fits, &|| {
-            format!(
-                "argument {arg:?} for parameter {} of {:?}",
-                param.name, param.kind
-            )
-        })?;
+    kernel
+        .entry()
+        .check(launch)
+        .map_err(|error| error.problem)?;
+    for arg in &launch.args {
         if let Arg::TensorMap(map) = arg {
-            crate::tile::check(map).map_err(|why| format!("tensor map {}: {why}", param.name))?;
+            crate::tile::check(map)?;
         }
     }
     Ok(())

@@ -45,6 +45,7 @@
 
 mod attention;
 mod check;
+pub mod doctor;
 mod error;
 mod tensor;
 

@@ -6,19 +6,23 @@
 //! config there is: tests print, assemble and emulate them all.
 #![forbid(unsafe_code)]
 
+mod chunk;
+pub mod delta;
 pub mod forward;
 pub mod gemm;
+pub mod plan;
+pub mod pool;
 
 pub use flex_block_attn_ptx::{Element, Kernel, Launch};
 pub use flex_block_attn_tile::Strides;
 
 /// Every kernel in every config that is ever launched.
 pub fn all() -> Vec<Kernel> {
-    let forward = forward::Config::all()
-        .into_iter()
-        .map(|config| config.kernel());
-    let gemm = gemm::Config::all()
-        .into_iter()
-        .map(|config| config.kernel());
-    forward.chain(gemm).collect()
+    let mut kernels = Vec::new();
+    kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(delta::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(plan::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(pool::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(gemm::Config::all().into_iter().map(|c| c.kernel()));
+    kernels
 }

@@ -268,8 +268,8 @@ impl Forward {
     }
 }
 
-/// Numbers by chance, about normal.
-fn normal(seed: u64, count: usize) -> Vec<bf16> {
+/// Numbers by chance, about normal. The same for the same seed.
+pub fn normal(seed: u64, count: usize) -> Vec<bf16> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut uniform = || {
         state ^= state << 13;

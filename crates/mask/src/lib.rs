@@ -28,4 +28,4 @@ mod plan;
 pub use block_mask::{BlockMask, BoolMatrix};
 pub use error::MaskError;
 pub use extents::{BLOCK_STEP, Extents};
-pub use plan::{Plan, PlanLayout, PlanView};
+pub use plan::{Plan, PlanLayout, PlanView, Side, SideLayout};

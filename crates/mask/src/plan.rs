@@ -27,11 +27,13 @@ pub struct PlanLayout {
 }
 
 impl PlanLayout {
-    fn rows(&self) -> usize {
+    /// Rows of the mask: query blocks.
+    pub fn rows(&self) -> usize {
         self.extents.q_blocks()
     }
 
-    fn columns(&self) -> usize {
+    /// Columns of the mask: key blocks.
+    pub fn columns(&self) -> usize {
         self.extents.kv_blocks()
     }
 
@@ -58,7 +60,8 @@ impl PlanLayout {
         (b * self.heads + h) * self.record_words()
     }
 
-    fn side(&self, side: Side) -> SideLayout {
+    /// Where one side's arrays lie in each record.
+    pub fn side(&self, side: Side) -> SideLayout {
         let (rows, columns) = (self.rows(), self.columns());
         match side {
             Side::Rows => SideLayout {
@@ -75,30 +78,38 @@ impl PlanLayout {
     }
 }
 
-/// Rows list columns for the forward pass, columns list rows for the backward.
-#[derive(Clone, Copy)]
-enum Side {
+/// Which lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Each row's columns, for the forward pass.
     Rows,
+    /// Each column's rows, for the backward pass.
     Columns,
 }
 
-/// Counts, order and lists of one side, inside a record.
-struct SideLayout {
+/// Counts, order and lists of one side, in 32-bit words from the start of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SideLayout {
     start: usize,
-    lists: usize,
-    stride: usize,
+    /// Number of lists: rows or columns.
+    pub lists: usize,
+    /// Words of each list, used or not: columns or rows.
+    pub stride: usize,
 }
 
 impl SideLayout {
-    fn count(&self, list: usize) -> usize {
+    /// Where the length of a list lies.
+    pub fn count(&self, list: usize) -> usize {
         self.start + list
     }
 
-    fn order(&self) -> usize {
+    /// Where the order of the lists starts.
+    pub fn order(&self) -> usize {
         self.start + self.lists
     }
 
-    fn list(&self, list: usize) -> usize {
+    /// Where a list starts.
+    pub fn list(&self, list: usize) -> usize {
         self.start + 2 * self.lists + list * self.stride
     }
 }

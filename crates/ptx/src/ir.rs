@@ -40,7 +40,7 @@ pub struct Kernel {
 }
 
 /// A parameter.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Param {
     /// Its name, for messages.
     pub name: String,

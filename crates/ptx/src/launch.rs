@@ -2,9 +2,13 @@
 //!
 //! In: addresses and sizes, from whoever knows the tensors (`kernels`). Out: what the driver needs
 //! (`cuda`) and what the emulator runs; neither asks for more. Addresses are numbers: device
-//! addresses for the one, addresses of emulated memory for the other.
+//! addresses for the one, addresses of emulated memory for the other. [`Entry`] is what both must
+//! know of the kernel; [`Entry::check`] refuses launches that do not fit it, alike in both.
 
-use crate::Element;
+use thiserror::Error;
+
+use crate::ir::{Kernel, Param, ParamKind};
+use crate::{Class, Element};
 
 /// One launch.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +30,98 @@ pub enum Arg {
     F32(f32),
     /// A tensor map: encoded by the driver, 128 bytes, passed by value (`__grid_constant__`).
     TensorMap(TensorMap),
+}
+
+/// What a launch must know of a kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its entry point's name.
+    pub name: String,
+    /// Parameters, in order.
+    pub params: Vec<Param>,
+    /// Threads of a thread block.
+    pub threads: u32,
+    /// Thread blocks of a cluster along x.
+    pub cluster: u32,
+    /// Dynamic shared memory, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// A launch that does not fit its kernel, or that no device takes.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("launch of {kernel}: {problem}")]
+pub struct LaunchError {
+    /// The kernel's name.
+    pub kernel: String,
+    /// What is wrong.
+    pub problem: String,
+}
+
+impl Kernel {
+    /// What a launch must know of it.
+    pub fn entry(&self) -> Entry {
+        Entry {
+            name: self.name.clone(),
+            params: self.params.clone(),
+            threads: self.threads,
+            cluster: self.cluster,
+            shared_bytes: self.shared_bytes,
+        }
+    }
+}
+
+/// Thread blocks along x, y, z at most.
+const MOST_BLOCKS: [u32; 3] = [i32::MAX as u32, 65_535, 65_535];
+
+impl Entry {
+    /// Whether a launch fits: the grid, and number, kinds and tensor maps of the arguments.
+    ///
+    /// # Errors
+    /// The first thing that does not.
+    pub fn check(&self, launch: &Launch) -> Result<(), LaunchError> {
+        self.problem(launch).map_err(|problem| LaunchError {
+            kernel: self.name.clone(),
+            problem,
+        })
+    }
+
+    fn problem(&self, launch: &Launch) -> Result<(), String> {
+        let grid = launch.grid;
+        if (0..3).any(|axis| grid[axis] == 0 || grid[axis] > MOST_BLOCKS[axis]) {
+            return Err(format!("a grid of {grid:?}, not 1 to {MOST_BLOCKS:?}"));
+        }
+        if !grid[0].is_multiple_of(self.cluster) {
+            return Err(format!(
+                "{} blocks along x are no multiple of the cluster's {}",
+                grid[0], self.cluster
+            ));
+        }
+        if self.params.len() != launch.args.len() {
+            return Err(format!(
+                "{} arguments for {} parameters",
+                launch.args.len(),
+                self.params.len()
+            ));
+        }
+        for (param, arg) in self.params.iter().zip(&launch.args) {
+            let fits = match (param.kind, arg) {
+                (ParamKind::TensorMap, Arg::TensorMap(_)) => true,
+                (ParamKind::Scalar(ty), Arg::U32(_)) => ty.class() == Class::B32,
+                (ParamKind::Scalar(ty), Arg::U64(_)) => ty.class() == Class::B64,
+                (ParamKind::Scalar(ty), Arg::F32(_)) => ty.class() == Class::F32,
+                _ => false,
+            };
+            if !fits {
+                let Param { name, kind } = param;
+                return Err(format!("argument {arg:?} for parameter {name} of {kind:?}"));
+            }
+            if let Arg::TensorMap(map) = arg {
+                map.check()
+                    .map_err(|why| format!("tensor map {}: {why}", param.name))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Dimensions of a tensor map at most.
@@ -97,5 +193,118 @@ impl TensorMap {
     pub fn tile_bytes(&self) -> u32 {
         let elements: u32 = self.tile[..self.rank as usize].iter().product();
         elements * self.element.bytes()
+    }
+
+    /// Whether the driver can encode it.
+    ///
+    /// # Errors
+    /// What it would refuse.
+    pub fn check(&self) -> Result<(), String> {
+        let rank = self.rank as usize;
+        if !(1..=MAX_RANK).contains(&rank) {
+            return Err(format!("rank {rank}"));
+        }
+        if !self.address.is_multiple_of(16) {
+            return Err(format!("address {:#x} is no multiple of 16", self.address));
+        }
+        for dim in 0..rank {
+            let (len, stride, tile) = (self.dims[dim], self.strides[dim], self.tile[dim]);
+            if len == 0 || len > 1 << 32 {
+                return Err(format!("dimension {dim} has {len} elements"));
+            }
+            if !(1..=256).contains(&tile) {
+                return Err(format!("a tile of {tile} elements along dimension {dim}"));
+            }
+            if dim == 0 && stride != u64::from(self.element.bytes()) {
+                return Err(format!("a stride of {stride} bytes between neighbours"));
+            }
+            if dim > 0 && (!stride.is_multiple_of(16) || stride >= 1 << 40) {
+                return Err(format!("a stride of {stride} bytes along dimension {dim}"));
+            }
+        }
+        let inner = self.tile[0] * self.element.bytes();
+        if !inner.is_multiple_of(16) {
+            return Err(format!("rows of {inner} bytes are no multiple of 16"));
+        }
+        if self.swizzle != Swizzle::None && inner > self.swizzle.row_bytes() {
+            return Err(format!(
+                "rows of {inner} bytes do not fit swizzle {:?}",
+                self.swizzle
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Builder;
+
+    fn map() -> TensorMap {
+        TensorMap {
+            element: Element::Bf16,
+            address: 4096,
+            rank: 2,
+            dims: [64, 100, 0, 0, 0],
+            strides: [2, 128, 0, 0, 0],
+            tile: [64, 8, 0, 0, 0],
+            swizzle: Swizzle::B128,
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut TensorMap)) -> String {
+        let mut map = map();
+        change(&mut map);
+        map.check().expect_err("a map that no driver takes")
+    }
+
+    #[test]
+    fn maps_that_no_driver_takes_are_refused() {
+        map().check().expect("a good map");
+        assert_eq!(refusal(|m| m.rank = 6), "rank 6");
+        assert_eq!(
+            refusal(|m| m.address = 8),
+            "address 0x8 is no multiple of 16"
+        );
+        assert_eq!(refusal(|m| m.dims[1] = 0), "dimension 1 has 0 elements");
+        assert!(refusal(|m| m.tile[1] = 257).starts_with("a tile of 257 elements"));
+        assert!(refusal(|m| m.strides[0] = 4).starts_with("a stride of 4 bytes between"));
+        assert!(refusal(|m| m.strides[1] = 120).starts_with("a stride of 120 bytes along"));
+        assert!(refusal(|m| m.tile[0] = 4).starts_with("rows of 8 bytes are no"));
+        assert!(refusal(|m| m.tile[0] = 128).starts_with("rows of 256 bytes do not fit"));
+    }
+
+    #[test]
+    fn launches_that_do_not_fit_are_refused() {
+        let kernel = Builder::kernel("k", 32, |k| {
+            k.set_cluster(2);
+            k.param::<u32>("count");
+            k.tensor_map("map");
+        });
+        let entry = kernel.entry();
+        let good = Launch {
+            grid: [4, 1, 1],
+            args: vec![Arg::U32(1), Arg::TensorMap(map())],
+        };
+        entry.check(&good).expect("a good launch");
+        let refusal = |change: &dyn Fn(&mut Launch)| {
+            let mut launch = good.clone();
+            change(&mut launch);
+            let error = entry
+                .check(&launch)
+                .expect_err("a launch that does not fit");
+            error.to_string()
+        };
+        assert!(refusal(&|l| l.grid[1] = 0).starts_with("launch of k: a grid of [4, 0, 1]"));
+        assert!(refusal(&|l| l.grid[2] = 65_536).contains("a grid of"));
+        assert!(refusal(&|l| l.grid[0] = 3).contains("no multiple of the cluster's 2"));
+        assert!(refusal(&|l| l.args.truncate(1)).contains("1 arguments for 2 parameters"));
+        assert!(refusal(&|l| l.args[0] = Arg::F32(1.0)).contains("for parameter count"));
+        let far = TensorMap {
+            address: 1,
+            ..map()
+        };
+        assert!(refusal(&|l| l.args[1] = Arg::TensorMap(far)).contains("tensor map map: address"));
     }
 }

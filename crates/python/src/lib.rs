@@ -5,6 +5,7 @@
 //! while the library works. No logic: arguments are checked by `flex_block_attn`.
 
 mod attention;
+mod doctor;
 mod error;
 mod mask;
 mod tensor;
@@ -18,6 +19,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
     Ok(())
 }

@@ -118,6 +118,33 @@ fn what_is_loaded_as_constant_is_not_written() {
 }
 
 #[test]
+fn lanes_left_out_of_a_load_get_zeros_and_read_nothing() {
+    // The buffer ends behind what the first half of the lanes reads.
+    let kernel = Builder::kernel("where", 32, |k| {
+        let (buffer, out) = (k.param::<u64>("buffer"), k.param::<u64>("out"));
+        let tid = k.tid();
+        let far = buffer + tid.times_wide(16);
+        let [a, b] = k.load_constants_where::<u32, 2>(tid.lt(16), far);
+        let byte = k.load_constant_byte_where(tid.lt(16), far.at(5));
+        k.store_globals(out + tid.times_wide(16), [a, b, byte, tid]);
+    });
+    let (mut memory, _) = memory();
+    let words: Vec<u32> = (0..64).map(|i| i * 0x0101).collect();
+    let buffer = memory.alloc_with("words", &words);
+    let out = memory.alloc("out", 512);
+    let args = [Arg::U64(buffer), Arg::U64(out)];
+    let got = results(&kernel, &launch(1, &args), &memory, |m| {
+        m.read::<u32>(out, 128)
+    });
+    for (tid, four) in (0..).zip(got.chunks(4)) {
+        let first = 4 * tid * 0x0101;
+        let read = [first, first + 0x0101, 4 * tid + 1, tid];
+        let expected = if tid < 16 { read } else { [0, 0, 0, tid] };
+        assert_eq!(four, expected);
+    }
+}
+
+#[test]
 fn narrow_accesses_keep_to_their_bytes() {
     let kernel = Builder::kernel("narrow", 64, |k| {
         k.set_shared_bytes(256);

@@ -1,7 +1,7 @@
 //! Loads, stores and atomics of one thread, and the matrix loads and stores of a warp.
 
 use super::{Builder, Reg, Value};
-use crate::ir::{self, AtomicOp, Cache, Fence, Op, Order, Scope, Space};
+use crate::ir::{self, AtomicOp, Cache, Fence, Op, Operand, Order, RegId, Scope, Space};
 use crate::{Scalar, Ty};
 
 /// An address: a register and a constant added to it. `A` is `u32` for shared memory and `u64` for
@@ -117,6 +117,61 @@ impl Builder {
             address: address.address(),
         });
         byte.to_u32()
+    }
+
+    /// Loads `N` (1, 2 or 4) neighbours that nothing writes while the kernel runs, in lanes where
+    /// `cond` holds; the others read nothing and get zeros.
+    ///
+    /// # Panics
+    /// Inside of [`Builder::where_`].
+    #[track_caller]
+    pub fn load_constants_where<T: Scalar, const N: usize>(
+        &self,
+        cond: Reg<'_, bool>,
+        address: impl AddressOf<u64>,
+    ) -> [Reg<'_, T>; N] {
+        let values: [Reg<'_, T>; N] = std::array::from_fn(|_| self.uninit());
+        let dst = values.map(Reg::id).to_vec();
+        self.load_or_zero(cond, T::TY, dst, address.address());
+        values
+    }
+
+    /// Loads a byte that nothing writes while the kernel runs, with zeros above, in lanes where
+    /// `cond` holds; the others read nothing and get 0.
+    ///
+    /// # Panics
+    /// Inside of [`Builder::where_`].
+    #[track_caller]
+    pub fn load_constant_byte_where(
+        &self,
+        cond: Reg<'_, bool>,
+        address: impl AddressOf<u64>,
+    ) -> Reg<'_, u32> {
+        let byte = self.uninit::<u16>();
+        self.load_or_zero(cond, Ty::U8, vec![byte.id], address.address());
+        byte.to_u32()
+    }
+
+    #[track_caller]
+    fn load_or_zero(&self, cond: Reg<'_, bool>, ty: Ty, dst: Vec<RegId>, address: ir::Address) {
+        // Registers have no 8-bit types.
+        let whole = if ty == Ty::U8 { Ty::U16 } else { ty };
+        for &dst in &dst {
+            let src = Operand::Imm(0);
+            self.emit(Op::Mov {
+                ty: whole,
+                dst,
+                src,
+            });
+        }
+        let load = Op::Load {
+            space: Space::Global,
+            cache: Cache::Constant,
+            ty,
+            dst,
+            address,
+        };
+        self.emit_where(cond, load);
     }
 
     /// Stores a `T`.

@@ -358,6 +358,18 @@ impl Builder {
         }));
     }
 
+    /// Appends an instruction for lanes where `cond` holds.
+    #[track_caller]
+    fn emit_where(&self, cond: Reg<'_, bool>, op: Op) {
+        let guarded = self.state.borrow().guard.is_some();
+        assert!(!guarded, "an instruction can have one guard only");
+        self.push(Node::Inst(Inst {
+            guard: Some(cond.holds()),
+            op,
+            at: Location::caller(),
+        }));
+    }
+
     /// Appends an instruction that writes a new register.
     #[track_caller]
     fn write<T: Scalar>(&self, op: impl FnOnce(RegId) -> Op) -> Reg<'_, T> {

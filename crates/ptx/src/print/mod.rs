@@ -30,11 +30,11 @@ const PATIENCE: &str = "10000000";
 /// ```
 /// use flex_block_attn_ptx::{Module, print};
 ///
-/// assert!(print(&Module { kernels: Vec::new() }).starts_with(".version 8.6\n.target sm_90a\n"));
+/// assert!(print(&Module { kernels: Vec::new() }).starts_with(".version 8.1\n.target sm_90a\n"));
 /// ```
 pub fn print(module: &Module) -> String {
     let mut text = format!(
-        ".version 8.6\n.target sm_90a\n.address_size 64\n\n.extern .shared .align 1024 .b8 {SHARED}[];\n"
+        ".version 8.1\n.target sm_90a\n.address_size 64\n\n.extern .shared .align 1024 .b8 {SHARED}[];\n"
     );
     for kernel in &module.kernels {
         text.push('\n');

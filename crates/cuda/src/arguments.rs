@@ -1,0 +1,96 @@
+//! A launch's arguments as the driver takes them: an array of addresses of values.
+//!
+//! In: the arguments, which fit the kernel. Out: an [`Arguments`] on the caller's stack; a launch
+//! allocates nothing.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+
+use flex_block_attn_ptx::{Arg, Element, MAX_RANK, Swizzle, TensorMap};
+
+use crate::Error;
+use crate::driver::{Driver, EncodedMap};
+
+/// Arguments of a launch at most.
+pub(crate) const MOST: usize = 32;
+
+/// Values and their addresses. It must not move once it was filled.
+pub(crate) struct Arguments {
+    values: [EncodedMap; MOST],
+    addresses: [*const c_void; MOST],
+}
+
+impl Arguments {
+    pub(crate) fn empty() -> Self {
+        Self {
+            values: [EncodedMap([0; 16]); MOST],
+            addresses: [ptr::null(); MOST],
+        }
+    }
+
+    /// Puts in the arguments of a launch, at most [`MOST`], whose tensor maps have been checked.
+    /// What it gives is valid as long as this stays where it is.
+    pub(crate) fn fill(
+        &mut self,
+        driver: &Driver,
+        args: &[Arg],
+    ) -> Result<*const *const c_void, Error> {
+        for ((value, address), arg) in self.values.iter_mut().zip(&mut self.addresses).zip(args) {
+            match arg {
+                // The device is little-endian, as is every host that has one.
+                Arg::U32(x) => value.0[0] = u64::from(*x),
+                Arg::F32(x) => value.0[0] = u64::from(x.to_bits()),
+                Arg::U64(x) => value.0[0] = *x,
+                Arg::TensorMap(map) => encode(driver, map, value)?,
+            }
+            *address = ptr::from_ref(value).cast();
+        }
+        Ok(self.addresses.as_ptr())
+    }
+}
+
+fn encode(driver: &Driver, map: &TensorMap, to: &mut EncodedMap) -> Result<(), Error> {
+    const STEPS: [u32; MAX_RANK] = [1; MAX_RANK];
+    const NOT_INTERLEAVED: c_int = 0;
+    const WHOLE_LINES: c_int = 3;
+    const ZEROS: c_int = 0;
+    // SAFETY: the arrays have MAX_RANK entries (strides one less, from the second dimension on);
+    // the driver checks the rest.
+    unsafe {
+        driver.tensor_map(
+            ptr::from_mut(to),
+            element_code(map.element),
+            map.rank,
+            map.address,
+            map.dims.as_ptr(),
+            map.strides[1..].as_ptr(),
+            map.tile.as_ptr(),
+            STEPS.as_ptr(),
+            NOT_INTERLEAVED,
+            swizzle_code(map.swizzle),
+            WHOLE_LINES,
+            ZEROS,
+        )
+    }
+}
+
+/// `CUtensorMapDataType`.
+fn element_code(element: Element) -> c_int {
+    match element {
+        Element::U8 | Element::E4m3 | Element::E5m2 => 0,
+        Element::I32 => 3,
+        Element::F16 => 6,
+        Element::F32 => 7,
+        Element::Bf16 => 9,
+    }
+}
+
+/// `CUtensorMapSwizzle`.
+fn swizzle_code(swizzle: Swizzle) -> c_int {
+    match swizzle {
+        Swizzle::None => 0,
+        Swizzle::B32 => 1,
+        Swizzle::B64 => 2,
+        Swizzle::B128 => 3,
+    }
+}

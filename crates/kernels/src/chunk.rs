@@ -1,0 +1,104 @@
+//! Rows of 16-bit floats in chunks of 16 bytes, as plain loads bring them: which lane of a warp has
+//! which chunk, where a head's rows lie, and a chunk's floats. Used by the kernels that stream
+//! whole tensors once.
+
+use flex_block_attn_ptx::{Arg, Builder, Element, Reg};
+
+use crate::forward::Tensor;
+
+/// Floats of a chunk.
+pub(crate) const CHUNK: u32 = 8;
+
+/// How a warp's lanes share rows: a row's chunks are in neighbouring lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes {
+    /// Chunks of a row.
+    pub(crate) chunks: u32,
+    /// Lanes that a row takes: a power of two, so some may have no chunk.
+    pub(crate) each: u32,
+    /// Rows that a warp has at a time.
+    pub(crate) rows: u32,
+}
+
+impl Lanes {
+    /// For rows of `head_dim` floats.
+    pub(crate) fn new(head_dim: u32) -> Self {
+        assert!(
+            head_dim.is_multiple_of(CHUNK) && (32..=256).contains(&head_dim),
+            "rows of {head_dim}"
+        );
+        let chunks = head_dim / CHUNK;
+        let each = chunks.next_power_of_two();
+        let rows = 32 / each;
+        Self { chunks, each, rows }
+    }
+
+    /// The sum over a row's lanes, in all of them.
+    pub(crate) fn sum(self, own: Reg<'_, f32>) -> Reg<'_, f32> {
+        distances(1, self.each).fold(own, |sum, distance| sum + sum.butterfly(distance))
+    }
+
+    /// The sum over lanes that have the same chunk of different rows, in all of them.
+    pub(crate) fn sum_rows(self, own: Reg<'_, f32>) -> Reg<'_, f32> {
+        distances(self.each, 32).fold(own, |sum, distance| sum + sum.butterfly(distance))
+    }
+}
+
+/// Powers of two from `first` up to `end`, which is not among them.
+fn distances(first: u32, end: u32) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(first), |distance| Some(2 * distance))
+        .take_while(move |&distance| distance < end)
+}
+
+/// The rows of this thread block's head, in its batch: `cta_y` and `cta_z`.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'k> {
+    /// Address of the first.
+    pub(crate) first: Reg<'k, u64>,
+    /// Bytes from one to the next.
+    pub(crate) stride: Reg<'k, u64>,
+}
+
+impl<'k> Rows<'k> {
+    /// Declares the parameters of [`args`].
+    pub(crate) fn new(k: &'k Builder, name: &str) -> Self {
+        let address = k.param::<u64>(name);
+        let stride = |of: &str| k.param::<u64>(&format!("{name}_{of}_stride"));
+        let (row, head, batch) = (stride("row"), stride("head"), stride("batch"));
+        Self {
+            first: address + k.cta_y().to_u64() * head + k.cta_z().to_u64() * batch,
+            stride: row,
+        }
+    }
+
+    /// Address of chunk `chunk` of row `row`.
+    pub(crate) fn chunk(self, row: Reg<'k, u32>, chunk: Reg<'k, u32>) -> Reg<'k, u64> {
+        self.first + row.to_u64() * self.stride + chunk.times_wide(2 * CHUNK)
+    }
+}
+
+/// The arguments for [`Rows::new`]: the address, then bytes from one row, head and batch to the
+/// next.
+///
+/// # Panics
+/// If a row does not start at a multiple of 16 bytes.
+pub(crate) fn args(tensor: Tensor) -> [Arg; 4] {
+    let Tensor { address, strides } = tensor;
+    let bytes = [strides.row, strides.head, strides.batch].map(|stride| 2 * stride);
+    let aligned = |bytes: u64| bytes.is_multiple_of(16);
+    assert!(
+        aligned(address) && bytes.into_iter().all(aligned),
+        "{tensor:?}"
+    );
+    let [row, head, batch] = bytes;
+    [address, row, head, batch].map(Arg::U64)
+}
+
+/// A chunk's floats.
+pub(crate) fn floats<'k>(words: [Reg<'k, u32>; 4], element: Element) -> [Reg<'k, f32>; 8] {
+    let pairs = words.map(|word| match element {
+        Element::F16 => word.f16_pair(),
+        _ => [word.low_bf16(), word.high_bf16()],
+    });
+    std::array::from_fn(|i| pairs[i / 2][i % 2])
+}

@@ -1,0 +1,235 @@
+//! `lab time`: how long kernels take on a GPU, on random data.
+
+use std::error::Error;
+
+use flex_block_attn::{Extents, PlanLayout};
+use flex_block_attn_kernels::{Element, Strides, delta, forward, gemm, plan, pool};
+use flex_block_attn_lab::gpu::{Gpu, Times};
+use half::bf16;
+
+pub const USAGE: &str = "lab time [CASE]...
+
+Times kernels on the first GPU, by events, on random bfloat16 data: those cases whose names
+start with a CASE, or all. Prints case, median, shortest and longest milliseconds of a call,
+and its operations (products) or bytes (all else), tab-separated.";
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// A measurement: its times, and the work of a call.
+struct Measured {
+    times: Times,
+    work: f64,
+}
+
+type Case = (String, Box<dyn Fn(&mut Gpu) -> Result<Measured>>);
+
+fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for size in [4096, 8192] {
+        let case = move |gpu: &mut Gpu| product(gpu, size);
+        cases.push((format!("gemm {size}"), Box::new(case)));
+    }
+    for (heads, tokens) in [(24, 15_360), (24, 30_720)] {
+        for kv_tile in [128, 192] {
+            let name = format!("forward h{heads} s{tokens} kv{kv_tile}");
+            let case = move |gpu: &mut Gpu| attention(gpu, heads, tokens, kv_tile);
+            cases.push((name, Box::new(case)));
+        }
+    }
+    for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
+        let case = move |gpu: &mut Gpu| plan(gpu, heads, rows, columns);
+        cases.push((format!("plan h{heads} {rows}x{columns}"), Box::new(case)));
+    }
+    cases.push(("delta h24 s30720".to_owned(), Box::new(rows_of_products)));
+    for block in [64, 384] {
+        let case = move |gpu: &mut Gpu| means(gpu, block);
+        cases.push((format!("pool h24 s30720 b{block}"), Box::new(case)));
+    }
+    cases
+}
+
+pub fn run(words: &[String]) -> Result<()> {
+    let wanted =
+        |name: &str| words.is_empty() || words.iter().any(|word| name.starts_with(word.as_str()));
+    let chosen: Vec<Case> = cases()
+        .into_iter()
+        .filter(|(name, _)| wanted(name))
+        .collect();
+    if chosen.is_empty() {
+        return Err(USAGE.into());
+    }
+    for (name, case) in chosen {
+        // Memory of a case is freed with its GPU.
+        let Measured { times, work } = case(&mut Gpu::find()?)?;
+        let Times { median, min, max } = times;
+        println!("{name}\t{median:.5}\t{min:.5}\t{max:.5}\t{work:e}");
+    }
+    Ok(())
+}
+
+fn product(gpu: &mut Gpu, size: u32) -> Result<Measured> {
+    let config = gemm::Config {
+        element: Element::Bf16,
+    };
+    let count = size as usize * size as usize;
+    let args = gemm::Args {
+        a: gpu.alloc_with(&numbers(1, count))?,
+        b: gpu.alloc_with(&numbers(2, count))?,
+        c: gpu.alloc(2 * count)?,
+        m: size,
+        n: size,
+        k: size,
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: 2.0 * f64::from(size).powi(3),
+    })
+}
+
+/// Both launches; of the mask's blocks 3 in 10 are kept.
+fn plan(gpu: &mut Gpu, heads: usize, rows: usize, columns: usize) -> Result<Measured> {
+    let layout = PlanLayout {
+        extents: Extents::new(rows * 128, columns * 128, 128, 128)?,
+        batch: 1,
+        heads,
+    };
+    let blocks = heads * rows * columns;
+    let mask: Vec<u8> = numbers(1, blocks)
+        .chunks_exact(2)
+        .map(|number| u8::from(bf16::from_le_bytes([number[0], number[1]]).to_f32() > 0.524))
+        .collect();
+    let args = plan::Args {
+        mask: gpu.alloc_with(&mask)?,
+        strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        layout,
+        plan: gpu.alloc(4 * layout.words())?,
+    };
+    let mut launches = Vec::new();
+    for config in plan::Config::all() {
+        launches.push((gpu.load(&config.kernel())?, config.launch(&args)));
+    }
+    let times = gpu.time(20, 30, || {
+        let mut each = launches.iter();
+        each.try_for_each(|(function, launch)| gpu.launch(function, launch))
+    })?;
+    Ok(Measured {
+        times,
+        work: blocks as f64,
+    })
+}
+
+const HEADS: u32 = 24;
+const TOKENS: u32 = 30_720;
+const HEAD_DIM: u32 = 128;
+
+fn tensor(gpu: &mut Gpu, seed: u64) -> Result<forward::Tensor> {
+    let strides = Strides {
+        row: HEAD_DIM.into(),
+        head: (TOKENS * HEAD_DIM).into(),
+        batch: (HEADS * TOKENS * HEAD_DIM).into(),
+    };
+    let address = gpu.alloc_with(&numbers(seed, strides.batch as usize))?;
+    Ok(forward::Tensor { address, strides })
+}
+
+fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
+    let config = delta::Config {
+        element: Element::Bf16,
+        head_dim: HEAD_DIM,
+    };
+    let rows = HEADS * TOKENS;
+    let args = delta::Args {
+        out: tensor(gpu, 1)?,
+        dout: tensor(gpu, 2)?,
+        delta: gpu.alloc(4 * rows as usize)?,
+        batch: 1,
+        heads: HEADS,
+        q_len: TOKENS,
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: f64::from(rows * (4 * HEAD_DIM + 4)),
+    })
+}
+
+fn means(gpu: &mut Gpu, block: u32) -> Result<Measured> {
+    let config = pool::Config {
+        element: Element::Bf16,
+        head_dim: HEAD_DIM,
+    };
+    let (rows, blocks) = (HEADS * TOKENS, HEADS * TOKENS / block);
+    let args = pool::Args {
+        tensor: tensor(gpu, 1)?,
+        means: gpu.alloc((4 * HEAD_DIM * blocks) as usize)?,
+        batch: 1,
+        heads: HEADS,
+        len: TOKENS,
+        block,
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: f64::from(2 * rows * HEAD_DIM) + f64::from(4 * blocks * HEAD_DIM),
+    })
+}
+
+/// All keys are one block.
+fn attention(gpu: &mut Gpu, heads: u32, tokens: u32, kv_tile: u32) -> Result<Measured> {
+    let config = forward::Config {
+        element: Element::Bf16,
+        head_dim: HEAD_DIM,
+        kv_tile,
+    };
+    let count = (heads * tokens * HEAD_DIM) as usize;
+    let strides = Strides {
+        row: HEAD_DIM.into(),
+        head: (tokens * HEAD_DIM).into(),
+        batch: count as u64,
+    };
+    let tensor = |address| forward::Tensor { address, strides };
+    let args = forward::Args {
+        q: tensor(gpu.alloc_with(&numbers(1, count))?),
+        k: tensor(gpu.alloc_with(&numbers(2, count))?),
+        v: tensor(gpu.alloc_with(&numbers(3, count))?),
+        out: tensor(gpu.alloc(2 * count)?),
+        lse: gpu.alloc((4 * heads * tokens) as usize)?,
+        counts: gpu.alloc_with(&1u32.to_le_bytes())?,
+        lists: gpu.alloc_with(&0u32.to_le_bytes())?,
+        list_stride: 1,
+        record: [0, 0],
+        batch: 1,
+        heads,
+        group: 1,
+        q_len: tokens,
+        kv_len: tokens,
+        q_block: tokens,
+        kv_block: tokens,
+        scale: 1.0 / (HEAD_DIM as f32).sqrt(),
+    };
+    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
+    let times = gpu.time(1, 20, || gpu.launch(function, &launch))?;
+    Ok(Measured {
+        times,
+        work: 4.0 * f64::from(tokens).powi(2) * f64::from(HEAD_DIM * heads),
+    })
+}
+
+/// Numbers by chance, about normal, as bfloat16.
+fn numbers(seed: u64, count: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut number = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // The sum of four uniform numbers below 2^16, brought to mean 0 and variance 1.
+        let sum: u64 = (0..4).map(|part| (state >> (16 * part)) & 0xffff).sum();
+        (sum as f32 - 131_070.0) / 37_837.0
+    };
+    let words = (0..count).flat_map(|_| bf16::from_f32(number()).to_bits().to_le_bytes());
+    words.collect()
+}

@@ -1,0 +1,179 @@
+//! [`Gpu`]: a GPU for tests and measurements, with memory of its own.
+//!
+//! In: kernels, launches and bytes. Out: what the kernels left, and times. The one place of this
+//! crate that launches.
+
+#![allow(unsafe_code)]
+
+use std::io::Write as _;
+use std::ops::Range;
+
+use flex_block_attn_cuda::{Buffer, Device, Error, Function, Stream};
+use flex_block_attn_ptx::{Arg, Kernel, Launch};
+
+/// A GPU, and memory that is freed with this.
+#[derive(Debug)]
+pub struct Gpu {
+    device: &'static Device,
+    buffers: Vec<(Range<u64>, Buffer)>,
+}
+
+/// Milliseconds of one call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Times {
+    /// The median.
+    pub median: f32,
+    /// The shortest.
+    pub min: f32,
+    /// The longest.
+    pub max: f32,
+}
+
+impl Gpu {
+    /// The first GPU, if it can run our kernels.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn find() -> Result<Self, Error> {
+        let device = Device::get(0)?;
+        device.check()?;
+        Ok(Self {
+            device,
+            buffers: Vec::new(),
+        })
+    }
+
+    /// The first GPU, for tests: without one, says why on standard error and gives none.
+    ///
+    /// # Panics
+    /// If there is none, and `FLEX_BLOCK_ATTN_REQUIRE_GPU` is set.
+    pub fn for_test() -> Option<Self> {
+        match Self::find() {
+            Ok(gpu) => Some(gpu),
+            Err(error) if std::env::var_os("FLEX_BLOCK_ATTN_REQUIRE_GPU").is_some() => {
+                panic!("{error}")
+            }
+            Err(error) => {
+                // Past the capture of output: what is skipped says why.
+                let _ = writeln!(std::io::stderr(), "not run on a GPU: {error}");
+                None
+            }
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &'static Device {
+        self.device
+    }
+
+    /// Allocates bytes, and gives their address. They hold 0xff: NaN, were they read as numbers.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn alloc(&mut self, bytes: usize) -> Result<u64, Error> {
+        let buffer = self.device.alloc(bytes)?;
+        buffer.fill(0xff)?;
+        let address = buffer.address();
+        self.buffers.push((address..address + bytes as u64, buffer));
+        Ok(address)
+    }
+
+    /// Allocates as many bytes as there are, and writes them.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn alloc_with(&mut self, bytes: &[u8]) -> Result<u64, Error> {
+        let buffer = self.device.alloc(bytes.len())?;
+        buffer.write(bytes)?;
+        let address = buffer.address();
+        let range = address..address + bytes.len() as u64;
+        self.buffers.push((range, buffer));
+        Ok(address)
+    }
+
+    /// Reads an allocation from its start.
+    ///
+    /// # Errors
+    /// What the driver says, faults of kernels included.
+    ///
+    /// # Panics
+    /// If there is none at the address.
+    pub fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, Error> {
+        let found = self
+            .buffers
+            .iter()
+            .find(|(range, _)| range.start == address);
+        let (_, buffer) = found.expect("an allocation starts there");
+        let mut to = vec![0; bytes];
+        buffer.read(&mut to)?;
+        Ok(to)
+    }
+
+    /// A kernel on this device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn load(&self, kernel: &Kernel) -> Result<&'static Function, Error> {
+        self.device.load(kernel)
+    }
+
+    /// Launches on the default stream.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Panics
+    /// If a tensor map's address is not in memory of this.
+    pub fn launch(&self, function: &Function, launch: &Launch) -> Result<(), Error> {
+        for arg in &launch.args {
+            if let Arg::TensorMap(map) = arg {
+                let inside = |(range, _): &(Range<u64>, Buffer)| range.contains(&map.address);
+                assert!(
+                    self.buffers.iter().any(inside),
+                    "{map:?} is not in our memory"
+                );
+            }
+        }
+        // SAFETY: memory lives as long as `self`, whose buffers wait for the device when they are
+        // freed; kernels stay within what their documentation says, as the emulator has shown, and
+        // callers are tests and measurements, which give them as much.
+        unsafe { function.launch(launch, Stream::DEFAULT) }
+    }
+
+    /// Times `work`, which launches: `calls` in a row between two events, `repeats` times, after
+    /// two rounds that are not counted.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Panics
+    /// If there are no repeats.
+    pub fn time(
+        &self,
+        calls: usize,
+        repeats: usize,
+        mut work: impl FnMut() -> Result<(), Error>,
+    ) -> Result<Times, Error> {
+        let mut times = Vec::new();
+        for round in 0..repeats + 2 {
+            let (start, end) = (self.device.event()?, self.device.event()?);
+            // SAFETY: the default stream is always there.
+            unsafe { start.record(Stream::DEFAULT)? };
+            for _ in 0..calls {
+                work()?;
+            }
+            // SAFETY: as above.
+            unsafe { end.record(Stream::DEFAULT)? };
+            let ms = end.elapsed_ms(&start)? / calls as f32;
+            if round >= 2 {
+                times.push(ms);
+            }
+        }
+        times.sort_by(f32::total_cmp);
+        Ok(Times {
+            median: times[times.len() / 2],
+            min: times[0],
+            max: times[times.len() - 1],
+        })
+    }
+}
