@@ -205,6 +205,26 @@ impl Device {
         }
     }
 
+    /// Puts the filling of 32-bit words with zeros on a stream, and returns at once. It may be
+    /// captured into a graph.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// The words are of this device's memory, at a multiple of 4, and nobody else's until the
+    /// stream has come past this; the stream is one of this device, alive.
+    pub unsafe fn zero_words(
+        &self,
+        address: u64,
+        words: usize,
+        stream: Stream,
+    ) -> Result<(), Error> {
+        // SAFETY: by the caller's word.
+        let fill = || unsafe { self.driver.fill_words(address, 0, words, stream) };
+        self.with_context(fill)
+    }
+
     /// Waits until all that a stream was given is done.
     ///
     /// # Errors

@@ -185,6 +185,8 @@ calls! {
     copy_out = "cuMemcpyDtoH_v2" (to: *mut c_void, from: u64, bytes: usize);
     /// Fills with a byte.
     fill = "cuMemsetD8_v2" (to: u64, value: u8, bytes: usize);
+    /// Fills with a word, on a stream.
+    fill_words = "cuMemsetD32Async" (to: u64, value: c_uint, words: usize, stream: Stream);
     /// Waits for a stream.
     stream_wait = "cuStreamSynchronize" (stream: Stream);
     /// Makes an event.

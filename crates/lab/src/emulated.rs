@@ -4,7 +4,7 @@
 //! In: sizes. Out: a [`Setup`], whose kernel and launch a test may change before it runs it. Called
 //! by tests and by `lab emulate`. Values are bfloat16, about normal, the same each time.
 
-use flex_block_attn::bf16;
+use flex_block_attn::{BlockMask, Plan, bf16};
 use flex_block_attn_emulator::{Fault, Memory, Options, Statistics, emulate};
 use flex_block_attn_kernels::{Strides, forward, gemm};
 use flex_block_attn_ptx::{Element, Kernel, Launch};
@@ -153,43 +153,56 @@ impl Product {
     }
 }
 
-/// Attention forward; which blocks of keys each block of queries sees is the same for all heads.
+/// Attention forward.
 #[derive(Debug, Clone)]
 pub struct Forward {
+    /// The kernel. Values are bfloat16 whatever it says of the element type.
+    pub config: forward::Config,
+    /// Batches.
+    pub batch: usize,
     /// Heads of q.
     pub heads: usize,
-    /// Of which so many share one of k and v.
-    pub group: usize,
-    /// Columns.
-    pub head_dim: usize,
-    /// Keys of the kernel's tile.
-    pub kv_tile: usize,
-    /// Queries of a block.
-    pub q_block: usize,
-    /// Keys of a block.
-    pub kv_block: usize,
-    /// Keys.
-    pub kv_len: usize,
-    /// The blocks of keys that each block of queries sees.
-    pub lists: Vec<Vec<usize>>,
+    /// Heads of k and v.
+    pub kv_heads: usize,
+    /// Lengths, blocks, and which of them are seen.
+    pub mask: BlockMask,
     /// Factor of the scores.
     pub scale: f64,
+    /// Thread blocks at most.
+    pub blocks: u32,
+    /// Whether tensors are (batch, tokens, heads, head_dim) in memory.
+    pub tokens_first: bool,
 }
 
 impl Forward {
+    /// One head of one batch, on two thread blocks.
+    pub fn new(config: forward::Config, mask: BlockMask) -> Self {
+        Self {
+            config,
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            mask,
+            scale: 0.125,
+            blocks: 2,
+            tokens_first: false,
+        }
+    }
+
     /// The kernel with tensors.
     pub fn setup(&self) -> Setup {
+        let extents = self.mask.extents();
         let sizes = Sizes {
-            batch: 1,
+            batch: self.batch,
             q_heads: self.heads,
-            kv_heads: self.heads / self.group,
-            q_len: self.q_block * self.lists.len(),
-            kv_len: self.kv_len,
-            head_dim: self.head_dim,
+            kv_heads: self.kv_heads,
+            q_len: extents.q_len(),
+            kv_len: extents.kv_len(),
+            head_dim: self.config.head_dim as usize,
         };
-        let kv_count = sizes.kv_heads * sizes.kv_len * sizes.head_dim;
-        let q = normal(1, sizes.q_heads * sizes.q_len * sizes.head_dim);
-        let (k, v) = (normal(2, kv_count), normal(3, kv_count));
+        let kv_count = self.batch * self.kv_heads * sizes.kv_len * sizes.head_dim;
+        let q_count = self.batch * self.heads * sizes.q_len * sizes.head_dim;
+        let (q, k, v) = (normal(1, q_count), normal(2, kv_count), normal(3, kv_count));
         let problem = Problem {
             sizes,
             scale: self.scale,
@@ -197,26 +210,25 @@ impl Forward {
             k: &wide(&k),
             v: &wide(&v),
         };
-        let expected = problem.attention(&|_, _, query, key| {
-            self.lists[query / self.q_block].contains(&(key / self.kv_block))
+        let expected = problem.attention(&|batch, head, query, key| {
+            let (row, column) = (query / extents.q_block(), key / extents.kv_block());
+            // A mask's extent of 1 stands for all.
+            let batch = batch % self.mask.batch();
+            self.mask
+                .contains(batch, head % self.mask.heads(), row, column)
         });
 
         let mut memory = Memory::new();
         let args = self.args(sizes, &mut memory, [&q, &k, &v]);
-        let config = forward::Config {
-            element: Element::Bf16,
-            head_dim: self.head_dim as u32,
-            kv_tile: self.kv_tile as u32,
-        };
         Setup {
-            kernel: config.kernel(),
-            launch: config.launch(&args),
+            kernel: self.config.kernel(),
+            launch: self.config.launch(&args),
             memory,
             expected: vec![
                 Expected {
                     name: "the output",
                     address: args.out.address,
-                    values: expected.out,
+                    values: self.stored(&expected.out, self.heads, sizes.head_dim),
                     close: Close::Norm(4e-3),
                 },
                 Expected {
@@ -230,41 +242,56 @@ impl Forward {
     }
 
     fn args(&self, sizes: Sizes, memory: &mut Memory, [q, k, v]: [&[bf16]; 3]) -> forward::Args {
-        let tensor = |address, tokens: usize| forward::Tensor {
-            address,
-            strides: Strides {
-                row: sizes.head_dim as u64,
-                head: (tokens * sizes.head_dim) as u64,
-                batch: 16,
-            },
+        let plan = Plan::new(&self.mask);
+        let tensor = |address, heads: usize, tokens: usize| {
+            let d = sizes.head_dim;
+            let (row, head) = match self.tokens_first {
+                false => (d, tokens * d),
+                true => (heads * d, d),
+            };
+            forward::Tensor {
+                address,
+                strides: Strides {
+                    row: row as u64,
+                    head: head as u64,
+                    batch: (heads * tokens * d) as u64,
+                },
+            }
         };
-        let blocks = self.kv_len / self.kv_block;
-        let counts: Vec<i32> = self.lists.iter().map(|list| list.len() as i32).collect();
-        let padded = |list: &Vec<usize>| -> Vec<i32> {
-            (0..blocks)
-                .map(|i| list.get(i).map_or(0, |&block| block as i32))
-                .collect()
+        let mut put = |name: &str, x: &[bf16], heads: usize, tokens: usize| {
+            let stored = self.stored(x, heads, sizes.head_dim);
+            tensor(memory.alloc_with(name, &bits(&stored)), heads, tokens)
         };
-        let lists: Vec<i32> = self.lists.iter().flat_map(padded).collect();
         forward::Args {
-            q: tensor(memory.alloc_with("q", &bits(q)), sizes.q_len),
-            k: tensor(memory.alloc_with("k", &bits(k)), sizes.kv_len),
-            v: tensor(memory.alloc_with("v", &bits(v)), sizes.kv_len),
-            out: tensor(memory.alloc("out", 2 * q.len()), sizes.q_len),
-            lse: memory.alloc("lse", 4 * self.heads * sizes.q_len),
-            counts: memory.alloc_with("counts", &counts),
-            lists: memory.alloc_with("lists", &lists),
-            list_stride: blocks as u32,
-            record: [0, 0],
-            batch: 1,
+            q: put("q", q, sizes.q_heads, sizes.q_len),
+            k: put("k", k, sizes.kv_heads, sizes.kv_len),
+            v: put("v", v, sizes.kv_heads, sizes.kv_len),
+            out: tensor(memory.alloc("out", 2 * q.len()), sizes.q_heads, sizes.q_len),
+            lse: memory.alloc("lse", 4 * self.batch * self.heads * sizes.q_len),
+            plan: memory.alloc_with("plan", plan.words()),
+            layout: plan.layout(),
+            batch: self.batch as u32,
             heads: self.heads as u32,
-            group: self.group as u32,
-            q_len: sizes.q_len as u32,
-            kv_len: self.kv_len as u32,
-            q_block: self.q_block as u32,
-            kv_block: self.kv_block as u32,
+            kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
+            counter: memory.alloc_with("counter", &[0i32]),
+            blocks: self.blocks,
         }
+    }
+
+    /// A (batch, heads, tokens, head_dim) tensor's values as they lie in memory.
+    fn stored<T: Copy>(&self, values: &[T], heads: usize, head_dim: usize) -> Vec<T> {
+        if !self.tokens_first {
+            return values.to_vec();
+        }
+        let tokens = values.len() / (self.batch * heads * head_dim);
+        let row = |at: usize| {
+            let (batch, token, head) = (at / heads / tokens, at / heads % tokens, at % heads);
+            &values[((batch * heads + head) * tokens + token) * head_dim..][..head_dim]
+        };
+        (0..self.batch * tokens * heads)
+            .flat_map(|at| row(at).iter().copied())
+            .collect()
     }
 }
 

@@ -140,6 +140,25 @@ impl Gpu {
         unsafe { function.launch(launch, Stream::DEFAULT) }
     }
 
+    /// Has a 32-bit word set to 0 on the default stream.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Panics
+    /// If the address is not in memory of this.
+    pub fn zero_word(&self, address: u64) -> Result<(), Error> {
+        let inside = |(range, _): &(Range<u64>, Buffer)| {
+            range.contains(&address) && range.contains(&(address + 3))
+        };
+        assert!(
+            self.buffers.iter().any(inside),
+            "{address:#x} is not in our memory"
+        );
+        // SAFETY: the memory is this one's, and the default stream is always there.
+        unsafe { self.device.zero_words(address, 1, Stream::DEFAULT) }
+    }
+
     /// Times `work`, which launches: `calls` in a row between two events, `repeats` times, after
     /// two rounds that are not counted.
     ///

@@ -15,7 +15,9 @@ pub struct Barrier<'k> {
 #[derive(Debug, Clone, Copy)]
 pub struct Waiter<'k> {
     barrier: Barrier<'k>,
-    parity: Reg<'k, u32>,
+    /// Parities of the phases to wait for: this one's at `bit`. Barriers of a ring share a register.
+    parities: Reg<'k, u32>,
+    bit: u32,
 }
 
 impl<'k> Barrier<'k> {
@@ -45,20 +47,39 @@ impl<'k> Barrier<'k> {
     /// Somebody who waits for the first phase, then the second, and so on.
     #[track_caller]
     pub fn waiter(self) -> Waiter<'k> {
-        Waiter {
-            barrier: self,
-            parity: self.k.var(0u32),
-        }
+        Self::waiters([self])[0]
     }
 
     /// Somebody for whom the barrier starts as if a phase had just been completed: the first wait
     /// passes at once. This is how producers wait for buffers that start out empty.
     #[track_caller]
     pub fn waiter_ahead(self) -> Waiter<'k> {
-        Waiter {
-            barrier: self,
-            parity: self.k.var(1u32),
-        }
+        Self::waiters_ahead([self])[0]
+    }
+
+    /// [`Barrier::waiter`] of each, up to 32.
+    #[track_caller]
+    pub fn waiters(barriers: impl IntoIterator<Item = Self>) -> Vec<Waiter<'k>> {
+        Self::waiters_from(barriers.into_iter().collect(), 0)
+    }
+
+    /// [`Barrier::waiter_ahead`] of each, up to 32.
+    #[track_caller]
+    pub fn waiters_ahead(barriers: impl IntoIterator<Item = Self>) -> Vec<Waiter<'k>> {
+        Self::waiters_from(barriers.into_iter().collect(), 1)
+    }
+
+    #[track_caller]
+    fn waiters_from(barriers: Vec<Self>, parity: u32) -> Vec<Waiter<'k>> {
+        let count = barriers.len() as u32;
+        assert!((1..=32).contains(&count), "{count} barriers");
+        let parities = barriers[0].k.var(parity * (u32::MAX >> (32 - count)));
+        let waiter = |(bit, barrier)| Waiter {
+            barrier,
+            parities,
+            bit,
+        };
+        (0..).zip(barriers).map(waiter).collect()
     }
 
     pub(crate) fn address(self) -> Address<'k, u32> {
@@ -70,10 +91,14 @@ impl Waiter<'_> {
     /// Waits for the next phase.
     #[track_caller]
     pub fn wait(self) {
-        self.barrier
+        let Self {
+            barrier,
+            mut parities,
+            bit,
+        } = self;
+        barrier
             .k
-            .mbarrier_wait(self.barrier.address, self.parity);
-        let mut parity = self.parity;
-        parity ^= 1;
+            .mbarrier_wait(barrier.address, (parities >> bit) & 1);
+        parities ^= 1 << bit;
     }
 }

@@ -58,6 +58,18 @@ impl<'k> RegTile<'k> {
             .map(|(i, &register)| (register, i / 2 % 2))
     }
 
+    /// Puts `value` in all columns from `columns` on, of which `lane` holds its part.
+    #[track_caller]
+    pub fn set_columns_from(&self, columns: Reg<'k, u32>, lane: Reg<'k, u32>, value: f32) {
+        // The thread's columns are 8 i and 8 i + 1, after the two of each lane before it in the
+        // quad.
+        let own = (columns - (lane & 3) * 2).as_i32();
+        for (i, register) in (0..).zip(&self.registers) {
+            let column: i32 = i / 4 * 8 + i % 2;
+            register.set(own.gt(column).select(*register, value));
+        }
+    }
+
     /// Multiplies each row by its factor, in place.
     #[track_caller]
     pub fn scale_rows(&self, factors: RowPair<'k>) {

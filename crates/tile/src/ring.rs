@@ -51,26 +51,20 @@ impl<'k> Ring<'k> {
     /// The side that fills: one thread.
     #[track_caller]
     pub fn producer(&self) -> Producer<'k> {
-        let stages = self
-            .stages
-            .iter()
-            .map(|&stage| (stage, stage.empty.waiter_ahead()));
+        let empty = Barrier::waiters_ahead(self.stages.iter().map(|stage| stage.empty));
         Producer {
-            stages: stages.collect(),
+            stages: self.stages.iter().copied().zip(empty).collect(),
         }
     }
 
     /// A side that uses what was filled: whole warps, of which `leader` is one lane each.
     #[track_caller]
     pub fn consumer(&self, k: &'k Builder, leader: Reg<'k, bool>) -> Consumer<'k> {
-        let stages = self
-            .stages
-            .iter()
-            .map(|&stage| (stage, stage.full.waiter()));
+        let full = Barrier::waiters(self.stages.iter().map(|stage| stage.full));
         Consumer {
             k,
             leader,
-            stages: stages.collect(),
+            stages: self.stages.iter().copied().zip(full).collect(),
         }
     }
 }
@@ -85,10 +79,17 @@ impl<'k> Producer<'k> {
     /// Waits until the stage is empty, then has it filled by one copy.
     #[track_caller]
     pub fn load(&self, stage: usize, map: Reg<'k, u64>, place: Place, options: TmaOptions<'k>) {
+        self.fill(stage, |tile, full| tile.load(map, place, full, options));
+    }
+
+    /// Waits until the stage is empty, then has it filled by what `copies` issues: copies to all
+    /// of the tile, counted at the barrier.
+    #[track_caller]
+    pub fn fill(&self, stage: usize, copies: impl FnOnce(SharedTile<'k>, Barrier<'k>)) {
         let (Stage { tile, full, .. }, empty) = self.stages[stage];
         empty.wait();
         full.arrive_expect(tile.shape.bytes());
-        tile.load(map, place, full, options);
+        copies(tile, full);
     }
 }
 

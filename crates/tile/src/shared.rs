@@ -178,6 +178,28 @@ impl<'k> SharedTile<'k> {
         );
     }
 
+    /// Loads the view, one panel at a time, by a map for just as many rows and one panel
+    /// ([`Shape::panel_map`]): the first panel from `place`, the next from the panel beside it, and
+    /// so on. The barrier counts the bytes.
+    #[track_caller]
+    pub fn load_panels(
+        self,
+        map: Reg<'k, u64>,
+        place: Place,
+        barrier: Barrier<'k>,
+        options: TmaOptions<'k>,
+    ) {
+        for panel in 0..self.shape.panels() {
+            self.k.tma_load(
+                self.panel(panel).address(),
+                map,
+                &place.panel(panel).coordinates(),
+                barrier.address(),
+                options,
+            );
+        }
+    }
+
     /// Stores the view, one panel at a time, by a map for just as many rows and one panel
     /// ([`Shape::panel_map`]): the first panel goes to `places[0]`, and so on. One thread calls
     /// it, after the writers' fence and a barrier, and commits and waits for the copies.

@@ -1,17 +1,35 @@
 //! Attention forward: `out = softmax(scale q k^T) v` over the key blocks that a plan lists for each
 //! block of queries, and the logarithm of each row's sum.
 //!
-//! A thread block has 128 queries, two warpgroups of 64 with all of their softmax in registers,
-//! and a producer warp that streams tiles of k and v. Of each warpgroup one product is always in
-//! flight while it computes the softmax of the one before (FlashAttention-3, arXiv 2407.08608): the
-//! product with v trails that with k by one tile. Named barriers let the warpgroups take turns at
-//! the tensor cores, so that one's softmax lies under the other's products.
+//! A thread block has 128 queries at a time, two warpgroups of 64 with all of their softmax in
+//! registers, and a producer that streams tiles of k and v. Of each warpgroup one product is always
+//! in flight while it computes the softmax of the one before (FlashAttention-3, arXiv 2407.08608):
+//! the product with v trails that with k by one tile. Named barriers let the warpgroups take turns
+//! at the tensor cores, so that one's softmax lies under the other's products.
 //!
-//! Called by `flex-block-attn`; scores are kept in units of log2, so that exp is exp2.
+//! Thread blocks stay, one for each multiprocessor, and take the next tile of queries when they are
+//! done with one: heads in turn, so that those who run together share keys in the L2 cache, and of a
+//! head the longest lists first.
+//!
+//! A tile of keys is put together from pieces of the listed blocks: it needs not be a block, nor a
+//! part of one. The order of keys does not matter to the sum, so lists are walked from their end,
+//! where the sequence's last and perhaps short block stands: only the first tile can have columns
+//! that are no keys.
+//!
+//! - `kernel`: what loader and consumers do;
+//! - `work`: what a thread block works on: the planner, who looks up the next tile of queries;
+//! - `keys`: the pieces of a list of key blocks, one after the other;
+//! - `queries`: the tile of queries, from its load to the output that takes its place;
+//! - `softmax`: the running softmax;
+//! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
 mod kernel;
+mod keys;
+mod queries;
 mod softmax;
+mod work;
 
+use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
@@ -29,6 +47,8 @@ pub struct Config {
     pub head_dim: u32,
     /// Keys of a tile: 128 or 192.
     pub kv_tile: u32,
+    /// Keys of a piece: what divides both the tile and the mask's key blocks.
+    pub piece: u32,
 }
 
 /// A (batch, heads, tokens, head_dim) tensor in global memory.
@@ -51,48 +71,50 @@ pub struct Args {
     pub v: Tensor,
     /// Output.
     pub out: Tensor,
-    /// Logarithms of the rows' sums, float32 (batch, heads, q_len), contiguous.
+    /// Address of the logarithms of the rows' sums, float32 (batch, heads, q_len), contiguous.
     pub lse: u64,
-    /// Address of the plan's row counts: int32 for each block of queries.
-    pub counts: u64,
-    /// Address of the plan's row lists: int32, `list_stride` for each block of queries.
-    pub lists: u64,
-    /// Words from one list to the next: the number of key blocks.
-    pub list_stride: u32,
-    /// Words from one (batch, head) record of the plan to the next; 0 for a shared one.
-    pub record: [u32; 2],
-    /// Batches.
+    /// Address of the plan, int32, [`PlanLayout::words`] of them.
+    pub plan: u64,
+    /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of 128
+    /// tokens, its blocks of keys of `piece`.
+    pub layout: PlanLayout,
+    /// Batches, up to 65535.
     pub batch: u32,
-    /// Heads of q; `group` of them share one of k and v.
+    /// Heads of q, up to 65535.
     pub heads: u32,
-    /// Heads of q for each of k and v.
-    pub group: u32,
-    /// Queries, a multiple of 128.
-    pub q_len: u32,
-    /// Keys, a multiple of `kv_tile`.
-    pub kv_len: u32,
-    /// Tokens of a block of queries, a multiple of 128.
-    pub q_block: u32,
-    /// Tokens of a block of keys, a multiple of `kv_tile`.
-    pub kv_block: u32,
-    /// Factor of the scores.
+    /// Heads of k and v: they divide those of q.
+    pub kv_heads: u32,
+    /// Factor of the scores: not negative.
     pub scale: f32,
+    /// Address of an int32 that is 0 at the start of the launch, and belongs to it.
+    pub counter: u64,
+    /// Thread blocks at most: the device's multiprocessors.
+    pub blocks: u32,
 }
 
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let config = |element, head_dim, kv_tile| Self {
-            element,
-            head_dim,
-            kv_tile,
-        };
-        let elements = [Element::Bf16, Element::F16];
-        let shapes = [(128, 128), (128, 192), (64, 128), (64, 192)];
-        elements
-            .iter()
-            .flat_map(|&e| shapes.map(|(dim, tile)| config(e, dim, tile)))
-            .collect()
+        let shapes = [
+            (192, 192),
+            (192, 64),
+            (128, 128),
+            (128, 64),
+            (128, 32),
+            (128, 16),
+        ];
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            for head_dim in [64, 128] {
+                all.extend(shapes.map(|(kv_tile, piece)| Self {
+                    element,
+                    head_dim,
+                    kv_tile,
+                    piece,
+                }));
+            }
+        }
+        all
     }
 
     fn q_shape(self) -> Shape {
@@ -103,59 +125,107 @@ impl Config {
         Shape::new(self.kv_tile, self.head_dim, self.element)
     }
 
+    fn piece_shape(self) -> Shape {
+        Shape::new(self.piece, self.head_dim, self.element)
+    }
+
     fn out_shape(self) -> Shape {
         Shape::new(OWN, self.head_dim, self.element)
+    }
+
+    /// Pieces of a tile.
+    fn pieces(self) -> u32 {
+        self.kv_tile / self.piece
+    }
+
+    /// Registers that producer and consumers have: `2 consumers + producer` is at most 504.
+    fn registers(self) -> (u32, u32) {
+        if self.kv_tile == 192 && self.head_dim == 128 {
+            (24, 240)
+        } else {
+            (40, 232)
+        }
     }
 
     /// The launch for some tensors.
     ///
     /// # Panics
-    /// If lengths or blocks are not multiples of the tiles.
+    /// If blocks are not multiples of the tile of queries and the piece, or there is nothing to
+    /// compute.
     pub fn launch(self, args: &Args) -> Launch {
         let Args {
             batch,
             heads,
-            q_len,
-            kv_len,
-            q_block,
-            kv_block,
+            kv_heads,
+            layout,
             ..
         } = *args;
+        let extents = layout.extents;
+        let lengths = [
+            extents.q_len(),
+            extents.kv_len(),
+            extents.q_block(),
+            extents.kv_block(),
+        ];
+        let [q_len, kv_len, q_block, kv_block] =
+            lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
         assert!(
-            q_len % QUERIES == 0 && q_block % QUERIES == 0,
-            "queries of {args:?}"
+            q_block.is_multiple_of(QUERIES) && kv_block.is_multiple_of(self.piece),
+            "blocks of {args:?} for {self:?}"
         );
         assert!(
-            kv_len % self.kv_tile == 0 && kv_block % self.kv_tile == 0,
-            "keys of {args:?}"
+            (1..=0xffff).contains(&batch) && (1..=0xffff).contains(&heads),
+            "batch and heads of {args:?}"
         );
-        let extents =
-            |heads: u32, tokens: u32| [batch, heads, tokens, self.head_dim].map(u64::from);
-        let map = |shape: Shape, tensor: Tensor, extents| {
+        assert!(q_len > 0 && kv_len > 0, "lengths of {args:?}");
+        assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
+        let shape = |heads: u32, tokens: u32| [batch, heads, tokens, self.head_dim].map(u64::from);
+        let (of_q, of_kv) = (shape(heads, q_len), shape(kv_heads, kv_len));
+        let whole = |shape: Shape, tensor: Tensor, extents| {
             Arg::TensorMap(shape.tensor_map(tensor.address, extents, tensor.strides))
         };
-        let of_q = extents(heads, q_len);
-        let of_kv = extents(heads / args.group, kv_len);
-        let out = self
-            .out_shape()
-            .panel_map(args.out.address, of_q, args.out.strides);
+        let panels = |shape: Shape, tensor: Tensor, extents| {
+            Arg::TensorMap(shape.panel_map(tensor.address, extents, tensor.strides))
+        };
+        let kv = |tensor| {
+            let map = if self.pieces() == 1 { whole } else { panels };
+            map(self.piece_shape(), tensor, of_kv)
+        };
+        let rows = layout.side(Side::Rows);
+        assert_eq!(rows.count(0), 0, "counts come first in a record");
+        assert!(u32::try_from(layout.words()).is_ok(), "plan of {args:?}");
+        // A mask's extent of 1 stands for all.
+        let record = |own: usize, words: usize| {
+            let words = if own == 1 { 0 } else { words };
+            Arg::U32(words as u32)
+        };
+        let q_tiles_per_block = q_block / QUERIES;
+        let row_tiles = layout.rows() as u32 * q_tiles_per_block;
+        let tiles = batch * heads * row_tiles;
         Launch {
-            grid: [q_len / QUERIES, heads, batch],
+            grid: [tiles.min(args.blocks), 1, 1],
             args: vec![
-                map(self.q_shape(), args.q, of_q),
-                map(self.kv_shape(), args.k, of_kv),
-                map(self.kv_shape(), args.v, of_kv),
-                Arg::TensorMap(out),
+                whole(self.q_shape(), args.q, of_q),
+                kv(args.k),
+                kv(args.v),
+                panels(self.out_shape(), args.out, of_q),
                 Arg::U64(args.lse),
-                Arg::U64(args.counts),
-                Arg::U64(args.lists),
-                Arg::U32(args.list_stride),
-                Arg::U32(args.record[0]),
-                Arg::U32(args.record[1]),
-                Arg::U32(args.group),
-                Arg::U32(q_block / QUERIES),
-                Arg::U32(kv_block / self.kv_tile),
+                Arg::U32(heads),
+                Arg::U32(q_len),
                 Arg::F32(args.scale * std::f32::consts::LOG2_E),
+                Arg::U64(args.plan),
+                Arg::U32(kv_len),
+                Arg::U32(kv_block),
+                Arg::U64(args.counter),
+                Arg::U32(tiles),
+                Arg::U32(row_tiles),
+                Arg::U32(q_tiles_per_block),
+                Arg::U32(heads / kv_heads),
+                Arg::U32(rows.order() as u32),
+                Arg::U32(rows.list(0) as u32),
+                Arg::U32(rows.stride as u32),
+                record(layout.heads, layout.record_words()),
+                record(layout.batch, layout.heads * layout.record_words()),
             ],
         }
     }
@@ -166,8 +236,9 @@ impl Config {
             element,
             head_dim,
             kv_tile,
+            piece,
         } = self;
-        let name = format!("forward_{element:?}_d{head_dim}_kv{kv_tile}").to_lowercase();
+        let name = format!("forward_{element:?}_d{head_dim}_kv{kv_tile}_p{piece}").to_lowercase();
         Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
     }
 }

@@ -17,12 +17,21 @@ pub(super) struct Softmax<'k> {
 
 impl<'k> Softmax<'k> {
     pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>) -> Self {
-        let pair = |value: f32| [k.var(value), k.var(value)];
+        let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
-            max: pair(f32::NEG_INFINITY),
-            sum: pair(0.0),
-            factor: pair(1.0),
+            max: pair(),
+            sum: pair(),
+            factor: pair(),
+        }
+    }
+
+    /// Starts anew: no keys yet.
+    pub(super) fn reset(&self) {
+        for row in 0..2 {
+            self.max[row].set(f32::NEG_INFINITY);
+            self.sum[row].set(0.0);
+            self.factor[row].set(1.0);
         }
     }
 

@@ -3,7 +3,9 @@
 use std::error::Error;
 use std::time::Instant;
 
+use flex_block_attn::{Extents, builders};
 use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::emulated::Forward;
 
 pub const USAGE: &str = "lab emulate
@@ -18,18 +20,15 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
     if !words.is_empty() {
         return Err(USAGE.into());
     }
-    let setup = Forward {
-        heads: 1,
-        group: 1,
+    let tokens = 128 * STEPS;
+    let extents = Extents::new(128, tokens, 128, 128)?;
+    let config = forward::Config {
+        element: Element::Bf16,
         head_dim: 128,
         kv_tile: 128,
-        q_block: 128,
-        kv_block: 128,
-        kv_len: 128 * STEPS,
-        lists: vec![(0..STEPS).collect()],
-        scale: 0.125,
-    }
-    .setup();
+        piece: 128,
+    };
+    let setup = Forward::new(config, builders::full(extents)).setup();
     println!("{:24} {:>14}", setup.kernel.name, "seconds a step");
     for options in Options::all(1) {
         let mut best = f64::INFINITY;

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use flex_block_attn::{Extents, PlanLayout};
+use flex_block_attn::{Extents, Plan, PlanLayout, builders};
 use flex_block_attn_kernels::{Element, Strides, delta, forward, gemm, plan, pool};
 use flex_block_attn_lab::gpu::{Gpu, Times};
 use half::bf16;
@@ -23,17 +23,38 @@ struct Measured {
 
 type Case = (String, Box<dyn Fn(&mut Gpu) -> Result<Measured>>);
 
+/// Masks for attention: name, heads, tokens, head dimension, tokens of a block, density.
+const MASKS: [(&str, u32, usize, u32, u32, f64); 9] = [
+    ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
+    ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
+    ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
+    ("random384 0.2 h24 s30720", 24, 30_720, 128, 384, 0.2),
+    ("random128 0.2 h24 s30720", 24, 30_720, 128, 128, 0.2),
+    ("dense h1 s11520", 1, 11_520, 128, 384, 1.0),
+    ("random384 0.6 h1 s11520", 1, 11_520, 128, 384, 0.6),
+    ("dense h1 s61440", 1, 61_440, 128, 384, 1.0),
+    ("dense h24 s15360 d64", 24, 15_360, 64, 384, 1.0),
+];
+
 fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     for size in [4096, 8192] {
         let case = move |gpu: &mut Gpu| product(gpu, size);
         cases.push((format!("gemm {size}"), Box::new(case)));
     }
-    for (heads, tokens) in [(24, 15_360), (24, 30_720)] {
-        for kv_tile in [128, 192] {
-            let name = format!("forward h{heads} s{tokens} kv{kv_tile}");
-            let case = move |gpu: &mut Gpu| attention(gpu, heads, tokens, kv_tile);
-            cases.push((name, Box::new(case)));
+    for (name, heads, tokens, head_dim, block, density) in MASKS {
+        for (kv_tile, piece) in [(192, 192), (192, 64), (128, 128), (128, 64)] {
+            if block % piece != 0 {
+                continue;
+            }
+            let config = forward::Config {
+                element: Element::Bf16,
+                head_dim,
+                kv_tile,
+                piece,
+            };
+            let case = move |gpu: &mut Gpu| attention(gpu, config, heads, tokens, block, density);
+            cases.push((format!("{name} kv{kv_tile} p{piece}"), Box::new(case)));
         }
     }
     for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
@@ -178,17 +199,29 @@ fn means(gpu: &mut Gpu, block: u32) -> Result<Measured> {
     })
 }
 
-/// All keys are one block.
-fn attention(gpu: &mut Gpu, heads: u32, tokens: u32, kv_tile: u32) -> Result<Measured> {
-    let config = forward::Config {
-        element: Element::Bf16,
-        head_dim: HEAD_DIM,
-        kv_tile,
-    };
-    let count = (heads * tokens * HEAD_DIM) as usize;
+/// Each row of blocks keeps the same number of blocks, by chance, another choice for each head.
+fn attention(
+    gpu: &mut Gpu,
+    config: forward::Config,
+    heads: u32,
+    tokens: usize,
+    block: u32,
+    density: f64,
+) -> Result<Measured> {
+    let extents = Extents::new(tokens, tokens, block as usize, block as usize)?;
+    let mask = builders::random(extents, 1, heads as usize, density, 1)?;
+    let plan = Plan::new(&mask);
+    let words: Vec<u8> = plan
+        .words()
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    let row = u64::from(config.head_dim);
+    let head = row * tokens as u64;
+    let count = head as usize * heads as usize;
     let strides = Strides {
-        row: HEAD_DIM.into(),
-        head: (tokens * HEAD_DIM).into(),
+        row,
+        head,
         batch: count as u64,
     };
     let tensor = |address| forward::Tensor { address, strides };
@@ -197,25 +230,25 @@ fn attention(gpu: &mut Gpu, heads: u32, tokens: u32, kv_tile: u32) -> Result<Mea
         k: tensor(gpu.alloc_with(&numbers(2, count))?),
         v: tensor(gpu.alloc_with(&numbers(3, count))?),
         out: tensor(gpu.alloc(2 * count)?),
-        lse: gpu.alloc((4 * heads * tokens) as usize)?,
-        counts: gpu.alloc_with(&1u32.to_le_bytes())?,
-        lists: gpu.alloc_with(&0u32.to_le_bytes())?,
-        list_stride: 1,
-        record: [0, 0],
+        lse: gpu.alloc(4 * heads as usize * tokens)?,
+        plan: gpu.alloc_with(&words)?,
+        layout: plan.layout(),
         batch: 1,
         heads,
-        group: 1,
-        q_len: tokens,
-        kv_len: tokens,
-        q_block: tokens,
-        kv_block: tokens,
-        scale: 1.0 / (HEAD_DIM as f32).sqrt(),
+        kv_heads: heads,
+        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        counter: gpu.alloc(4)?,
+        blocks: gpu.device().multiprocessors(),
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
-    let times = gpu.time(1, 20, || gpu.launch(function, &launch))?;
+    let times = gpu.time(1, 20, || {
+        gpu.zero_word(args.counter)?;
+        gpu.launch(function, &launch)
+    })?;
+    let pairs = (tokens as f64).powi(2) * mask.density();
     Ok(Measured {
         times,
-        work: 4.0 * f64::from(tokens).powi(2) * f64::from(HEAD_DIM * heads),
+        work: 4.0 * pairs * f64::from(config.head_dim * heads),
     })
 }
 

@@ -1,57 +1,137 @@
 //! Attention forward, against a softmax in float64.
 
+use flex_block_attn::{BlockMask, BoolMatrix, Extents};
 use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::emulated::Forward;
 
 use crate::right_in_all_ways;
 
+fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
+    forward::Config {
+        element: Element::Bf16,
+        head_dim,
+        kv_tile,
+        piece,
+    }
+}
+
+/// A mask of lengths and blocks (queries, keys), one matrix for each head: rows of 0s and 1s.
+fn mask(lengths: [usize; 2], blocks: [usize; 2], heads: &[&[&str]]) -> BlockMask {
+    let extents = Extents::new(lengths[0], lengths[1], blocks[0], blocks[1]).unwrap();
+    let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
+    let bytes: Vec<u8> = heads
+        .iter()
+        .flat_map(|rows| rows.iter().flat_map(|row| row.bytes()))
+        .map(|digit| digit - b'0')
+        .collect();
+    let shape = [1, heads.len(), rows, columns];
+    let strides = [bytes.len(), rows * columns, columns, 1];
+    let matrix = BoolMatrix::new(&bytes, shape, strides).unwrap();
+    BlockMask::from_matrix(extents, matrix).unwrap()
+}
+
 #[test]
 fn lists_of_every_length() {
     // None, one, two, three and all blocks: both stages are first and last.
-    let problem = Forward {
-        heads: 1,
-        group: 1,
-        head_dim: 128,
-        kv_tile: 128,
-        q_block: 128,
-        kv_block: 128,
-        kv_len: 512,
-        lists: vec![vec![], vec![3], vec![0, 2], vec![0, 1, 3], vec![0, 1, 2, 3]],
-        scale: 0.125,
-    };
+    let rows = ["0000", "0001", "1010", "1101", "1111"];
+    let mask = mask([640, 512], [128, 128], &[&rows]);
+    let problem = Forward::new(config(128, 128, 128), mask);
     right_in_all_ways(&problem.setup(), &Options::all(2));
 }
 
 #[test]
 fn wide_tiles_blocks_of_several_tiles_and_shared_heads() {
-    let problem = |kv_tile| Forward {
+    let problem = |kv_tile, piece| Forward {
         heads: 2,
-        group: 2,
-        head_dim: 128,
-        kv_tile,
-        q_block: 256,
-        kv_block: 384,
-        kv_len: 768,
-        lists: vec![vec![1]],
         scale: 0.1,
+        ..Forward::new(
+            config(128, kv_tile, piece),
+            mask([256, 768], [256, 384], &[&["01"]]),
+        )
     };
-    right_in_all_ways(&problem(192).setup(), &Options::all(1));
-    right_in_all_ways(&problem(128).setup(), &Options::all(0));
+    right_in_all_ways(&problem(192, 192).setup(), &Options::all(1));
+    right_in_all_ways(&problem(128, 128).setup(), &Options::all(0));
+    right_in_all_ways(&problem(192, 64).setup(), &Options::all(0));
 }
 
 #[test]
 fn short_heads() {
-    let problem = |kv_tile| Forward {
+    let problem = |kv_tile, piece| Forward {
         heads: 2,
-        group: 1,
-        head_dim: 64,
-        kv_tile,
-        q_block: 128,
-        kv_block: 384,
-        kv_len: 768,
-        lists: vec![vec![0], vec![0, 1]],
+        kv_heads: 2,
         scale: 0.2,
+        ..Forward::new(
+            config(64, kv_tile, piece),
+            mask([256, 768], [128, 384], &[&["10", "11"]]),
+        )
     };
-    right_in_all_ways(&problem(128).setup(), &Options::all(1));
-    right_in_all_ways(&problem(192).setup(), &Options::all(0));
+    right_in_all_ways(&problem(128, 128).setup(), &Options::all(1));
+    right_in_all_ways(&problem(192, 192).setup(), &Options::all(0));
+}
+
+#[test]
+fn pieces_of_any_size_fill_tiles() {
+    // Tiles of pieces from anywhere, the first of them not full.
+    for (kv_tile, piece, kv_block, kv_len) in [
+        (128, 64, 64, 448),
+        (192, 64, 64, 448),
+        (128, 32, 96, 672),
+        (128, 16, 48, 336),
+        (192, 64, 128, 896),
+    ] {
+        let mask = mask(
+            [256, kv_len],
+            [128, kv_block],
+            &[&["1011011", "0100000"], &["0000001", "1111111"]],
+        );
+        let problem = Forward {
+            heads: 2,
+            ..Forward::new(config(64, kv_tile, piece), mask)
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(0));
+    }
+}
+
+#[test]
+fn sequences_end_anywhere() {
+    // Queries end within a tile, or before the block's last tile; keys within a piece.
+    for (lengths, blocks, tile, piece) in [
+        ([200, 300], [128, 128], 128, 128),
+        ([257, 385], [256, 192], 192, 192),
+        ([129, 449], [384, 128], 192, 64),
+        ([1, 17], [128, 16], 128, 16),
+        ([130, 130], [128, 64], 128, 64),
+    ] {
+        let extents = Extents::new(lengths[0], lengths[1], blocks[0], blocks[1]).unwrap();
+        let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
+        // All of the last row; of others all but the last column, if there are several.
+        let row = |row: usize| {
+            let last = row + 1 == rows || columns == 1;
+            format!("{}{}", "1".repeat(columns - 1), u8::from(last))
+        };
+        let text: Vec<String> = (0..rows).map(row).collect();
+        let text: Vec<&str> = text.iter().map(String::as_str).collect();
+        let problem = Forward {
+            batch: 2,
+            heads: 2,
+            kv_heads: 1,
+            ..Forward::new(config(64, tile, piece), mask(lengths, blocks, &[&text]))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(0));
+    }
+}
+
+#[test]
+fn tokens_before_heads() {
+    let masks: [&[&str]; 2] = [&["110", "001"], &["010", "111"]];
+    let problem = Forward {
+        batch: 2,
+        heads: 2,
+        kv_heads: 1,
+        tokens_first: true,
+        blocks: 3,
+        ..Forward::new(config(128, 128, 128), mask([250, 380], [128, 128], &masks))
+    };
+    right_in_all_ways(&problem.setup(), &Options::all(1));
 }

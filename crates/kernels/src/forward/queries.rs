@@ -1,0 +1,184 @@
+//! [`Queries`]: a thread block's tile of queries, from its load to the output that takes its place
+//! in shared memory, and the [`Note`] that tells the consumers what it is.
+
+use flex_block_attn_ptx::builder::{Address, Pair, TmaOptions};
+use flex_block_attn_ptx::{Builder, Reg};
+use flex_block_attn_tile::{
+    Barrier, Place, RegTile, RowPair, Shape, Shared, SharedTile, Waiter, Warpgroup,
+};
+
+use super::{OWN, QUERIES};
+
+/// Warpgroups that multiply.
+pub(super) const CONSUMERS: u32 = 2;
+/// In a note's place of tiles: there are no more queries.
+const END: u32 = u32::MAX;
+/// Named barriers: warpgroup `w` waits for its own threads at `OWN_SYNC + w`.
+const OWN_SYNC: u32 = 4;
+
+/// The tile, its barriers, and the note.
+#[derive(Clone, Copy)]
+pub(super) struct Queries<'k> {
+    pub(super) tile: SharedTile<'k>,
+    note: Address<'k, u32>,
+    /// Tile and note are there.
+    full: Barrier<'k>,
+    /// Each consumer has stored its output.
+    empty: Barrier<'k>,
+}
+
+/// What consumers must know of a tile of queries.
+#[derive(Clone, Copy)]
+pub(super) struct Note<'k> {
+    /// First query.
+    pub(super) first: Reg<'k, u32>,
+    pub(super) head: Reg<'k, u32>,
+    pub(super) batch: Reg<'k, u32>,
+    /// Tiles of keys.
+    pub(super) tiles: Reg<'k, u32>,
+    /// Columns of the first of them that are keys.
+    pub(super) columns: Reg<'k, u32>,
+}
+
+impl<'k> Queries<'k> {
+    pub(super) fn new(shared: &Shared<'k>, shape: Shape) -> Self {
+        Self {
+            tile: shared.tile(shape),
+            note: shared.bytes(16, 16),
+            full: shared.barrier(1),
+            empty: shared.barrier(CONSUMERS),
+        }
+    }
+
+    pub(super) fn init(&self) {
+        self.full.init();
+        self.empty.init();
+    }
+
+    /// Who waits until the tile before is done with.
+    pub(super) fn emptied(&self) -> Waiter<'k> {
+        self.empty.waiter_ahead()
+    }
+
+    /// Who waits for the next tile.
+    pub(super) fn filled(&self) -> Waiter<'k> {
+        self.full.waiter()
+    }
+
+    /// Leaves a note and loads the tile. The place is empty.
+    pub(super) fn fill(&self, k: &'k Builder, map: Reg<'k, u64>, note: Note<'k>) {
+        k.store_shareds(self.note, note.to_words());
+        self.full.arrive_expect(self.tile.shape.bytes());
+        let place = Place::rows(note.first, note.head, note.batch);
+        self.tile.load(map, place, self.full, TmaOptions::default());
+    }
+
+    /// Leaves a note of no tile, or of one without keys. The place is empty.
+    pub(super) fn pass(&self, k: &'k Builder, note: Note<'k>) {
+        k.store_shareds(self.note, note.to_words());
+        self.full.arrive();
+    }
+
+    /// The note, which has been waited for.
+    pub(super) fn note(&self, k: &'k Builder) -> Note<'k> {
+        let note = Note::from_words(k.load_shareds(self.note));
+        // The same in all lanes, and known to be: products are issued inside of loops over them.
+        Note {
+            tiles: note.tiles.uniform(),
+            columns: note.columns.uniform(),
+            ..note
+        }
+    }
+
+    /// Puts this warpgroup's output in its queries' place, stores it, and gives the place back.
+    pub(super) fn store(
+        &self,
+        k: &'k Builder,
+        wg: Warpgroup<'k>,
+        map: Reg<'k, u64>,
+        output: &RegTile<'k>,
+        pair: Pair,
+    ) {
+        let own = self.tile.part(wg.index, OWN);
+        // All warps have done with the queries.
+        wg.sync(wg.index + OWN_SYNC);
+        wg.store(output, pair, own);
+        wg.sync(wg.index + OWN_SYNC);
+        k.if_(wg.first_thread, || {
+            let note = Note::from_words(k.load_shareds(self.note));
+            let place = Place::rows(note.first + wg.index * OWN, note.head, note.batch);
+            own.store(map, (0..own.shape.panels()).map(|panel| place.panel(panel)));
+            k.bulk_commit();
+            k.bulk_wait_read(0);
+            self.empty.arrive();
+        });
+    }
+}
+
+impl<'k> Note<'k> {
+    /// The note that there are no more queries.
+    pub(super) fn end(k: &'k Builder) -> Self {
+        Self::from_words([k.var(END); 4])
+    }
+
+    /// Whether it says so.
+    pub(super) fn is_end(self) -> Reg<'k, bool> {
+        self.tiles.equals(END)
+    }
+
+    pub(super) fn to_words(self) -> [Reg<'k, u32>; 4] {
+        let place = self.head | (self.batch << 16);
+        [self.first, place, self.tiles, self.columns]
+    }
+
+    pub(super) fn from_words([first, place, tiles, columns]: [Reg<'k, u32>; 4]) -> Self {
+        Self {
+            first,
+            head: place & 0xffff,
+            batch: place >> 16,
+            tiles,
+            columns,
+        }
+    }
+}
+
+/// Where the logarithms of rows' sums go.
+#[derive(Clone, Copy)]
+pub(super) struct Lse<'k> {
+    address: Reg<'k, u64>,
+    pub(super) heads: Reg<'k, u32>,
+    pub(super) q_len: Reg<'k, u32>,
+}
+
+impl<'k> Lse<'k> {
+    /// Declares its parameters.
+    pub(super) fn new(k: &'k Builder) -> Self {
+        Self {
+            address: k.param("lse"),
+            heads: k.param("heads"),
+            q_len: k.param("q_len"),
+        }
+    }
+
+    /// Stores those of a thread's two rows, as far as there are such queries.
+    pub(super) fn store(
+        &self,
+        k: &'k Builder,
+        wg: Warpgroup<'k>,
+        note: Note<'k>,
+        values: RowPair<'k>,
+    ) {
+        let row = note.first + wg.index * OWN + wg.row();
+        let line = (note.batch * self.heads + note.head).times_wide(self.q_len);
+        let address = self.address + (line + row.to_u64()) * 4;
+        // A row lies in the four threads of a quad: one of them writes.
+        let first = (wg.lane & 3).equals(0);
+        for (i, value) in (0..).zip(values) {
+            k.where_(first & (row + 8 * i).lt(self.q_len), || {
+                k.store_global(address.at(4 * 8 * i), value);
+            });
+        }
+    }
+}
+
+const _: () = assert!(QUERIES == CONSUMERS * OWN);
