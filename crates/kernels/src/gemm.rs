@@ -7,7 +7,7 @@
 use flex_block_attn_ptx::builder::{Pair, TmaOptions, Value};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 use flex_block_attn_tile::{
-    Left, Place, RegTile, Right, Ring, Shape, Shared, Strides, WARPGROUP, Warpgroup,
+    Left, Phases, Place, RegTile, Right, Ring, Shape, Shared, Strides, WARPGROUP, Warpgroup,
 };
 
 /// Rows of a thread block's part of c.
@@ -131,7 +131,8 @@ impl Config {
             || {
                 Warpgroup::release_registers(k, 40);
                 k.if_(k.tid().equals(0), || {
-                    let (a_ring, b_ring) = (a_ring.producer(), b_ring.producer());
+                    let phases = Phases::new(k);
+                    let (a_ring, b_ring) = (a_ring.producer(&phases), b_ring.producer(&phases));
                     // A stage's inner length is a's panel, and that many rows of b.
                     in_turn(k, steps, |stage, step| {
                         let options = TmaOptions::default();
@@ -143,8 +144,9 @@ impl Config {
             || {
                 Warpgroup::acquire_registers(k, 232);
                 let wg = Warpgroup::new(k, 1);
-                let (a_ring, b_ring) =
-                    (a_ring.consumer(k, wg.leader), b_ring.consumer(k, wg.leader));
+                let phases = Phases::new(k);
+                let a_ring = a_ring.consumer(wg.leader, &phases);
+                let b_ring = b_ring.consumer(wg.leader, &phases);
                 let sum = RegTile::uninit(k, COLUMNS);
                 sum.fill(0.0);
                 in_turn(k, steps, |stage, step| {

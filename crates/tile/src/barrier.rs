@@ -1,4 +1,7 @@
-//! [`Barrier`]: an mbarrier in shared memory, and [`Waiter`], who keeps count of its phases.
+//! [`Barrier`]: an mbarrier in shared memory; [`Phases`] and [`Waiter`]: who keeps count of its
+//! phases.
+
+use std::cell::Cell;
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
@@ -11,13 +14,62 @@ pub struct Barrier<'k> {
     count: u32,
 }
 
+/// A role's view of its barriers: how often it has waited at each, by parity, up to 32 of them in
+/// one register. Registers are what the tightest roles lack.
+#[derive(Debug)]
+pub struct Phases<'k> {
+    parities: Reg<'k, u32>,
+    used: Cell<u32>,
+}
+
 /// One role's view of a barrier: each [`Waiter::wait`] is for the phase after the last.
 #[derive(Debug, Clone, Copy)]
 pub struct Waiter<'k> {
     barrier: Barrier<'k>,
-    /// Parities of the phases to wait for: this one's at `bit`. Barriers of a ring share a register.
     parities: Reg<'k, u32>,
+    /// Which bit of them is this barrier's.
     bit: u32,
+    /// Whether it starts as if a phase had been completed.
+    ahead: bool,
+}
+
+impl<'k> Phases<'k> {
+    /// A role that has not waited yet.
+    #[track_caller]
+    pub fn new(k: &'k Builder) -> Self {
+        Self {
+            parities: k.var(0u32),
+            used: Cell::new(0),
+        }
+    }
+
+    /// Waits for a barrier's first phase, then the second, and so on.
+    ///
+    /// # Panics
+    /// If there are 32 already.
+    pub fn waiter(&self, barrier: Barrier<'k>) -> Waiter<'k> {
+        self.add(barrier, false)
+    }
+
+    /// As if a phase had just been completed: the first wait passes at once. This is how producers
+    /// wait for buffers that start out empty.
+    ///
+    /// # Panics
+    /// If there are 32 already.
+    pub fn waiter_ahead(&self, barrier: Barrier<'k>) -> Waiter<'k> {
+        self.add(barrier, true)
+    }
+
+    fn add(&self, barrier: Barrier<'k>, ahead: bool) -> Waiter<'k> {
+        let bit = self.used.replace(self.used.get() + 1);
+        assert!(bit < 32, "a role with more than 32 barriers");
+        Waiter {
+            barrier,
+            parities: self.parities,
+            bit,
+            ahead,
+        }
+    }
 }
 
 impl<'k> Barrier<'k> {
@@ -44,44 +96,6 @@ impl<'k> Barrier<'k> {
         self.k.mbarrier_arrive_expect(self.address, bytes);
     }
 
-    /// Somebody who waits for the first phase, then the second, and so on.
-    #[track_caller]
-    pub fn waiter(self) -> Waiter<'k> {
-        Self::waiters([self])[0]
-    }
-
-    /// Somebody for whom the barrier starts as if a phase had just been completed: the first wait
-    /// passes at once. This is how producers wait for buffers that start out empty.
-    #[track_caller]
-    pub fn waiter_ahead(self) -> Waiter<'k> {
-        Self::waiters_ahead([self])[0]
-    }
-
-    /// [`Barrier::waiter`] of each, up to 32.
-    #[track_caller]
-    pub fn waiters(barriers: impl IntoIterator<Item = Self>) -> Vec<Waiter<'k>> {
-        Self::waiters_from(barriers.into_iter().collect(), 0)
-    }
-
-    /// [`Barrier::waiter_ahead`] of each, up to 32.
-    #[track_caller]
-    pub fn waiters_ahead(barriers: impl IntoIterator<Item = Self>) -> Vec<Waiter<'k>> {
-        Self::waiters_from(barriers.into_iter().collect(), 1)
-    }
-
-    #[track_caller]
-    fn waiters_from(barriers: Vec<Self>, parity: u32) -> Vec<Waiter<'k>> {
-        let count = barriers.len() as u32;
-        assert!((1..=32).contains(&count), "{count} barriers");
-        let parities = barriers[0].k.var(parity * (u32::MAX >> (32 - count)));
-        let waiter = |(bit, barrier)| Waiter {
-            barrier,
-            parities,
-            bit,
-        };
-        (0..).zip(barriers).map(waiter).collect()
-    }
-
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
     }
@@ -95,10 +109,11 @@ impl Waiter<'_> {
             barrier,
             mut parities,
             bit,
+            ahead,
         } = self;
-        barrier
-            .k
-            .mbarrier_wait(barrier.address, (parities >> bit) & 1);
+        let waited = (parities >> bit) & 1;
+        let parity = if ahead { waited ^ 1 } else { waited };
+        barrier.k.mbarrier_wait(barrier.address, parity);
         parities ^= 1 << bit;
     }
 }

@@ -8,7 +8,7 @@
 use flex_block_attn_ptx::builder::TmaOptions;
 use flex_block_attn_ptx::{Builder, Reg};
 
-use crate::{Barrier, Place, Shape, Shared, SharedTile, Waiter};
+use crate::{Barrier, Phases, Place, Shape, Shared, SharedTile, Waiter};
 
 /// Some tiles of one shape, each with a barrier that says it is full and one that says it is
 /// empty again.
@@ -50,21 +50,21 @@ impl<'k> Ring<'k> {
 
     /// The side that fills: one thread.
     #[track_caller]
-    pub fn producer(&self) -> Producer<'k> {
-        let empty = Barrier::waiters_ahead(self.stages.iter().map(|stage| stage.empty));
+    pub fn producer(&self, phases: &Phases<'k>) -> Producer<'k> {
+        let side = |&stage: &Stage<'k>| (stage, phases.waiter_ahead(stage.empty));
         Producer {
-            stages: self.stages.iter().copied().zip(empty).collect(),
+            stages: self.stages.iter().map(side).collect(),
         }
     }
 
     /// A side that uses what was filled: whole warps, of which `leader` is one lane each.
     #[track_caller]
-    pub fn consumer(&self, k: &'k Builder, leader: Reg<'k, bool>) -> Consumer<'k> {
-        let full = Barrier::waiters(self.stages.iter().map(|stage| stage.full));
+    pub fn consumer(&self, leader: Reg<'k, bool>, phases: &Phases<'k>) -> Consumer<'k> {
+        let side = |&stage: &Stage<'k>| (stage, phases.waiter(stage.full));
         Consumer {
-            k,
+            k: leader.builder(),
             leader,
-            stages: self.stages.iter().copied().zip(full).collect(),
+            stages: self.stages.iter().map(side).collect(),
         }
     }
 }

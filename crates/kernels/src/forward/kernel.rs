@@ -3,13 +3,13 @@
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Fragments, Left, Place, Producer, RegTile, Right, Ring, Shared, WARPGROUP, Warpgroup,
+    Fragments, Left, Phases, Place, Producer, RegTile, Right, Ring, Shared, WARPGROUP, Warpgroup,
 };
 
 use super::keys::{Keys, Lists};
 use super::queries::{Lse, Note, Queries};
 use super::softmax::Softmax;
-use super::work::{Job, Jobs, Work};
+use super::work::{Jobs, Work};
 use super::{Config, OWN};
 use crate::gemm::pair;
 
@@ -101,32 +101,37 @@ impl Config {
             values,
             rows,
         } = stores;
-        let (keys, values) = (keys.producer(), values.producer());
-        let (filled, emptied) = (jobs.filled(), queries.emptied());
+        let phases = Phases::new(k);
+        let (keys, values) = (keys.producer(&phases), values.producer(&phases));
+        let (filled, emptied) = (jobs.filled(&phases), queries.emptied(&phases));
         k.loop_(|leave| {
             filled.wait();
-            let job = jobs.take(k);
-            leave.when(job.note.is_end());
-            let tiles = job.note.tiles;
+            let note = jobs.note(k);
+            leave.when(note.is_end());
+            let tiles = note.tiles;
+            let (kv_head, batch) = (jobs.kv_head(k), note.batch());
+            let place = |row| Place::rows(row, kv_head, batch);
             let some = || {
-                let walk = Keys::new(k, self, lists, job.start);
+                let walk = Keys::new(k, self, lists, jobs.start(k));
                 // The first keys do not wait for the last output to be stored.
                 walk.next_tile(rows[0]);
-                self.load_tile(&keys, 0, maps.k, rows, &job);
+                self.load_tile(&keys, 0, maps.k, rows[0], &place);
                 emptied.wait();
-                queries.fill(k, maps.q, job.note);
+                queries.fill(k, maps.q, jobs.note(k));
+                jobs.release();
                 each_after_first(k, tiles, |stage, before| {
                     walk.next_tile(rows[stage]);
-                    self.load_tile(&keys, stage, maps.k, rows, &job);
-                    self.load_tile(&values, before, maps.v, rows, &job);
+                    self.load_tile(&keys, stage, maps.k, rows[stage], &place);
+                    self.load_tile(&values, before, maps.v, rows[before], &place);
                 });
                 at_last_stage(k, tiles, |stage| {
-                    self.load_tile(&values, stage, maps.v, rows, &job);
+                    self.load_tile(&values, stage, maps.v, rows[stage], &place);
                 });
             };
             let none = || {
                 emptied.wait();
-                queries.pass(k, job.note);
+                queries.pass(k, note);
+                jobs.release();
             };
             k.if_else(tiles.gt(0), some, none);
         });
@@ -134,20 +139,19 @@ impl Config {
         queries.pass(k, Note::end(k));
     }
 
-    /// Has a stage filled with the pieces that its row of `rows` says.
+    /// Has a stage filled with the pieces whose first keys are at `rows`.
     fn load_tile<'k>(
         self,
         ring: &Producer<'k>,
         stage: usize,
         map: Reg<'k, u64>,
-        rows: &[Address<'k, u32>],
-        job: &Job<'k>,
+        rows: Address<'k, u32>,
+        place: &impl Fn(Reg<'k, u32>) -> Place,
     ) {
         let (k, options) = (map.builder(), TmaOptions::default());
         ring.fill(stage, |tile, full| {
             for i in 0..self.pieces() {
-                let first = k.load_shared(rows[stage].at(4 * i));
-                let place = Place::rows(first, job.kv_head, job.note.batch);
+                let place = place(k.load_shared(rows.at(4 * i)));
                 if self.pieces() == 1 {
                     tile.load(map, place, full, options);
                 } else {
@@ -167,9 +171,10 @@ impl Config {
         stores: &Stores<'k>,
     ) {
         let wg = Warpgroup::new(k, 1);
-        let keys = stores.keys.consumer(k, wg.leader);
-        let values = stores.values.consumer(k, wg.leader);
-        let filled = stores.queries.filled();
+        let phases = Phases::new(k);
+        let keys = stores.keys.consumer(wg.leader, &phases);
+        let values = stores.values.consumer(wg.leader, &phases);
+        let filled = stores.queries.filled(&phases);
         let q = stores.queries.tile.part(wg.index, OWN);
         let pair = pair(self.element);
         let scores = RegTile::uninit(k, self.kv_tile);

@@ -4,7 +4,7 @@
 use flex_block_attn_ptx::builder::{Address, Pair, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Barrier, Place, RegTile, RowPair, Shape, Shared, SharedTile, Waiter, Warpgroup,
+    Barrier, Phases, Place, RegTile, RowPair, Shape, Shared, SharedTile, Waiter, Warpgroup,
 };
 
 use super::{OWN, QUERIES};
@@ -32,8 +32,8 @@ pub(super) struct Queries<'k> {
 pub(super) struct Note<'k> {
     /// First query.
     pub(super) first: Reg<'k, u32>,
-    pub(super) head: Reg<'k, u32>,
-    pub(super) batch: Reg<'k, u32>,
+    /// Head of q, and batch above it.
+    pub(super) place: Reg<'k, u32>,
     /// Tiles of keys.
     pub(super) tiles: Reg<'k, u32>,
     /// Columns of the first of them that are keys.
@@ -56,20 +56,20 @@ impl<'k> Queries<'k> {
     }
 
     /// Who waits until the tile before is done with.
-    pub(super) fn emptied(&self) -> Waiter<'k> {
-        self.empty.waiter_ahead()
+    pub(super) fn emptied(&self, phases: &Phases<'k>) -> Waiter<'k> {
+        phases.waiter_ahead(self.empty)
     }
 
     /// Who waits for the next tile.
-    pub(super) fn filled(&self) -> Waiter<'k> {
-        self.full.waiter()
+    pub(super) fn filled(&self, phases: &Phases<'k>) -> Waiter<'k> {
+        phases.waiter(self.full)
     }
 
     /// Leaves a note and loads the tile. The place is empty.
     pub(super) fn fill(&self, k: &'k Builder, map: Reg<'k, u64>, note: Note<'k>) {
         k.store_shareds(self.note, note.to_words());
         self.full.arrive_expect(self.tile.shape.bytes());
-        let place = Place::rows(note.first, note.head, note.batch);
+        let place = Place::rows(note.first, note.head(), note.batch());
         self.tile.load(map, place, self.full, TmaOptions::default());
     }
 
@@ -106,7 +106,7 @@ impl<'k> Queries<'k> {
         wg.sync(wg.index + OWN_SYNC);
         k.if_(wg.first_thread, || {
             let note = Note::from_words(k.load_shareds(self.note));
-            let place = Place::rows(note.first + wg.index * OWN, note.head, note.batch);
+            let place = Place::rows(note.first + wg.index * OWN, note.head(), note.batch());
             own.store(map, (0..own.shape.panels()).map(|panel| place.panel(panel)));
             k.bulk_commit();
             k.bulk_wait_read(0);
@@ -126,16 +126,22 @@ impl<'k> Note<'k> {
         self.tiles.equals(END)
     }
 
+    pub(super) fn head(self) -> Reg<'k, u32> {
+        self.place & 0xffff
+    }
+
+    pub(super) fn batch(self) -> Reg<'k, u32> {
+        self.place >> 16
+    }
+
     pub(super) fn to_words(self) -> [Reg<'k, u32>; 4] {
-        let place = self.head | (self.batch << 16);
-        [self.first, place, self.tiles, self.columns]
+        [self.first, self.place, self.tiles, self.columns]
     }
 
     pub(super) fn from_words([first, place, tiles, columns]: [Reg<'k, u32>; 4]) -> Self {
         Self {
             first,
-            head: place & 0xffff,
-            batch: place >> 16,
+            place,
             tiles,
             columns,
         }
@@ -169,7 +175,7 @@ impl<'k> Lse<'k> {
         values: RowPair<'k>,
     ) {
         let row = note.first + wg.index * OWN + wg.row();
-        let line = (note.batch * self.heads + note.head).times_wide(self.q_len);
+        let line = (note.batch() * self.heads + note.head()).times_wide(self.q_len);
         let address = self.address + (line + row.to_u64()) * 4;
         // A row lies in the four threads of a quad: one of them writes.
         let first = (wg.lane & 3).equals(0);

@@ -4,7 +4,7 @@
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
-use flex_block_attn_tile::{Barrier, Shared, Waiter};
+use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
 use super::keys::{Lists, Start};
 use super::queries::Note;
@@ -85,7 +85,7 @@ impl<'k> Work<'k> {
     /// Puts up all the jobs that this thread block takes, then one that says that there are no more.
     pub(super) fn plan(&self, jobs: &Jobs<'k>) {
         let k = self.k;
-        let emptied = jobs.empty.waiter_ahead();
+        let emptied = Phases::new(k).waiter_ahead(jobs.empty);
         let tile = k.var(k.cta_x());
         k.loop_(|leave| {
             leave.when(tile.ge(self.tiles));
@@ -133,8 +133,7 @@ impl<'k> Work<'k> {
         Job {
             note: Note {
                 first,
-                head,
-                batch,
+                place: head | (batch << 16),
                 tiles,
                 columns,
             },
@@ -196,25 +195,37 @@ impl<'k> Jobs<'k> {
     }
 
     /// Who waits for the next job.
-    pub(super) fn filled(&self) -> Waiter<'k> {
-        self.full.waiter()
+    pub(super) fn filled(&self, phases: &Phases<'k>) -> Waiter<'k> {
+        phases.waiter(self.full)
     }
 
-    /// The job, which has been waited for; its place is then free.
-    pub(super) fn take(&self, k: &'k Builder) -> Job<'k> {
-        let note = Note::from_words(k.load_shareds(self.words));
-        let [entry, block, left, missing] = k.load_shareds(self.words.at(16));
-        let kv_head = k.load_shared(self.words.at(32));
-        self.empty.arrive();
-        Job {
-            note,
-            kv_head,
-            start: Start {
-                entry,
-                block,
-                left,
-                missing,
-            },
+    /// The note, which has been waited for.
+    pub(super) fn note(&self, k: &'k Builder) -> Note<'k> {
+        Note::from_words(std::array::from_fn(|i| self.word(k, i)))
+    }
+
+    /// Where keys start.
+    pub(super) fn start(&self, k: &'k Builder) -> Start<'k> {
+        Start {
+            entry: self.word(k, 4),
+            block: self.word(k, 5),
+            left: self.word(k, 6),
+            missing: self.word(k, 7),
         }
+    }
+
+    /// Head of k and v.
+    pub(super) fn kv_head(&self, k: &'k Builder) -> Reg<'k, u32> {
+        self.word(k, 8)
+    }
+
+    /// One word at a time, and again when needed again: the loader has few registers.
+    fn word(&self, k: &'k Builder, word: usize) -> Reg<'k, u32> {
+        k.load_shared(self.words.at(4 * word as u32))
+    }
+
+    /// Gives the job's place back to the planner.
+    pub(super) fn release(&self) {
+        self.empty.arrive();
     }
 }
