@@ -23,7 +23,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
@@ -49,32 +51,35 @@ impl Base {
                 k: 448,
             }
             .setup(),
-            Self::Wide => Forward {
-                heads: 1,
-                group: 1,
-                head_dim: 128,
-                kv_tile: 128,
-                q_block: 128,
-                kv_block: 128,
-                kv_len: 640,
-                lists: vec![vec![0, 2, 3, 4, 1], vec![4, 2, 0, 1]],
-                scale: 0.125,
-            }
-            .setup(),
-            Self::Short => Forward {
-                heads: 2,
-                group: 2,
-                head_dim: 64,
-                kv_tile: 192,
-                q_block: 128,
-                kv_block: 384,
-                kv_len: 768,
-                lists: vec![vec![1, 0]],
-                scale: 0.2,
-            }
-            .setup(),
+            Self::Wide => forward(1, [128, 128], [256, 640], [128, 128], |row, column| {
+                row == 0 || column != 3
+            }),
+            Self::Short => forward(2, [64, 192], [128, 768], [128, 384], |_, _| true),
         }
     }
+}
+
+/// Attention of some heads, which share one of k and v, by a single thread block.
+fn forward(
+    heads: usize,
+    [head_dim, tile]: [u32; 2],
+    lengths: [usize; 2],
+    blocks: [usize; 2],
+    seen: impl FnMut(usize, usize) -> bool,
+) -> Setup {
+    let config = forward::Config {
+        element: Element::Bf16,
+        head_dim,
+        kv_tile: tile,
+        piece: tile,
+    };
+    let extents = Extents::new(lengths[0], lengths[1], blocks[0], blocks[1]).unwrap();
+    Forward {
+        heads,
+        blocks: 1,
+        ..Forward::new(config, BlockMask::from_fn(extents, seen))
+    }
+    .setup()
 }
 
 /// Who must find a mutation.
