@@ -6,10 +6,11 @@ use flex_block_attn_tile::{
     Fragments, Left, Phases, Place, Producer, RegTile, Right, Ring, Shared, WARPGROUP, Warpgroup,
 };
 
-use super::keys::{Keys, Lists};
-use super::queries::{Lse, Note, Queries};
+use super::keys::Keys;
+use super::problem::Problem;
+use super::queries::{Note, Queries};
 use super::softmax::Softmax;
-use super::work::{Jobs, Work};
+use super::work::{Jobs, plan};
 use super::{Config, OWN};
 use crate::gemm::pair;
 
@@ -50,10 +51,7 @@ impl Config {
             v: k.tensor_map("v"),
             out: k.tensor_map("out"),
         };
-        let lse = Lse::new(k);
-        let scale = k.param::<f32>("scale");
-        let lists = Lists::new(k);
-        let work = Work::new(k, self, lists, lse.heads, lse.q_len);
+        let problem = Problem::new(k);
 
         let shared = Shared::new(k);
         // Tiles first: they are aligned to more than all else.
@@ -81,19 +79,22 @@ impl Config {
             Warpgroup::number(k).equals(0),
             || {
                 Warpgroup::release_registers(k, producer);
-                k.if_(k.tid().equals(0), || self.load(k, maps, lists, &stores));
-                k.if_(k.tid().equals(PLANNER), || work.plan(&stores.jobs));
+                k.if_(k.tid().equals(0), || self.load(maps, &problem, &stores));
+                k.if_(k.tid().equals(PLANNER), || {
+                    plan(&problem, self, &stores.jobs);
+                });
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
-                self.consume(k, maps.out, lse, scale, &stores);
+                self.consume(maps.out, &problem, &stores);
             },
         );
     }
 
     /// Loads, for each tile of queries, k and v tile by tile, v trailing by one as it does in the
     /// consumers.
-    fn load<'k>(self, k: &'k Builder, maps: Maps<'k>, lists: Lists<'k>, stores: &Stores<'k>) {
+    fn load<'k>(self, maps: Maps<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
+        let k = problem.k;
         let Stores {
             jobs,
             queries,
@@ -112,7 +113,7 @@ impl Config {
             let (kv_head, batch) = (jobs.kv_head(k), note.batch());
             let place = |row| Place::rows(row, kv_head, batch);
             let some = || {
-                let walk = Keys::new(k, self, lists, jobs.start(k));
+                let walk = Keys::new(problem, self, jobs.start(k));
                 // The first keys do not wait for the last output to be stored.
                 walk.next_tile(rows[0]);
                 self.load_tile(&keys, 0, maps.k, rows[0], &place);
@@ -162,14 +163,8 @@ impl Config {
         });
     }
 
-    fn consume<'k>(
-        self,
-        k: &'k Builder,
-        out: Reg<'k, u64>,
-        lse: Lse<'k>,
-        scale: Reg<'k, f32>,
-        stores: &Stores<'k>,
-    ) {
+    fn consume<'k>(self, out: Reg<'k, u64>, problem: &Problem<'k>, stores: &Stores<'k>) {
+        let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
         let keys = stores.keys.consumer(wg.leader, &phases);
@@ -180,7 +175,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, scale);
+        let softmax = Softmax::new(k, problem.scale);
 
         // The first warpgroup goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
@@ -233,7 +228,7 @@ impl Config {
             });
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            lse.store(k, wg, stores.queries.note(k), log_sum);
+            problem.store_lse(wg, stores.queries.note(k), log_sum);
             stores.queries.store(k, wg, out, &output, pair);
         });
     }

@@ -17,7 +17,8 @@
 //! that are no keys.
 //!
 //! - `kernel`: what loader and consumers do;
-//! - `work`: what a thread block works on: the planner, who looks up the next tile of queries;
+//! - `problem`: the parameters, and how the problem is cut into tiles of queries;
+//! - `work`: the planner, who looks up the next tile of queries;
 //! - `keys`: the pieces of a list of key blocks, one after the other;
 //! - `queries`: the tile of queries, from its load to the output that takes its place;
 //! - `softmax`: the running softmax;
@@ -25,6 +26,7 @@
 
 mod kernel;
 mod keys;
+mod problem;
 mod queries;
 mod softmax;
 mod work;
@@ -199,8 +201,7 @@ impl Config {
             let words = if own == 1 { 0 } else { words };
             Arg::U32(words as u32)
         };
-        let q_tiles_per_block = q_block / QUERIES;
-        let row_tiles = layout.rows() as u32 * q_tiles_per_block;
+        let row_tiles = layout.rows() as u32 * (q_block / QUERIES);
         let tiles = batch * heads * row_tiles;
         Launch {
             grid: [tiles.min(args.blocks), 1, 1],
@@ -219,7 +220,7 @@ impl Config {
                 Arg::U64(args.counter),
                 Arg::U32(tiles),
                 Arg::U32(row_tiles),
-                Arg::U32(q_tiles_per_block),
+                Arg::U32(q_block),
                 Arg::U32(heads / kv_heads),
                 Arg::U32(rows.order() as u32),
                 Arg::U32(rows.list(0) as u32),

@@ -4,9 +4,10 @@
 use flex_block_attn_ptx::builder::{Address, Pair, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Barrier, Phases, Place, RegTile, RowPair, Shape, Shared, SharedTile, Waiter, Warpgroup,
+    Barrier, Phases, Place, RegTile, Shape, Shared, SharedTile, Waiter, Warpgroup,
 };
 
+use super::problem::Tile;
 use super::{OWN, QUERIES};
 
 /// Warpgroups that multiply.
@@ -126,6 +127,11 @@ impl<'k> Note<'k> {
         self.tiles.equals(END)
     }
 
+    /// A tile's head and batch in a word.
+    pub(super) fn place(tile: Tile<'k>) -> Reg<'k, u32> {
+        tile.head | (tile.batch << 16)
+    }
+
     pub(super) fn head(self) -> Reg<'k, u32> {
         self.place & 0xffff
     }
@@ -144,45 +150,6 @@ impl<'k> Note<'k> {
             place,
             tiles,
             columns,
-        }
-    }
-}
-
-/// Where the logarithms of rows' sums go.
-#[derive(Clone, Copy)]
-pub(super) struct Lse<'k> {
-    address: Reg<'k, u64>,
-    pub(super) heads: Reg<'k, u32>,
-    pub(super) q_len: Reg<'k, u32>,
-}
-
-impl<'k> Lse<'k> {
-    /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder) -> Self {
-        Self {
-            address: k.param("lse"),
-            heads: k.param("heads"),
-            q_len: k.param("q_len"),
-        }
-    }
-
-    /// Stores those of a thread's two rows, as far as there are such queries.
-    pub(super) fn store(
-        &self,
-        k: &'k Builder,
-        wg: Warpgroup<'k>,
-        note: Note<'k>,
-        values: RowPair<'k>,
-    ) {
-        let row = note.first + wg.index * OWN + wg.row();
-        let line = (note.batch() * self.heads + note.head()).times_wide(self.q_len);
-        let address = self.address + (line + row.to_u64()) * 4;
-        // A row lies in the four threads of a quad: one of them writes.
-        let first = (wg.lane & 3).equals(0);
-        for (i, value) in (0..).zip(values) {
-            k.where_(first & (row + 8 * i).lt(self.q_len), || {
-                k.store_global(address.at(4 * 8 * i), value);
-            });
         }
     }
 }

@@ -1,160 +1,62 @@
-//! What a thread block works on. [`Work`] says which tile of queries comes next and what its list of
-//! keys is: the planner, one thread, looks these up while the tile before is under way, since a
-//! look-up leads to the next and each takes long. [`Jobs`] hands them to the loader, another thread.
+//! [`plan`] says which tile of queries comes next and what its list of keys is: the planner looks
+//! these up while the tile before is under way, since a look-up leads to the next and each takes
+//! long. [`Jobs`] hands them to the loader, another thread.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
-use super::keys::{Lists, Start};
+use super::keys::Start;
+use super::problem::Problem;
 use super::queries::Note;
 use super::{Config, QUERIES};
 
-/// The whole problem, as the parameters say.
-pub(super) struct Work<'k> {
-    k: &'k Builder,
-    config: Config,
-    lists: Lists<'k>,
-    counter: Reg<'k, u64>,
-    /// Tiles of queries of all heads and batches.
-    tiles: Reg<'k, u32>,
-    /// Tiles of queries of a head.
-    row_tiles: Reg<'k, u32>,
-    /// Tiles of queries of a block.
-    q_tiles_per_block: Reg<'k, u32>,
-    heads: Reg<'k, u32>,
-    q_len: Reg<'k, u32>,
-    /// Heads of q for each of k and v.
-    group: Reg<'k, u32>,
-    /// Where a record has the order of its rows; their counts are at its start.
-    order: Reg<'k, u32>,
-    /// Where it has their lists, and words from one list to the next.
-    first_list: Reg<'k, u32>,
-    list_stride: Reg<'k, u32>,
-    /// Words from one record to the next.
-    head_record: Reg<'k, u32>,
-    batch_record: Reg<'k, u32>,
-}
-
 /// A tile of queries, and where its keys start.
-pub(super) struct Job<'k> {
-    pub(super) note: Note<'k>,
+struct Job<'k> {
+    note: Note<'k>,
     /// Head of k and v.
-    pub(super) kv_head: Reg<'k, u32>,
-    pub(super) start: Start<'k>,
+    kv_head: Reg<'k, u32>,
+    start: Start<'k>,
 }
 
-/// A tile of queries, its list not looked up yet.
-struct QueryTile<'k> {
-    head: Reg<'k, u32>,
-    batch: Reg<'k, u32>,
-    /// First word of its record.
-    record: Reg<'k, u32>,
-    block: Reg<'k, u32>,
-    first: Reg<'k, u32>,
-}
-
-impl<'k> Work<'k> {
-    /// Declares its parameters; those of `lists`, heads and the queries' length are declared.
-    pub(super) fn new(
-        k: &'k Builder,
-        config: Config,
-        lists: Lists<'k>,
-        heads: Reg<'k, u32>,
-        q_len: Reg<'k, u32>,
-    ) -> Self {
-        Self {
-            k,
-            config,
-            lists,
-            heads,
-            q_len,
-            counter: k.param("counter"),
-            tiles: k.param("tiles"),
-            row_tiles: k.param("row_tiles"),
-            q_tiles_per_block: k.param("q_tiles_per_block"),
-            group: k.param("group"),
-            order: k.param("order"),
-            first_list: k.param("first_list"),
-            list_stride: k.param("list_stride"),
-            head_record: k.param("head_record"),
-            batch_record: k.param("batch_record"),
-        }
-    }
-
-    /// Puts up all the jobs that this thread block takes, then one that says that there are no more.
-    pub(super) fn plan(&self, jobs: &Jobs<'k>) {
-        let k = self.k;
-        let emptied = Phases::new(k).waiter_ahead(jobs.empty);
-        let tile = k.var(k.cta_x());
-        k.loop_(|leave| {
-            leave.when(tile.ge(self.tiles));
-            let place = self.place(tile);
-            // The sequence may end within its last block.
-            k.if_(place.first.lt(self.q_len), || {
-                let job = self.job(place);
-                emptied.wait();
-                jobs.put(k, &job);
+/// What the planner does: puts up all the jobs that this thread block takes, then one that says that
+/// there are no more. One thread.
+pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
+    let k = problem.k;
+    let emptied = Phases::new(k).waiter_ahead(jobs.empty);
+    let q_tiles = problem.q_block / QUERIES;
+    problem.each_tile(|tile| {
+        let row = problem.row_of_rank(tile, tile.number / q_tiles);
+        let first = (row * q_tiles + tile.number % q_tiles) * QUERIES;
+        // The sequence may end within its last block.
+        k.if_(first.lt(problem.q_len), || {
+            let (tiles, columns, start) = Start::look_up(problem, config, tile, row);
+            let place = Note::place(tile);
+            emptied.wait();
+            jobs.put(&Job {
+                note: Note {
+                    first,
+                    place,
+                    tiles,
+                    columns,
+                },
+                kv_head: tile.kv_head,
+                start,
             });
-            tile.set(k.atomic_add_global(self.counter, 1) + k.grid_x());
         });
-        emptied.wait();
-        jobs.put(k, &self.end());
-    }
-
-    fn place(&self, tile: Reg<'k, u32>) -> QueryTile<'k> {
-        let line = tile / self.row_tiles;
-        let (head, batch) = (line % self.heads, line / self.heads);
-        let in_head = tile % self.row_tiles;
-        let record = head * self.head_record + batch * self.batch_record;
-        let rank = in_head / self.q_tiles_per_block;
-        let block = self.lists.word(record + self.order + rank);
-        let part = in_head % self.q_tiles_per_block;
-        QueryTile {
-            head,
-            batch,
-            record,
-            block,
-            first: (block * self.q_tiles_per_block + part) * QUERIES,
-        }
-    }
-
-    fn job(&self, tile: QueryTile<'k>) -> Job<'k> {
-        let QueryTile {
-            head,
-            batch,
-            record,
-            block,
-            first,
-        } = tile;
-        let count = self.lists.word(record + block);
-        let list = record + self.first_list + block * self.list_stride;
-        let (tiles, columns, start) = self.lists.start(self.k, self.config, list, count);
-        Job {
-            note: Note {
-                first,
-                place: head | (batch << 16),
-                tiles,
-                columns,
-            },
-            kv_head: head / self.group,
-            start,
-        }
-    }
-
-    fn end(&self) -> Job<'k> {
-        let none = self.k.var(0u32);
-        Job {
-            note: Note::end(self.k),
-            kv_head: none,
-            start: Start {
-                entry: none,
-                block: none,
-                left: none,
-                missing: none,
-            },
-        }
-    }
+    });
+    emptied.wait();
+    let none = k.var(0u32);
+    jobs.put(&Job {
+        note: Note::end(k),
+        kv_head: none,
+        start: Start {
+            entry: none,
+            block: none,
+            left: none,
+            missing: none,
+        },
+    });
 }
 
 /// A job's place in shared memory.
@@ -181,7 +83,8 @@ impl<'k> Jobs<'k> {
         self.empty.init();
     }
 
-    fn put(&self, k: &'k Builder, job: &Job<'k>) {
+    fn put(&self, job: &Job<'k>) {
+        let k = job.kv_head.builder();
         let Start {
             entry,
             block,

@@ -1,0 +1,163 @@
+//! The whole problem as the parameters say, and how it is cut into tiles of queries.
+
+use flex_block_attn_ptx::{Builder, Reg};
+use flex_block_attn_tile::{RowPair, Warpgroup};
+
+use super::OWN;
+use super::queries::Note;
+
+/// All parameters but the tensor maps.
+pub(super) struct Problem<'k> {
+    pub(super) k: &'k Builder,
+    lse: Reg<'k, u64>,
+    heads: Reg<'k, u32>,
+    pub(super) q_len: Reg<'k, u32>,
+    /// Factor of the scores, in units of log2.
+    pub(super) scale: Reg<'k, f32>,
+    plan: Reg<'k, u64>,
+    pub(super) kv_len: Reg<'k, u32>,
+    pub(super) kv_block: Reg<'k, u32>,
+    counter: Reg<'k, u64>,
+    /// Tiles of queries of all heads and batches.
+    tiles: Reg<'k, u32>,
+    /// Tiles of queries of a head.
+    row_tiles: Reg<'k, u32>,
+    pub(super) q_block: Reg<'k, u32>,
+    /// Heads of q for each of k and v.
+    group: Reg<'k, u32>,
+    /// Where a record of the plan has the order of its rows; their counts are at its start.
+    order: Reg<'k, u32>,
+    /// Where it has their lists, and words from one list to the next.
+    first_list: Reg<'k, u32>,
+    list_stride: Reg<'k, u32>,
+    /// Words from one record to the next.
+    head_record: Reg<'k, u32>,
+    batch_record: Reg<'k, u32>,
+}
+
+/// A tile of queries: which of its head's.
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'k> {
+    pub(super) head: Reg<'k, u32>,
+    pub(super) batch: Reg<'k, u32>,
+    /// Head of k and v.
+    pub(super) kv_head: Reg<'k, u32>,
+    /// First word of the plan's record for this head.
+    pub(super) record: Reg<'k, u32>,
+    /// Its number in the head.
+    pub(super) number: Reg<'k, u32>,
+}
+
+impl<'k> Problem<'k> {
+    /// Declares its parameters.
+    pub(super) fn new(k: &'k Builder) -> Self {
+        Self {
+            k,
+            lse: k.param("lse"),
+            heads: k.param("heads"),
+            q_len: k.param("q_len"),
+            scale: k.param("scale"),
+            plan: k.param("plan"),
+            kv_len: k.param("kv_len"),
+            kv_block: k.param("kv_block"),
+            counter: k.param("counter"),
+            tiles: k.param("tiles"),
+            row_tiles: k.param("row_tiles"),
+            q_block: k.param("q_block"),
+            group: k.param("group"),
+            order: k.param("order"),
+            first_list: k.param("first_list"),
+            list_stride: k.param("list_stride"),
+            head_record: k.param("head_record"),
+            batch_record: k.param("batch_record"),
+        }
+    }
+
+    /// Does `body` for each tile of queries that this thread block takes, in a single thread.
+    pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
+        self.each_tile_by(|| self.take(), body);
+    }
+
+    /// As [`Problem::each_tile`], in a whole warp.
+    pub(super) fn each_tile_of_warp(&self, body: impl FnOnce(Tile<'k>)) {
+        let first_lane = self.k.lane().equals(0);
+        let take = || {
+            let taken = self.k.var(0u32);
+            self.k.if_(first_lane, || taken.set(self.take()));
+            taken.uniform()
+        };
+        self.each_tile_by(take, body);
+    }
+
+    fn each_tile_by(&self, next: impl FnOnce() -> Reg<'k, u32>, body: impl FnOnce(Tile<'k>)) {
+        let k = self.k;
+        let tile = k.var(k.cta_x());
+        k.loop_(|leave| {
+            leave.when(tile.ge(self.tiles));
+            let line = tile / self.row_tiles;
+            let (head, batch) = (line % self.heads, line / self.heads);
+            body(Tile {
+                head,
+                batch,
+                kv_head: head / self.group,
+                record: head * self.head_record + batch * self.batch_record,
+                number: tile % self.row_tiles,
+            });
+            tile.set(next());
+        });
+    }
+
+    /// A tile that nobody has taken yet.
+    fn take(&self) -> Reg<'k, u32> {
+        self.k.atomic_add_global(self.counter, 1) + self.k.grid_x()
+    }
+
+    /// A word of the plan. Words are counted by 32 bits from its start: addresses would take more
+    /// registers, of which the warps that load have few.
+    pub(super) fn word(&self, at: Reg<'k, u32>) -> Reg<'k, u32> {
+        self.k.load_constant(self.plan + at.times_wide(4))
+    }
+
+    /// The row of the mask that has the `rank`-th longest list.
+    pub(super) fn row_of_rank(&self, tile: Tile<'k>, rank: Reg<'k, u32>) -> Reg<'k, u32> {
+        self.word(tile.record + self.order + rank)
+    }
+
+    /// How many blocks a row of the mask keeps.
+    pub(super) fn count(&self, tile: Tile<'k>, row: Reg<'k, u32>) -> Reg<'k, u32> {
+        self.word(tile.record + row)
+    }
+
+    /// Where the row's list starts, as a word of the plan.
+    pub(super) fn list(&self, tile: Tile<'k>, row: Reg<'k, u32>) -> Reg<'k, u32> {
+        tile.record + self.first_list + row * self.list_stride
+    }
+
+    /// Keys of the block that starts at key `first`: the sequence's last may be short.
+    pub(super) fn keys_of_block(&self, first: Reg<'k, u32>) -> Reg<'k, u32> {
+        (self.kv_len - first).min(self.kv_block)
+    }
+
+    /// Stores the logarithms of the sums of a thread's two rows, as far as there are such queries.
+    pub(super) fn store_lse(&self, wg: Warpgroup<'k>, note: Note<'k>, values: RowPair<'k>) {
+        let row = note.first + wg.index * OWN + wg.row();
+        let line = (note.batch() * self.heads + note.head()).times_wide(self.q_len);
+        let address = self.lse + (line + row.to_u64()) * 4;
+        // A row lies in the four threads of a quad: one of them writes.
+        let first = (wg.lane & 3).equals(0);
+        for (i, value) in (0..).zip(values) {
+            self.k.where_(first & (row + 8 * i).lt(self.q_len), || {
+                self.k.store_global(address.at(4 * 8 * i), value);
+            });
+        }
+    }
+}
+
+/// The next multiple of `step`.
+pub(super) fn rounded_up(value: Reg<'_, u32>, step: u32) -> Reg<'_, u32> {
+    if step.is_power_of_two() {
+        (value + (step - 1)) & !(step - 1)
+    } else {
+        (value + (step - 1)) / step * step
+    }
+}
