@@ -58,15 +58,30 @@ impl<'k> RegTile<'k> {
             .map(|(i, &register)| (register, i / 2 % 2))
     }
 
-    /// Puts `value` in all columns from `columns` on, of which `lane` holds its part.
+    /// Puts `value` in those of `columns` that are not among the first `kept`; `lane` holds its part
+    /// of them.
+    ///
+    /// # Panics
+    /// If they are not whole groups of 8.
     #[track_caller]
-    pub fn set_columns_from(&self, columns: Reg<'k, u32>, lane: Reg<'k, u32>, value: f32) {
+    pub fn set_columns_from(
+        &self,
+        columns: std::ops::Range<u32>,
+        kept: Reg<'k, u32>,
+        lane: Reg<'k, u32>,
+        value: f32,
+    ) {
+        assert!(
+            columns.start.is_multiple_of(8) && columns.end.is_multiple_of(8),
+            "columns {columns:?}"
+        );
         // The thread's columns are 8 i and 8 i + 1, after the two of each lane before it in the
         // quad.
-        let own = (columns - (lane & 3) * 2).as_i32();
-        for (i, register) in (0..).zip(&self.registers) {
-            let column: i32 = i / 4 * 8 + i % 2;
-            register.set(own.gt(column).select(*register, value));
+        let own = (kept - (lane & 3) * 2).as_i32();
+        for i in columns.start / 2..columns.end / 2 {
+            let register = self.registers[i as usize];
+            let column = i / 4 * 8 + i % 2 - columns.start;
+            register.set(own.gt(column as i32).select(register, value));
         }
     }
 

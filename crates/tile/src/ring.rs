@@ -86,10 +86,18 @@ impl<'k> Producer<'k> {
     /// of the tile, counted at the barrier.
     #[track_caller]
     pub fn fill(&self, stage: usize, copies: impl FnOnce(SharedTile<'k>, Barrier<'k>)) {
-        let (Stage { tile, full, .. }, empty) = self.stages[stage];
-        empty.wait();
+        let (tile, full) = self.wait(stage);
         full.arrive_expect(tile.shape.bytes());
         copies(tile, full);
+    }
+
+    /// Waits until the stage is empty. Who wants to say more than that it is full writes it
+    /// somewhere, then arrives at the barrier that is given, then copies.
+    #[track_caller]
+    pub fn wait(&self, stage: usize) -> (SharedTile<'k>, Barrier<'k>) {
+        let (Stage { tile, full, .. }, empty) = self.stages[stage];
+        empty.wait();
+        (tile, full)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::gemm::pair;
 /// Stages of k and of v.
 const STAGES: usize = 2;
 /// Warps that consume.
-const WARPS: u32 = 8;
+pub(super) const WARPS: u32 = 8;
 /// The thread that plans, in another warp than the loader, which is thread 0.
 const PLANNER: u32 = 32;
 /// Named barriers: warpgroup `w` waits at `TURN + w` for its turn.
@@ -25,11 +25,23 @@ const TURN: u32 = 2;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
-struct Maps<'k> {
-    q: Reg<'k, u64>,
-    k: Reg<'k, u64>,
-    v: Reg<'k, u64>,
-    out: Reg<'k, u64>,
+pub(super) struct Maps<'k> {
+    pub(super) q: Reg<'k, u64>,
+    pub(super) k: Reg<'k, u64>,
+    pub(super) v: Reg<'k, u64>,
+    pub(super) out: Reg<'k, u64>,
+}
+
+impl<'k> Maps<'k> {
+    /// Declares them.
+    pub(super) fn new(k: &'k Builder) -> Self {
+        Self {
+            q: k.tensor_map("q"),
+            k: k.tensor_map("k"),
+            v: k.tensor_map("v"),
+            out: k.tensor_map("out"),
+        }
+    }
 }
 
 /// What is in shared memory.
@@ -45,12 +57,7 @@ struct Stores<'k> {
 
 impl Config {
     pub(super) fn body(self, k: &Builder) {
-        let maps = Maps {
-            q: k.tensor_map("q"),
-            k: k.tensor_map("k"),
-            v: k.tensor_map("v"),
-            out: k.tensor_map("out"),
-        };
+        let maps = Maps::new(k);
         let problem = Problem::new(k);
 
         let shared = Shared::new(k);
@@ -193,7 +200,8 @@ impl Config {
                 wg.wait(0);
                 keys.release(0);
                 k.if_(note.columns.lt(self.kv_tile), || {
-                    scores.set_columns_from(note.columns, wg.lane, f32::NEG_INFINITY);
+                    let all = 0..self.kv_tile;
+                    scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
                 });
                 softmax.step(&scores);
                 scores.round_to(&weights, pair);

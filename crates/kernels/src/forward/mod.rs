@@ -17,6 +17,7 @@
 //! that are no keys.
 //!
 //! - `kernel`: what loader and consumers do;
+//! - `mixed`: what they do if a tile's queries are of several blocks;
 //! - `problem`: the parameters, and how the problem is cut into tiles of queries;
 //! - `work`: the planner, who looks up the next tile of queries;
 //! - `keys`: the pieces of a list of key blocks, one after the other;
@@ -26,6 +27,7 @@
 
 mod kernel;
 mod keys;
+mod mixed;
 mod problem;
 mod queries;
 mod softmax;
@@ -47,10 +49,21 @@ pub struct Config {
     pub element: Element,
     /// Columns of q, k and v: 64 or 128.
     pub head_dim: u32,
-    /// Keys of a tile: 128 or 192.
+    /// Whether a tile's queries are of one block.
+    pub rows: Rows,
+    /// Keys of a tile: 128 or 192; for mixed rows 64.
     pub kv_tile: u32,
     /// Keys of a piece: what divides both the tile and the mask's key blocks.
     pub piece: u32,
+}
+
+/// What blocks of queries the tiles of queries are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rows {
+    /// Multiples of 128: a tile is in one block.
+    Whole,
+    /// Any multiples of 16: a tile is of several blocks.
+    Mixed,
 }
 
 /// A (batch, heads, tokens, head_dim) tensor in global memory.
@@ -98,19 +111,23 @@ impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
         let shapes = [
-            (192, 192),
-            (192, 64),
-            (128, 128),
-            (128, 64),
-            (128, 32),
-            (128, 16),
+            (Rows::Whole, 192, 192),
+            (Rows::Whole, 192, 64),
+            (Rows::Whole, 128, 128),
+            (Rows::Whole, 128, 64),
+            (Rows::Whole, 128, 32),
+            (Rows::Whole, 128, 16),
+            (Rows::Mixed, 64, 64),
+            (Rows::Mixed, 64, 32),
+            (Rows::Mixed, 64, 16),
         ];
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
             for head_dim in [64, 128] {
-                all.extend(shapes.map(|(kv_tile, piece)| Self {
+                all.extend(shapes.map(|(rows, kv_tile, piece)| Self {
                     element,
                     head_dim,
+                    rows,
                     kv_tile,
                     piece,
                 }));
@@ -171,8 +188,12 @@ impl Config {
         ];
         let [q_len, kv_len, q_block, kv_block] =
             lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
+        let q_step = match self.rows {
+            Rows::Whole => QUERIES,
+            Rows::Mixed => 16,
+        };
         assert!(
-            q_block.is_multiple_of(QUERIES) && kv_block.is_multiple_of(self.piece),
+            q_block.is_multiple_of(q_step) && kv_block.is_multiple_of(self.piece),
             "blocks of {args:?} for {self:?}"
         );
         assert!(
@@ -190,7 +211,9 @@ impl Config {
             Arg::TensorMap(shape.panel_map(tensor.address, extents, tensor.strides))
         };
         let kv = |tensor| {
-            let map = if self.pieces() == 1 { whole } else { panels };
+            // A piece that is a whole tile comes by one copy.
+            let one = self.pieces() == 1 && self.rows == Rows::Whole;
+            let map = if one { whole } else { panels };
             map(self.piece_shape(), tensor, of_kv)
         };
         let rows = layout.side(Side::Rows);
@@ -201,8 +224,14 @@ impl Config {
             let words = if own == 1 { 0 } else { words };
             Arg::U32(words as u32)
         };
-        let row_tiles = layout.rows() as u32 * (q_block / QUERIES);
+        let row_tiles = match self.rows {
+            Rows::Whole => layout.rows() as u32 * (q_block / QUERIES),
+            Rows::Mixed => q_len.div_ceil(QUERIES),
+        };
         let tiles = batch * heads * row_tiles;
+        // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
+        // have the same weight.
+        let scale = args.scale.max(f32::MIN_POSITIVE);
         Launch {
             grid: [tiles.min(args.blocks), 1, 1],
             args: vec![
@@ -213,7 +242,7 @@ impl Config {
                 Arg::U64(args.lse),
                 Arg::U32(heads),
                 Arg::U32(q_len),
-                Arg::F32(args.scale * std::f32::consts::LOG2_E),
+                Arg::F32(scale * std::f32::consts::LOG2_E),
                 Arg::U64(args.plan),
                 Arg::U32(kv_len),
                 Arg::U32(kv_block),
@@ -236,10 +265,18 @@ impl Config {
         let Self {
             element,
             head_dim,
+            rows,
             kv_tile,
             piece,
         } = self;
-        let name = format!("forward_{element:?}_d{head_dim}_kv{kv_tile}_p{piece}").to_lowercase();
-        Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
+        let tile = match rows {
+            Rows::Whole => format!("kv{kv_tile}"),
+            Rows::Mixed => "mixed".to_owned(),
+        };
+        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}").to_lowercase();
+        Builder::kernel(name, 3 * WARPGROUP, |k| match rows {
+            Rows::Whole => self.body(k),
+            Rows::Mixed => self.mixed_body(k),
+        })
     }
 }

@@ -35,14 +35,27 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Turns a tile of scores into weights, in place.
+    /// Turns a tile of scores into weights, in place. Each row has a score that is not -inf.
     pub(super) fn step(&self, scores: &RegTile<'k>) {
-        for (row, found) in scores.row_max().into_iter().enumerate() {
-            let max = (found * self.scale).max(self.max[row]);
-            self.factor[row].set((self.max[row] - max).exp2());
+        self.step_by(scores, |max| max);
+    }
+
+    /// As [`Softmax::step`], but all scores of a row may be -inf, and may have been in all tiles.
+    pub(super) fn step_of_some(&self, scores: &RegTile<'k>) {
+        // -inf less -inf would be NaN; -inf less anything else has the weight 0.
+        self.step_by(scores, |max| max.equals(f32::NEG_INFINITY).select(0.0, max));
+    }
+
+    fn step_by(&self, scores: &RegTile<'k>, offset: impl Fn(Reg<'k, f32>) -> Reg<'k, f32>) {
+        let found = scores.row_max();
+        let offsets = [0, 1].map(|row| {
+            let max = (found[row] * self.scale).max(self.max[row]);
+            let offset = offset(max);
+            self.factor[row].set((self.max[row] - offset).exp2());
             self.max[row].set(max);
-        }
-        scores.exp2_scaled(self.scale, self.max);
+            offset
+        });
+        scores.exp2_scaled(self.scale, offsets);
         for (row, sum) in scores.row_sum_own().into_iter().enumerate() {
             self.sum[row].set(self.sum[row].fma(self.factor[row], sum));
         }
@@ -53,10 +66,11 @@ impl<'k> Softmax<'k> {
     pub(super) fn finish(&self) -> (RowPair<'k>, RowPair<'k>) {
         let sum = quad_sum(self.sum);
         let row = |row: usize| {
-            let any = sum[row].gt(0.0);
+            // A NaN stays one.
+            let none = sum[row].equals(0.0);
             let log2 = sum[row].log2() + self.max[row];
-            let log = any.select(log2 * std::f32::consts::LN_2, f32::NEG_INFINITY);
-            (any.select(sum[row].reciprocal(), 0.0), log)
+            let log = none.select(f32::NEG_INFINITY, log2 * std::f32::consts::LN_2);
+            (none.select(0.0, sum[row].reciprocal()), log)
         };
         let ((a, la), (b, lb)) = (row(0), row(1));
         ([a, b], [la, lb])

@@ -25,6 +25,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
     let config = forward::Config {
         element: Element::Bf16,
         head_dim: 128,
+        rows: forward::Rows::Whole,
         kv_tile: 128,
         piece: 128,
     };

@@ -50,6 +50,7 @@ fn cases() -> Vec<Case> {
             let config = forward::Config {
                 element: Element::Bf16,
                 head_dim,
+                rows: forward::Rows::Whole,
                 kv_tile,
                 piece,
             };

@@ -11,6 +11,7 @@ fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
     forward::Config {
         element: Element::Bf16,
         head_dim,
+        rows: forward::Rows::Whole,
         kv_tile,
         piece,
     }
@@ -134,4 +135,61 @@ fn tokens_before_heads() {
         ..Forward::new(config(128, 128, 128), mask([250, 380], [128, 128], &masks))
     };
     right_in_all_ways(&problem.setup(), &Options::all(1));
+}
+
+fn mixed(head_dim: u32, piece: u32) -> forward::Config {
+    forward::Config {
+        rows: forward::Rows::Mixed,
+        ..config(head_dim, 64, piece)
+    }
+}
+
+#[test]
+fn queries_of_several_blocks() {
+    // Blocks of a warpgroup's queries, of less, of parts of both, and of a warp's; lists that share
+    // all, some and no blocks, and none at all.
+    let rows = [
+        "10110", "01101", "00000", "11111", "10010", "00001", "01000",
+    ];
+    for (q_block, kv_block, piece, q_len) in [
+        (64, 64, 64, 448),
+        (64, 64, 64, 300),
+        (48, 128, 64, 330),
+        (16, 96, 32, 112),
+        (192, 48, 16, 1300),
+    ] {
+        let extents = Extents::new(q_len, 5 * kv_block - 9, q_block, kv_block).unwrap();
+        let seen = |row: usize, column: usize| rows[row].as_bytes()[column] == b'1';
+        let problem = Forward {
+            heads: 2,
+            kv_heads: 1,
+            ..Forward::new(mixed(64, piece), BlockMask::from_fn(extents, seen))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn mixed_queries_of_several_heads_and_batches() {
+    let masks: [&[&str]; 2] = [&["1100", "0011", "0000"], &["0101", "1110", "0001"]];
+    let problem = Forward {
+        batch: 2,
+        heads: 2,
+        kv_heads: 2,
+        tokens_first: true,
+        blocks: 3,
+        ..Forward::new(mixed(128, 64), mask([150, 250], [64, 64], &masks))
+    };
+    right_in_all_ways(&problem.setup(), &Options::all(1));
+}
+
+#[test]
+fn scale_zero_gives_all_keys_the_same_weight() {
+    for config in [config(64, 128, 64), mixed(64, 64)] {
+        let problem = Forward {
+            scale: 0.0,
+            ..Forward::new(config, mask([128, 150], [128, 64], &[&["101"]]))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(0));
+    }
 }

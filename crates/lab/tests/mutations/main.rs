@@ -70,6 +70,7 @@ fn forward(
     let config = forward::Config {
         element: Element::Bf16,
         head_dim,
+        rows: forward::Rows::Whole,
         kv_tile: tile,
         piece: tile,
     };

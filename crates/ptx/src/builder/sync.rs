@@ -44,6 +44,12 @@ impl<'k> Reg<'k, u32> {
         self.warp_reduce(Binary::Add)
     }
 
+    /// The smallest of the warp, in all lanes.
+    #[track_caller]
+    pub fn warp_min(self) -> Self {
+        self.warp_reduce(Binary::Min)
+    }
+
     /// The largest of the warp, in all lanes.
     #[track_caller]
     pub fn warp_max(self) -> Self {
