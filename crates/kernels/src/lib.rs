@@ -6,6 +6,7 @@
 //! config there is: tests print, assemble and emulate them all.
 #![forbid(unsafe_code)]
 
+pub mod backward;
 mod chunk;
 pub mod delta;
 pub mod forward;
@@ -20,6 +21,7 @@ pub use flex_block_attn_tile::Strides;
 pub fn all() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(backward::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(delta::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(plan::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(pool::Config::all().into_iter().map(|c| c.kernel()));

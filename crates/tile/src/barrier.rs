@@ -96,6 +96,13 @@ impl<'k> Barrier<'k> {
         self.k.mbarrier_arrive_expect(self.address, bytes);
     }
 
+    /// Has so many contiguous bytes, a multiple of 16, loaded from global to shared memory and counted
+    /// here.
+    #[track_caller]
+    pub fn load_bytes(self, to: Address<'k, u32>, from: Reg<'k, u64>, bytes: u32) {
+        self.k.bulk_load(to, from, bytes, self.address);
+    }
+
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
     }

@@ -156,6 +156,28 @@ impl<'k> SharedTile<'k> {
         }
     }
 
+    /// The tile's panel `index`, alone, `index` being a register that is the same in the whole warp.
+    ///
+    /// # Panics
+    /// If the tile is itself a view.
+    #[track_caller]
+    pub fn panel_at(self, index: Reg<'k, u32>) -> Self {
+        assert!(
+            self.first_row.is_none() && self.rows == self.shape.rows,
+            "a panel of a view"
+        );
+        let shape = Shape {
+            columns: self.shape.panel_columns(),
+            ..self.shape
+        };
+        // Panels follow each other as if they were rows.
+        Self {
+            shape,
+            first_row: Some(index * self.rows),
+            ..self
+        }
+    }
+
     /// Loads the whole tile by one copy; the barrier counts its bytes.
     ///
     /// # Panics
@@ -260,6 +282,23 @@ impl<'k> SharedTile<'k> {
             start: first + row * PANEL_ROW,
             pattern: row & 7,
             chunk: lane >> 4,
+        }
+    }
+
+    /// As [`SharedTile::matrix_rows`], for 16 x 16 elements that are stored transposed: lane `l` has
+    /// row `l % 8`, or the eighth after it from lane 16 on, and warp `warp` the 16 columns from
+    /// `16 warp` on, the second 8 of them in lanes with bit 3 set.
+    #[track_caller]
+    pub fn transposed_rows(self, warp: Reg<'k, u32>, lane: Reg<'k, u32>) -> RowAddress<'k> {
+        let row = ((lane >> 4) << 3) + (lane & 7);
+        let first = match self.first_row {
+            None => self.base,
+            Some(first) => self.base + first * PANEL_ROW,
+        };
+        RowAddress {
+            start: first + row * PANEL_ROW,
+            pattern: row & 7,
+            chunk: warp * 2 + ((lane >> 3) & 1),
         }
     }
 

@@ -124,6 +124,22 @@ impl<'k> Warpgroup<'k> {
         self.k.fence(Fence::ProxyAsyncShared);
     }
 
+    /// Writes 64 rows, transposed, to a panel: row `r` of a fragment is column `r` of the panel, whose
+    /// rows are the fragments' columns. Makes them visible to copies and products; other threads'
+    /// want a barrier besides.
+    #[track_caller]
+    pub fn store_transposed(self, fragments: &Fragments<'k>, panel: SharedTile<'k>) {
+        assert_eq!(panel.shape.columns, 64, "columns of a panel");
+        assert_eq!(fragments.steps() as u32 * 16, panel.rows(), "rows");
+        let rows = panel.transposed_rows(self.warp, self.lane);
+        for step in 0..fragments.steps() {
+            let part = panel.row_range(16 * step as u32, 16);
+            let chunk = part.chunk(rows, 0);
+            self.k.store_matrices(chunk, fragments.step(step), true);
+        }
+        self.k.fence(Fence::ProxyAsyncShared);
+    }
+
     /// [`Warpgroup::store_fragments`] of a tile rounded to 16 bits.
     #[track_caller]
     pub fn store(self, values: &RegTile<'k>, pair: Pair, tile: SharedTile<'k>) {

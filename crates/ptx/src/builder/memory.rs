@@ -58,6 +58,17 @@ impl<'k, A> Address<'k, A> {
     }
 }
 
+impl<'k> Address<'k, u32> {
+    /// The address `bytes` further, a number known at run time.
+    #[track_caller]
+    pub fn plus(self, bytes: Reg<'k, u32>) -> Self {
+        Self {
+            base: self.base + bytes,
+            offset: self.offset,
+        }
+    }
+}
+
 impl<'k, A> Reg<'k, A> {
     /// The address `bytes` behind the one in this register.
     pub fn at(self, bytes: u32) -> Address<'k, A> {

@@ -1,0 +1,209 @@
+//! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
+//!
+//! Three launches: `prepare` makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
+//! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
+//! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
+//! `finish` rounds dq. The workspace is made of three arrays, see [`Workspace`].
+//!
+//! - `kernel`: what the main kernel's loader, reducers and consumers do;
+//! - `queries`: the pieces of a list of query blocks, one after the other;
+//! - here: configs, arguments, launches. Called by `flex-block-attn`.
+
+mod kernel;
+mod queries;
+
+use flex_block_attn_mask::{PlanLayout, Side};
+use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
+use flex_block_attn_tile::{Shape, WARPGROUP};
+
+use crate::forward::Tensor;
+
+/// Keys of a thread block.
+const KEYS: u32 = 128;
+/// Keys of a warpgroup.
+const OWN: u32 = 64;
+/// Queries of a tile.
+const QUERIES: u32 = 64;
+/// Columns of q, k and v.
+const HEAD_DIM: u32 = 128;
+
+/// What the main kernel is built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// bfloat16 or float16.
+    pub element: Element,
+    /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
+    pub piece: u32,
+}
+
+/// The arrays between the three launches: float32, each (batch, heads, ...), contiguous.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Workspace {
+    /// Numbers of a line of the first two: queries in whole tiles, and one tile more.
+    pub line: usize,
+    /// Tiles of queries in a line of the third.
+    pub tiles: usize,
+}
+
+impl Workspace {
+    /// For so many queries.
+    pub fn new(q_len: usize) -> Self {
+        let tiles = q_len.div_ceil(QUERIES as usize);
+        Self {
+            line: (tiles + 1) * QUERIES as usize,
+            tiles,
+        }
+    }
+}
+
+/// What a launch of the main kernel gives it.
+#[derive(Debug, Clone, Copy)]
+pub struct Args {
+    /// Queries.
+    pub q: Tensor,
+    /// Keys.
+    pub k: Tensor,
+    /// Values.
+    pub v: Tensor,
+    /// Gradient of the output.
+    pub dout: Tensor,
+    /// Gradient of k, to be written.
+    pub dk: Tensor,
+    /// Gradient of v, to be written.
+    pub dv: Tensor,
+    /// Address of the queries' lse times log2(e), [`Workspace::line`] of them for each head; inf for
+    /// queries without keys and behind the last.
+    pub lse: u64,
+    /// Address of the queries' deltas, likewise; 0 for those.
+    pub delta: u64,
+    /// Address of dq's sums, for each head [`Workspace::tiles`] of 64 x 128: zeros, added to. See
+    /// `kernel` for their order.
+    pub dq: u64,
+    /// Address of the plan, int32, [`PlanLayout::words`] of them.
+    pub plan: u64,
+    /// What the plan is for, and where its arrays lie. Its blocks of keys are multiples of 128
+    /// tokens, its blocks of queries of `piece`.
+    pub layout: PlanLayout,
+    /// Batches.
+    pub batch: u32,
+    /// Heads of q.
+    pub heads: u32,
+    /// Heads of k and v: they divide those of q.
+    pub kv_heads: u32,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
+impl Config {
+    /// All there are.
+    pub fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            all.extend([64, 32, 16].map(|piece| Self { element, piece }));
+        }
+        all
+    }
+
+    /// Pieces of a tile.
+    fn pieces(self) -> u32 {
+        QUERIES / self.piece
+    }
+
+    fn kv_shape(self) -> Shape {
+        Shape::new(KEYS, HEAD_DIM, self.element)
+    }
+
+    fn q_shape(self) -> Shape {
+        Shape::new(QUERIES, HEAD_DIM, self.element)
+    }
+
+    fn piece_shape(self) -> Shape {
+        Shape::new(self.piece, HEAD_DIM, self.element)
+    }
+
+    fn out_shape(self) -> Shape {
+        Shape::new(OWN, HEAD_DIM, self.element)
+    }
+
+    /// The main kernel's launch for some tensors.
+    ///
+    /// # Panics
+    /// If blocks are not multiples of the tile of keys and the piece.
+    pub fn launch(self, args: &Args) -> Launch {
+        let Args {
+            batch,
+            heads,
+            kv_heads,
+            layout,
+            ..
+        } = *args;
+        let extents = layout.extents;
+        let lengths = [
+            extents.q_len(),
+            extents.kv_len(),
+            extents.q_block(),
+            extents.kv_block(),
+        ];
+        let [q_len, kv_len, q_block, kv_block] =
+            lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
+        assert!(
+            kv_block.is_multiple_of(KEYS) && q_block.is_multiple_of(self.piece),
+            "blocks of {args:?} for {self:?}"
+        );
+        assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
+        assert!(u32::try_from(layout.words()).is_ok(), "plan of {args:?}");
+        let workspace = Workspace::new(extents.q_len());
+        let of_q = [batch, heads, q_len, HEAD_DIM].map(u64::from);
+        let of_kv = [batch, kv_heads, kv_len, HEAD_DIM].map(u64::from);
+        let whole = |shape: Shape, tensor: Tensor, extents| {
+            Arg::TensorMap(shape.tensor_map(tensor.address, extents, tensor.strides))
+        };
+        let panels = |shape: Shape, tensor: Tensor, extents| {
+            Arg::TensorMap(shape.panel_map(tensor.address, extents, tensor.strides))
+        };
+        let columns = layout.side(Side::Columns);
+        // A mask's extent of 1 stands for all.
+        let record = |own: usize, words: usize| {
+            let words = if own == 1 { 0 } else { words };
+            Arg::U32(words as u32)
+        };
+        let key_tiles = layout.columns() as u32 * (kv_block / KEYS);
+        Launch {
+            grid: [key_tiles, kv_heads, batch],
+            args: vec![
+                panels(self.piece_shape(), args.q, of_q),
+                whole(self.kv_shape(), args.k, of_kv),
+                whole(self.kv_shape(), args.v, of_kv),
+                panels(self.piece_shape(), args.dout, of_q),
+                panels(self.out_shape(), args.dk, of_kv),
+                panels(self.out_shape(), args.dv, of_kv),
+                Arg::U64(args.lse),
+                Arg::U64(args.delta),
+                Arg::U64(args.dq),
+                Arg::F32(args.scale),
+                Arg::U64(args.plan),
+                Arg::U32(q_len),
+                Arg::U32(kv_len),
+                Arg::U32(q_block),
+                Arg::U32(kv_block),
+                Arg::U32(heads),
+                Arg::U32(heads / kv_heads),
+                Arg::U32(workspace.line as u32),
+                Arg::U32(workspace.tiles as u32),
+                Arg::U32(columns.count(0) as u32),
+                Arg::U32(columns.order() as u32),
+                Arg::U32(columns.list(0) as u32),
+                Arg::U32(columns.stride as u32),
+                record(layout.heads, layout.record_words()),
+                record(layout.batch, layout.heads * layout.record_words()),
+            ],
+        }
+    }
+
+    /// The main kernel.
+    pub fn kernel(self) -> Kernel {
+        let Self { element, piece } = self;
+        let name = format!("backward_{element:?}_d{HEAD_DIM}_p{piece}").to_lowercase();
+        Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
+    }
+}

@@ -1,0 +1,189 @@
+//! The problem as the parameters say, and the lists of query blocks that see a block of keys: of each
+//! head that reads these keys one list, walked a piece at a time. Used by the loader, a single
+//! thread.
+
+use flex_block_attn_ptx::{Builder, Reg};
+
+use super::{Config, KEYS, QUERIES};
+
+/// All parameters but the tensor maps.
+pub(super) struct Problem<'k> {
+    pub(super) k: &'k Builder,
+    pub(super) lse: Reg<'k, u64>,
+    pub(super) delta: Reg<'k, u64>,
+    pub(super) dq: Reg<'k, u64>,
+    pub(super) scale: Reg<'k, f32>,
+    plan: Reg<'k, u64>,
+    q_len: Reg<'k, u32>,
+    pub(super) kv_len: Reg<'k, u32>,
+    q_block: Reg<'k, u32>,
+    kv_block: Reg<'k, u32>,
+    heads: Reg<'k, u32>,
+    /// Heads of q for each of k and v.
+    group: Reg<'k, u32>,
+    /// Numbers of a head in the arrays of lse and delta.
+    pub(super) line: Reg<'k, u32>,
+    /// Tiles of a head in dq's sums.
+    pub(super) tiles: Reg<'k, u32>,
+    /// Where a record of the plan has the counts, the order and the lists of its columns.
+    counts: Reg<'k, u32>,
+    order: Reg<'k, u32>,
+    lists: Reg<'k, u32>,
+    list_stride: Reg<'k, u32>,
+    /// Words from one record to the next.
+    head_record: Reg<'k, u32>,
+    batch_record: Reg<'k, u32>,
+}
+
+/// The keys of this thread block.
+#[derive(Clone, Copy)]
+pub(super) struct KeyTile<'k> {
+    /// Their column of the mask.
+    column: Reg<'k, u32>,
+    /// First of them.
+    pub(super) first: Reg<'k, u32>,
+    /// Head of k and v, and batch.
+    pub(super) head: Reg<'k, u32>,
+    pub(super) batch: Reg<'k, u32>,
+}
+
+/// A walk through the lists of the heads that read the keys.
+pub(super) struct Walk<'a, 'k> {
+    problem: &'a Problem<'k>,
+    config: Config,
+    keys: KeyTile<'k>,
+    /// The head at hand, and the one after the last.
+    pub(super) head: Reg<'k, u32>,
+    last: Reg<'k, u32>,
+    /// The entry that comes next, as a word of the plan, and where the head's list ends.
+    entry: Reg<'k, u32>,
+    end: Reg<'k, u32>,
+    /// First query that is still to come of the block at hand, and how many are, in whole pieces.
+    query: Reg<'k, u32>,
+    left: Reg<'k, u32>,
+}
+
+impl<'k> Problem<'k> {
+    /// Declares its parameters.
+    pub(super) fn new(k: &'k Builder) -> Self {
+        Self {
+            k,
+            lse: k.param("lse"),
+            delta: k.param("delta"),
+            dq: k.param("dq"),
+            scale: k.param("scale"),
+            plan: k.param("plan"),
+            q_len: k.param("q_len"),
+            kv_len: k.param("kv_len"),
+            q_block: k.param("q_block"),
+            kv_block: k.param("kv_block"),
+            heads: k.param("heads"),
+            group: k.param("group"),
+            line: k.param("line"),
+            tiles: k.param("tiles"),
+            counts: k.param("counts"),
+            order: k.param("order"),
+            lists: k.param("lists"),
+            list_stride: k.param("list_stride"),
+            head_record: k.param("head_record"),
+            batch_record: k.param("batch_record"),
+        }
+    }
+
+    fn word(&self, at: Reg<'k, u32>) -> Reg<'k, u32> {
+        self.k.load_constant(self.plan + at.times_wide(4))
+    }
+
+    /// First word of the plan's record for a head.
+    fn record(&self, head: Reg<'k, u32>, batch: Reg<'k, u32>) -> Reg<'k, u32> {
+        head * self.head_record + batch * self.batch_record
+    }
+
+    /// The keys of this thread block: of a head the longest lists come first. (Heads that share keys
+    /// may have lists of their own; the first one's decide.)
+    pub(super) fn keys(&self) -> KeyTile<'k> {
+        let k = self.k;
+        let (head, batch) = (k.cta_y(), k.cta_z());
+        let per_block = self.kv_block / KEYS;
+        let record = self.record(head * self.group, batch);
+        let column = self.word(record + self.order + k.cta_x() / per_block);
+        KeyTile {
+            column,
+            first: (column * per_block + k.cta_x() % per_block) * KEYS,
+            head,
+            batch,
+        }
+    }
+}
+
+impl<'a, 'k> Walk<'a, 'k> {
+    /// A walk that has yet to find its first list.
+    pub(super) fn new(problem: &'a Problem<'k>, config: Config, keys: KeyTile<'k>) -> Self {
+        let k = problem.k;
+        let first = keys.head * problem.group;
+        Self {
+            problem,
+            config,
+            keys,
+            head: k.var(first - 1),
+            last: first + (problem.group - 1),
+            entry: k.var(0u32),
+            end: k.var(0u32),
+            query: k.var(0u32),
+            left: k.var(0u32),
+        }
+    }
+
+    /// Goes on to the next head that has queries left; says whether there is one.
+    pub(super) fn seek(&self) -> Reg<'k, bool> {
+        let k = self.problem.k;
+        let some = || self.left.gt(0) | self.entry.lt(self.end);
+        k.loop_(|leave| {
+            leave.when(some());
+            // Compared as equal: before the first head stands -1.
+            leave.when(self.head.equals(self.last));
+            let Self { mut head, .. } = *self;
+            head += 1;
+            let record = self.problem.record(head, self.keys.batch);
+            let column = self.keys.column;
+            let count = self.problem.word(record + self.problem.counts + column);
+            let list = record + self.problem.lists + column * self.problem.list_stride;
+            self.entry.set(list);
+            self.end.set(list + count);
+        });
+        some()
+    }
+
+    /// Which line of the workspace is the head's.
+    pub(super) fn line(&self) -> Reg<'k, u32> {
+        self.keys.batch * self.problem.heads + self.head
+    }
+
+    /// The first query of the head's next piece. If there is none, it lies in the line's last tile,
+    /// behind the sequence.
+    pub(super) fn next_piece(&self) -> Reg<'k, u32> {
+        let (problem, piece) = (self.problem, self.config.piece);
+        let Self {
+            mut entry,
+            end,
+            mut query,
+            mut left,
+            ..
+        } = *self;
+        let k = problem.k;
+        k.if_(left.equals(0) & entry.lt(end), || {
+            query.set(problem.word(entry) * problem.q_block);
+            // The sequence's last block may be short.
+            let queries = (problem.q_len - query).min(problem.q_block);
+            left.set((queries + (piece - 1)) & !(piece - 1));
+            entry += 1;
+        });
+        let row = k.var(problem.tiles * QUERIES);
+        k.if_(left.gt(0), || {
+            row.set(query);
+            query += piece;
+            left -= piece;
+        });
+        row
+    }
+}
