@@ -17,13 +17,13 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     // Who does not ask for more registers must do with fewer: ptxas would see to it.
     ("gemm_bf16", "setmaxnreg.inc.sync.aligned.u32", 1),
     (
-        "forward_bf16_d128_kv128",
+        "forward_bf16_d128_kv128_p128",
         "setmaxnreg.inc.sync.aligned.u32",
         1,
     ),
     // The first stage of keys is empty when the first tile comes.
     (
-        "forward_bf16_d128_kv128",
+        "forward_bf16_d128_kv128_p128",
         "mbarrier.try_wait.parity.shared::cta.b64",
         1,
     ),
