@@ -1,5 +1,8 @@
 //! What planner, loader and consumers of attention hand each other: jobs, tiles of queries with their
 //! notes, and places for output, given back.
+//!
+//! No mutation, for it is harmless: the planner puts up tiles of queries behind the sequence's end.
+//! Loads of them bring zeros, and what they store lies outside of tensor map and guard.
 
 use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Binary, Op, Operand, Space, Special};

@@ -32,14 +32,15 @@ use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
-/// Problems: small, but every ring goes round and, of the first two, every branch is taken.
+/// Problems: small, but every ring goes round and, in the first two, all that orders others is
+/// executed and matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Base {
     /// The matrix product, seven steps through three stages, two thread blocks.
     Gemm,
     /// Attention forward, head dimension 128, tiles and blocks of 128 keys, one thread block: rows
-    /// of three tiles, of none, of four and of two, of which the longest comes first. Tiles end in
-    /// either stage and go on from there.
+    /// of four tiles, of none, of five and of two, of which the longest comes first. Both stages are
+    /// last in some row, are waited for by the same row's tiles, and are used again by a later one.
     Wide,
     /// Head dimension 64, tiles of 192 keys, two tiles to a block of keys, two heads with masks of
     /// their own and common keys.
@@ -69,9 +70,9 @@ impl Base {
             .setup(),
             Self::Wide => {
                 let mask = mask(
-                    [512, 512, 128, 128],
+                    [512, 640, 128, 128],
                     [1, 1],
-                    &[&[0, 1, 3], &[], &[0, 1, 2, 3], &[1, 2]],
+                    &[&[0, 1, 2, 4], &[], &[0, 1, 2, 3, 4], &[1, 2]],
                 );
                 Forward {
                     blocks: 1,

@@ -411,7 +411,7 @@ fn launches() -> Vec<Mutation> {
             name: "too long a row: its list goes on behind the last list",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| number(s, PLAN, 0, 41),
+            edit: |s| number(s, PLAN, 0, 60),
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
@@ -426,7 +426,7 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Wide,
             edit: |s| {
-                let order = s.launch.args[ORDER].clone();
+                let order = s.launch.args[ORDER];
                 s.launch.args[FIRST_LIST] = order;
                 1
             },

@@ -61,6 +61,9 @@ fn a_deadlock_is_told_in_full() {
             "it is in phase 0 (parity 0): 8 of 8 arrivals and 0 bytes are missing",
             "at crates/kernels/src/forward/kernel.rs:",
             ": mbarrier.try_wait.parity.shared::cta.b64 ",
+            // The planner, who has put up the next job and would put up another.
+            "block [0, 0, 0], warp 1 waits for parity ",
+            "at crates/kernels/src/forward/work.rs:",
             "warps [4, 5, 6, 7, 8, 9, 10, 11] wait for ",
         ],
     );

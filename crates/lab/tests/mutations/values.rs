@@ -147,7 +147,7 @@ fn registers() -> Vec<Mutation> {
             name: "a sum without a first value",
             kind: "uninitialised register",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::Mov { ty: Ty::F32, .. })),
+            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::Mov { ty: Ty::F32, .. })),
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
