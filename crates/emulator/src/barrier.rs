@@ -21,6 +21,8 @@ pub(crate) struct Named {
     threads: u32,
     /// Threads that have arrived.
     arrived: u32,
+    /// Whether somebody waits for this round.
+    awaited: bool,
     gathered: Clock,
 }
 
@@ -62,8 +64,8 @@ impl Machine<'_> {
         &mut self,
         here: Here,
         warp: &mut Warp,
-        id: u32,
-        threads: u32,
+        (id, threads): (u32, u32),
+        waits: bool,
     ) -> Done<Option<Clock>> {
         let cluster = &mut self.clusters[here.cluster];
         let barrier = &mut cluster.blocks[here.rank].named[id as usize];
@@ -76,8 +78,15 @@ impl Machine<'_> {
         }
         barrier.threads = threads;
         barrier.arrived += 32;
+        barrier.awaited |= waits;
         barrier.gathered.join(&warp.clock);
         let complete = barrier.arrived >= threads;
+        // The hardware would not mind, but a signal is lost: whoever waits later waits in vain, or
+        // for another's sake.
+        if complete && !barrier.awaited {
+            let problem = format!("{threads} threads have arrived, and nobody waits for them");
+            return Err(Kind::NamedBarrier { id, problem }.into());
+        }
         warp.next_epoch(cluster, here);
         if !complete {
             return Ok(None);
@@ -101,7 +110,7 @@ impl Machine<'_> {
         id: u32,
         threads: u32,
     ) -> Done<Flow> {
-        let Some(clock) = self.arrive_named(here, warp, id, threads)? else {
+        let Some(clock) = self.arrive_named(here, warp, (id, threads), true)? else {
             return Ok(Flow::Wait(State::Barrier { id }));
         };
         warp.clock.join(&clock);
@@ -116,7 +125,7 @@ impl Machine<'_> {
         id: u32,
         threads: u32,
     ) -> Done {
-        self.arrive_named(here, warp, id, threads)?;
+        self.arrive_named(here, warp, (id, threads), false)?;
         Ok(())
     }
 

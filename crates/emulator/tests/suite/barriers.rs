@@ -67,6 +67,32 @@ fn named_barriers_are_used_alike() {
 }
 
 #[test]
+fn somebody_waits_for_each_round_of_a_named_barrier() {
+    // Warp 1 gives warp 0 two turns, which it gives back; without taking them, they pair up.
+    let turns = |waits: bool| {
+        Builder::kernel("turns", 64, |k| {
+            let warp = (k.tid() >> 5).uniform();
+            let first = || {
+                if waits {
+                    k.barrier_sync(1, 64);
+                }
+                k.barrier_arrive(2, 64);
+            };
+            let second = || {
+                k.barrier_arrive(1, 64);
+                k.barrier_sync(2, 64);
+            };
+            k.for_(0, 2, 1, |_| k.if_else(warp.equals(0), first, second));
+        })
+    };
+    results(&turns(true), &launch(1, &[]), &Memory::new(), |_| ());
+    let text = wrong(&turns(false), |kind| {
+        matches!(kind, Kind::NamedBarrier { .. })
+    });
+    assert!(text.contains("nobody waits"), "{text}");
+}
+
+#[test]
 fn warps_that_nobody_joins_are_named() {
     let text = wrong(
         &Builder::kernel("alone", 96, |k| {

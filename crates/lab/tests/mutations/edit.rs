@@ -8,7 +8,7 @@ use std::panic::Location;
 use flex_block_attn_ptx::Class;
 use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{
-    Address, Block, Cmp, Guard, Inst, Kernel, MatrixA, Node, Op, Operand, RegId, Special,
+    Address, Binary, Block, Cmp, Guard, Inst, Kernel, MatrixA, Node, Op, Operand, RegId, Special,
 };
 
 /// Which of the instructions that match.
@@ -183,21 +183,59 @@ pub fn move_before(
     edits
 }
 
-/// Empties branches whose instructions match: `if c { body }` becomes `body`.
+/// Takes branches away around instructions that match: `if c { body }` becomes `body`.
 pub fn unbranch(kernel: &mut Kernel, holds: impl Fn(&Op) -> bool) -> usize {
+    let has = |block: &Block| {
+        let mut has = false;
+        instructions(block, &mut |inst| has |= holds(&inst.op));
+        has
+    };
     let mut edits = 0;
     blocks(&mut kernel.body, &mut |block| {
         for node in std::mem::take(block) {
             match node {
                 Node::If {
                     then, otherwise, ..
-                } if otherwise.is_empty()
-                    && then
-                        .iter()
-                        .any(|n| matches!(n, Node::Inst(i) if holds(&i.op))) =>
-                {
+                } if otherwise.is_empty() && has(&then) => {
                     edits += 1;
                     block.extend(then);
+                }
+                _ => block.push(node),
+            }
+        }
+    });
+    edits
+}
+
+/// Takes out, behind every instruction of one sort, the nearest of another sort in the same block.
+pub fn remove_behind(
+    kernel: &mut Kernel,
+    anchor: impl Fn(&Op) -> bool,
+    removed: impl Fn(&Op) -> bool,
+) -> usize {
+    change_behind(kernel, anchor, removed, |_| None)
+}
+
+/// Puts what `f` returns in the place of such instructions.
+pub fn change_behind(
+    kernel: &mut Kernel,
+    anchor: impl Fn(&Op) -> bool,
+    changed: impl Fn(&Op) -> bool,
+    mut f: impl FnMut(Op) -> Option<Op>,
+) -> usize {
+    let mut edits = 0;
+    blocks(&mut kernel.body, &mut |block| {
+        let mut due = false;
+        for node in std::mem::take(block) {
+            match node {
+                Node::Inst(inst) if due && changed(&inst.op) => {
+                    due = false;
+                    edits += 1;
+                    block.extend(f(inst.op.clone()).map(|op| Node::Inst(Inst { op, ..inst })));
+                }
+                Node::Inst(inst) => {
+                    due |= anchor(&inst.op);
+                    block.push(Node::Inst(inst));
                 }
                 _ => block.push(node),
             }
@@ -300,17 +338,50 @@ pub fn inits(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
     move |op| matches!(op, Op::MbarrierInit { address, .. } if address.offset == at)
 }
 
-/// The registers that hold the parity of waits on an mbarrier: one for each role.
-pub fn parities(kernel: &Kernel, nth: usize) -> Vec<RegId> {
-    let waits = waits_on(kernel, nth);
-    let parity = |inst: &Inst| match inst.op {
-        Op::MbarrierWait {
-            parity: Operand::Reg(parity),
-            ..
-        } if waits(&inst.op) => Some(parity),
+/// Puts what `op` makes of an operand and a value in that operand's place.
+pub fn computed(
+    kernel: &mut Kernel,
+    which: Which,
+    matches: impl Fn(&Op) -> bool,
+    (op, value): (Binary, Operand),
+    operand: impl Fn(&mut Op) -> Option<&mut Operand>,
+) -> usize {
+    kernel.registers.push(Class::B32);
+    let dst = RegId(kernel.registers.len() as u32 - 1);
+    rewrite(kernel, which, matches, |mut inst| {
+        let operand = operand(&mut inst.op).expect("the instruction has it");
+        let a = std::mem::replace(operand, Operand::Reg(dst));
+        let (ty, b) = (Ty::U32, value);
+        vec![plain(Op::Binary { op, ty, dst, a, b }), Node::Inst(inst)]
+    })
+}
+
+/// Lets waits be for the other parity.
+pub fn other_parity(kernel: &mut Kernel, waits: impl Fn(&Op) -> bool) -> usize {
+    let flip = (Binary::Xor, Operand::Imm(1));
+    computed(kernel, Which::All, waits, flip, |op| match op {
+        Op::MbarrierWait { parity, .. } => Some(parity),
         _ => None,
-    };
-    all(kernel).iter().filter_map(parity).collect()
+    })
+}
+
+/// A test for what toggles a bit of a role's parities.
+pub fn toggles(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Binary { op: Binary::Xor, dst, a: Operand::Reg(a), b: Operand::Imm(bit), .. }
+            if dst == a && bit.is_power_of_two()
+    )
+}
+
+/// The register that holds a parameter.
+pub fn param(kernel: &Kernel, name: &str) -> Operand {
+    let index = kernel.params.iter().position(|param| param.name == name);
+    let register = all(kernel).iter().find_map(|inst| match inst.op {
+        Op::Param { dst, param, .. } if Some(param as usize) == index => Some(dst),
+        _ => None,
+    });
+    Operand::Reg(register.expect("the kernel reads it"))
 }
 
 /// Which operand of a wgmma.

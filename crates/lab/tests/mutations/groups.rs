@@ -126,11 +126,11 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
-            name: "the store of the output is not waited for",
+            name: "queries overwrite an output that is still being stored",
             kind: "bulk group",
             base: Base::Wide,
             edit: |s| remove(&mut s.kernel, All, op!(Op::BulkWait { .. })),
-            by: By::Emulator(&["LeftBehind"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "one store may be under way at the end",
@@ -161,7 +161,7 @@ pub fn table() -> Vec<Mutation> {
                 let commit = op!(Op::BulkCommit);
                 move_before(&mut s.kernel, commit, op!(Op::TmaStore { .. }))
             },
-            by: By::Emulator(&["LeftBehind"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "the output's tile is written again before it was read",

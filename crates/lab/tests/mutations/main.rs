@@ -5,13 +5,16 @@
 //! edit that finds nothing to change fails the suite, so entries cannot go stale unnoticed.
 //!
 //! - `edit`: ways to change a kernel;
-//! - `fences`, `phases`, `groups`, `warps`, `places`, `values`: the table, by what is broken;
+//! - `fences`, `phases`, `handover`, `lists`, `groups`, `warps`, `places`, `values`: the table, by
+//!   what is broken;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
 mod edit;
 mod fences;
 mod groups;
+mod handover;
+mod lists;
 mod needed;
 mod phases;
 mod places;
@@ -29,21 +32,36 @@ use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
-/// Problems: small, but every ring goes round and, of the first two, every branch is taken.
+/// Problems: small, but every ring goes round and, in the first two, all that orders others is
+/// executed and matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Base {
     /// The matrix product, seven steps through three stages, two thread blocks.
     Gemm,
-    /// Attention forward, head dimension 128, tiles of 128 keys: rows of five tiles and of four.
+    /// Attention forward, head dimension 128, tiles and blocks of 128 keys, one thread block: rows
+    /// of four tiles, of none, of five and of two, of which the longest comes first. Both stages are
+    /// last in some row, are waited for by the same row's tiles, and are used again by a later one.
     Wide,
-    /// Head dimension 64, tiles of 192 keys, two tiles to a block of keys, two heads.
+    /// Head dimension 64, tiles of 192 keys, two tiles to a block of keys, two heads with masks of
+    /// their own and common keys.
     Short,
+    /// Head dimension 64, tiles of 192 keys out of pieces of 64, three to a block of keys, the last
+    /// block short; blocks of 256 queries, the last so short that of its tiles there is but one, and
+    /// not all of that; two batches with masks of their own, two thread blocks.
+    Ragged,
 }
 
-const BASES: [Base; 3] = [Base::Gemm, Base::Wide, Base::Short];
+const BASES: [Base; 4] = [Base::Gemm, Base::Wide, Base::Short, Base::Ragged];
 
 impl Base {
     fn setup(self) -> Setup {
+        let config = |head_dim, kv_tile, piece| forward::Config {
+            element: Element::Bf16,
+            head_dim,
+            rows: forward::Rows::Whole,
+            kv_tile,
+            piece,
+        };
         match self {
             Self::Gemm => Product {
                 m: 256,
@@ -51,36 +69,52 @@ impl Base {
                 k: 448,
             }
             .setup(),
-            Self::Wide => forward(1, [128, 128], [256, 640], [128, 128], |row, column| {
-                row == 0 || column != 3
-            }),
-            Self::Short => forward(2, [64, 192], [128, 768], [128, 384], |_, _| true),
+            Self::Wide => {
+                let mask = mask(
+                    [512, 640, 128, 128],
+                    [1, 1],
+                    &[&[0, 1, 2, 4], &[], &[0, 1, 2, 3, 4], &[1, 2]],
+                );
+                Forward {
+                    blocks: 1,
+                    ..Forward::new(config(128, 128, 128), mask)
+                }
+                .setup()
+            }
+            Self::Short => {
+                let mask = mask([128, 768, 128, 384], [1, 2], &[&[0, 1], &[1]]);
+                Forward {
+                    heads: 2,
+                    blocks: 1,
+                    ..Forward::new(config(64, 192, 192), mask)
+                }
+                .setup()
+            }
+            Self::Ragged => {
+                let mask = mask(
+                    [300, 456, 256, 192],
+                    [2, 1],
+                    &[&[1], &[0, 2], &[0, 1, 2], &[2]],
+                );
+                Forward {
+                    batch: 2,
+                    ..Forward::new(config(64, 192, 64), mask)
+                }
+                .setup()
+            }
         }
     }
 }
 
-/// Attention of some heads, which share one of k and v, by a single thread block.
-fn forward(
-    heads: usize,
-    [head_dim, tile]: [u32; 2],
-    lengths: [usize; 2],
-    blocks: [usize; 2],
-    seen: impl FnMut(usize, usize) -> bool,
-) -> Setup {
-    let config = forward::Config {
-        element: Element::Bf16,
-        head_dim,
-        rows: forward::Rows::Whole,
-        kv_tile: tile,
-        piece: tile,
-    };
-    let extents = Extents::new(lengths[0], lengths[1], blocks[0], blocks[1]).unwrap();
-    Forward {
-        heads,
-        blocks: 1,
-        ..Forward::new(config, BlockMask::from_fn(extents, seen))
-    }
-    .setup()
+/// The mask of some batches and heads that keeps these blocks of keys in each row of blocks.
+fn mask(
+    [q_len, kv_len, q_block, kv_block]: [usize; 4],
+    [batch, heads]: [usize; 2],
+    rows: &[&[usize]],
+) -> BlockMask {
+    let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+    let lists: Vec<Vec<usize>> = rows.iter().map(|row| row.to_vec()).collect();
+    BlockMask::from_row_lists(extents, batch, heads, &lists).unwrap()
 }
 
 /// Who must find a mutation.
@@ -116,6 +150,8 @@ fn table() -> Vec<Mutation> {
         fences::table(),
         groups::table(),
         phases::table(),
+        handover::table(),
+        lists::table(),
         warps::table(),
         places::table(),
         values::table(),

@@ -5,12 +5,12 @@
 //! and copies are of one proxy); no wait for a stage of b to be empty (the producer has just waited
 //! for a's, which the same warps give back at the same time).
 
-use flex_block_attn_ptx::ir::{Binary, Cmp, Op, Operand};
+use flex_block_attn_ptx::ir::{Cmp, Op, Operand};
 
-use crate::edit::Which::{All, Nth};
+use crate::edit::Which::All;
 use crate::edit::{
-    arrives_on, change, double, expects_on, inits, move_before, only_threads, op, parities, remove,
-    unguard, waits_on,
+    arrives_on, change, change_behind, double, expects_on, inits, move_before, only_threads, op,
+    other_parity, remove, remove_behind, toggles, unguard, waits_on,
 };
 use crate::{Base, By, Mutation, Setup};
 
@@ -19,39 +19,26 @@ const A_FULL: usize = 0;
 const A_EMPTY: usize = 1;
 const B_FULL: usize = 6;
 const B_EMPTY: usize = 7;
-// Those of attention have two.
-const Q_FULL: usize = 0;
-const K_FULL: usize = 1;
-const K_EMPTY: usize = 2;
-const V_FULL: usize = 5;
-const V_EMPTY: usize = 6;
+// Those of attention have two, behind what jobs and queries have.
+pub const JOB_FULL: usize = 0;
+pub const JOB_EMPTY: usize = 1;
+pub const Q_FULL: usize = 2;
+pub const Q_EMPTY: usize = 3;
+const K_FULL: usize = 4;
+const K_EMPTY: usize = 5;
+const V_FULL: usize = 8;
+const V_EMPTY: usize = 9;
 
 /// Starts a role's parity at the other value.
-fn flip(s: &mut Setup, nth: usize) -> usize {
-    let parities = parities(&s.kernel, nth);
-    // Of its assignments the first is the initial one.
-    change(
-        &mut s.kernel,
-        Nth(0),
-        |op| matches!(op, Op::Mov { dst, .. } if parities.contains(dst)),
-        |op| {
-            if let Op::Mov {
-                src: Operand::Imm(bits),
-                ..
-            } = op
-            {
-                *bits ^= 1;
-            }
-        },
-    )
+pub fn flip(s: &mut Setup, nth: usize) -> usize {
+    let waits = waits_on(&s.kernel, nth);
+    other_parity(&mut s.kernel, waits)
 }
 
 /// Never toggles a role's parity.
-fn no_toggle(s: &mut Setup, nth: usize) -> usize {
-    let parities = parities(&s.kernel, nth);
-    let toggles =
-        |op: &Op| matches!(op, Op::Binary { op: Binary::Xor, dst, .. } if parities.contains(dst));
-    remove(&mut s.kernel, All, toggles)
+pub fn no_toggle(s: &mut Setup, nth: usize) -> usize {
+    let waits = waits_on(&s.kernel, nth);
+    remove_behind(&mut s.kernel, waits, toggles)
 }
 
 /// Expects so many bytes more on an mbarrier.
@@ -69,7 +56,7 @@ fn expect(s: &mut Setup, nth: usize, more: i64) -> usize {
 }
 
 /// Initialises an mbarrier for so many arrivals.
-fn count(s: &mut Setup, nth: usize, arrivals: u64) -> usize {
+pub fn count(s: &mut Setup, nth: usize, arrivals: u64) -> usize {
     let init = inits(&s.kernel, nth);
     change(&mut s.kernel, All, init, |op| {
         if let Op::MbarrierInit { count, .. } = op {
@@ -78,12 +65,12 @@ fn count(s: &mut Setup, nth: usize, arrivals: u64) -> usize {
     })
 }
 
-fn no_wait(s: &mut Setup, nth: usize) -> usize {
+pub fn no_wait(s: &mut Setup, nth: usize) -> usize {
     let waits = waits_on(&s.kernel, nth);
     remove(&mut s.kernel, All, waits)
 }
 
-fn no_release(s: &mut Setup, nth: usize) -> usize {
+pub fn no_release(s: &mut Setup, nth: usize) -> usize {
     let releases = arrives_on(&s.kernel, nth);
     remove(&mut s.kernel, All, releases)
 }
@@ -130,6 +117,25 @@ fn tokens() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| no_toggle(s, V_FULL),
             by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a consumer toggles another mbarrier's parity",
+            kind: "parity",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = waits_on(&s.kernel, V_FULL);
+                change_behind(&mut s.kernel, waits, toggles, |mut op| {
+                    if let Op::Binary {
+                        b: Operand::Imm(bit),
+                        ..
+                    } = &mut op
+                    {
+                        *bit <<= 1;
+                    }
+                    Some(op)
+                })
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory", "Deadlock"]),
         },
         Mutation {
             name: "the producer does not toggle its parity",

@@ -12,10 +12,19 @@ const Q: usize = 0;
 const K: usize = 1;
 const OUT: usize = 3;
 const LSE: usize = 4;
-const COUNTS: usize = 5;
-const LISTS: usize = 6;
-const LIST_STRIDE: usize = 7;
-const TILES_PER_BLOCK: usize = 12;
+const Q_LEN: usize = 6;
+const PLAN: usize = 8;
+const KV_LEN: usize = 9;
+const KV_BLOCK: usize = 10;
+const COUNTER: usize = 11;
+const TILES: usize = 12;
+const Q_BLOCK: usize = 14;
+const GROUP: usize = 15;
+const ORDER: usize = 16;
+const FIRST_LIST: usize = 17;
+const LIST_STRIDE: usize = 18;
+const HEAD_RECORD: usize = 19;
+const BATCH_RECORD: usize = 20;
 const A: usize = 0;
 const B: usize = 1;
 const C: usize = 2;
@@ -60,13 +69,32 @@ fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
     }
 }
 
-/// Overwrites the first number of a plan's list.
-fn number(s: &mut Setup, arg: usize, value: i32) -> usize {
-    match s.launch.args[arg] {
-        Arg::U64(address) => {
-            s.memory.write(address, &[value]);
+/// Changes a number.
+fn word(s: &mut Setup, arg: usize, f: impl Fn(u32) -> u32) -> usize {
+    match &mut s.launch.args[arg] {
+        Arg::U32(value) => {
+            *value = f(*value);
             1
         }
+        _ => 0,
+    }
+}
+
+/// Overwrites a number in memory: the `nth` behind an address.
+fn number(s: &mut Setup, arg: usize, nth: u32, value: i32) -> usize {
+    match s.launch.args[arg] {
+        Arg::U64(address) => {
+            s.memory.write(address + 4 * u64::from(nth), &[value]);
+            1
+        }
+        _ => 0,
+    }
+}
+
+/// The word of a plan at which row 0's list starts.
+fn list(s: &Setup) -> u32 {
+    match s.launch.args[FIRST_LIST] {
+        Arg::U32(first) => first,
         _ => 0,
     }
 }
@@ -347,7 +375,7 @@ fn launches() -> Vec<Mutation> {
             name: "a block of keys that is not there, in a map that is too long",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| map(s, K, |map| map.dims[1] *= 2) + number(s, LISTS, 6),
+            edit: |s| map(s, K, |map| map.dims[1] *= 2) + number(s, PLAN, list(s), 6),
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
@@ -355,7 +383,7 @@ fn launches() -> Vec<Mutation> {
             name: "a block of keys that is not there",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| number(s, LISTS, 6),
+            edit: |s| number(s, PLAN, list(s), 6),
             by: By::Result,
         },
         Mutation {
@@ -383,38 +411,127 @@ fn launches() -> Vec<Mutation> {
             name: "too long a row: its list goes on behind the last list",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| number(s, COUNTS, 11),
+            edit: |s| number(s, PLAN, 0, 60),
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
             name: "lists too close together",
             kind: "plan",
             base: Base::Wide,
+            edit: |s| word(s, LIST_STRIDE, |stride| stride - 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "lists start where the order of rows does",
+            kind: "plan",
+            base: Base::Wide,
             edit: |s| {
-                s.launch.args[LIST_STRIDE] = Arg::U32(3);
+                let order = s.launch.args[ORDER];
+                s.launch.args[FIRST_LIST] = order;
                 1
             },
             by: By::Result,
         },
         Mutation {
-            name: "blocks of one tile instead of two",
+            name: "rows in the order of their counts",
+            kind: "plan",
+            base: Base::Wide,
+            edit: |s| word(s, ORDER, |_| 0),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the mask of another head",
             kind: "plan",
             base: Base::Short,
-            edit: |s| {
-                s.launch.args[TILES_PER_BLOCK] = Arg::U32(1);
-                1
-            },
+            edit: |s| word(s, HEAD_RECORD, |_| 0),
             by: By::Result,
         },
         Mutation {
-            name: "a head too many",
+            name: "the mask of another batch",
             kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, BATCH_RECORD, |_| 0),
+            by: By::Result,
+        },
+        Mutation {
+            name: "masks too far apart",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, BATCH_RECORD, |words| 2 * words),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "each head has keys of its own",
+            kind: "plan",
+            base: Base::Short,
+            edit: |s| word(s, GROUP, |_| 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "blocks of keys of one tile instead of two",
+            kind: "plan",
+            base: Base::Short,
+            edit: |s| word(s, KV_BLOCK, |keys| keys / 2),
+            by: By::Result,
+        },
+        Mutation {
+            name: "blocks of one tile of queries instead of two",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, Q_BLOCK, |block| block / 2),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "keys behind the last",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, KV_LEN, |keys| keys + 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "queries behind the last",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, Q_LEN, |queries| queries + 1),
+            by: By::Emulator(&["Race", "OutOfBounds"]),
+        },
+        Mutation {
+            name: "a tile of queries too many",
+            kind: "plan",
+            base: Base::Wide,
+            edit: |s| word(s, TILES, |tiles| tiles + 1),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "a tile of queries too few",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, TILES, |tiles| tiles - 2),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the counter does not start at zero: a tile is left out",
+            kind: "counter",
+            base: Base::Ragged,
+            edit: |s| number(s, COUNTER, 0, 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "the counter starts below zero: a tile is done twice",
+            kind: "counter",
+            base: Base::Ragged,
+            edit: |s| number(s, COUNTER, 0, -2),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "thread blocks above others, which do the same",
+            kind: "counter",
             base: Base::Short,
             edit: |s| {
                 s.launch.grid[1] += 1;
                 1
             },
-            by: By::Emulator(&["OutOfBounds"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "a thread block too few",
@@ -438,7 +555,14 @@ fn launches() -> Vec<Mutation> {
             kind: "tensor map",
             base: Base::Wide,
             edit: |s| map(s, Q, |map| map.tile[1] *= 2),
-            by: By::Emulator(&["Deadlock", "Race"]),
+            by: By::Emulator(&["LiveMbarrier"]),
+        },
+        Mutation {
+            name: "pieces of keys have twice their rows",
+            kind: "tensor map",
+            base: Base::Ragged,
+            edit: |s| map(s, K, |map| map.tile[1] *= 2),
+            by: By::Emulator(&["Race", "Deadlock"]),
         },
         Mutation {
             name: "the map of k has no swizzle",

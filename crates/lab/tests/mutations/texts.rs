@@ -31,7 +31,7 @@ fn a_race_is_told_in_full() {
         },
         "emulator: Race",
         &[
-            "kernel forward_bf16_d128_kv128, block [",
+            "kernel forward_bf16_d128_kv128_p128, block [",
             "warp ",
             // Where it is noticed, by what instruction, on which byte.
             "crates/kernels/src/forward/kernel.rs:",
@@ -47,20 +47,23 @@ fn a_race_is_told_in_full() {
 
 #[test]
 fn a_deadlock_is_told_in_full() {
-    // The third mbarrier is "empty" of the first stage of keys: nobody gives it back.
+    // The sixth mbarrier is "empty" of the first stage of keys: nobody gives it back.
     assert_names(
         |s| {
-            let releases = arrives_on(&s.kernel, 2);
+            let releases = arrives_on(&s.kernel, 5);
             remove(&mut s.kernel, All, releases)
         },
         "emulator: Deadlock",
         &[
-            "kernel forward_bf16_d128_kv128, block [0, 0, 0], warp 0: deadlock",
+            "kernel forward_bf16_d128_kv128_p128, block [0, 0, 0], warp 0: deadlock",
             "block [0, 0, 0], warp 0 waits for parity 0 of the mbarrier at shared memory of",
             "(address 0x",
             "it is in phase 0 (parity 0): 8 of 8 arrivals and 0 bytes are missing",
             "at crates/kernels/src/forward/kernel.rs:",
             ": mbarrier.try_wait.parity.shared::cta.b64 ",
+            // The planner, who has put up the next job and would put up another.
+            "block [0, 0, 0], warp 1 waits for parity ",
+            "at crates/kernels/src/forward/work.rs:",
             "warps [4, 5, 6, 7, 8, 9, 10, 11] wait for ",
         ],
     );

@@ -11,6 +11,9 @@ use crate::edit::Which::{All, Nth};
 use crate::edit::{Which, all, change, only_threads, op, remove};
 use crate::{Base, By, Mutation, Setup};
 
+/// The argument that scores are multiplied by.
+const SCALE: usize = 7;
+
 /// Where the accumulators of the wgmma `nth` are set to zero.
 fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
     let acc = |inst: &Inst| match &inst.op {
@@ -53,21 +56,30 @@ fn swap(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
     })
 }
 
-/// Lets loops go on for a step too many: those that are left by their `of`-th conditions.
+/// Lets loops go on for a step too many: those that are left by their `of`-th conditions, at a
+/// bound or, counting down, at 0.
 fn longer(s: &mut Setup, of: Range<usize>) -> usize {
     let leaves = breaks(&s.kernel.body);
     let preds = leaves.get(of).unwrap_or(&[]);
     change(
         &mut s.kernel,
         All,
-        |op| matches!(op, Op::Compare { cmp: Cmp::Ge, dst, .. } if preds.contains(dst)),
+        |op| matches!(op, Op::Compare { dst, .. } if preds.contains(dst)),
         |op| {
-            if let Op::Compare { cmp, .. } = op {
-                *cmp = Cmp::Gt;
+            if let Op::Compare { cmp, b, .. } = op {
+                match (*cmp, *b) {
+                    (Cmp::Ge, _) => *cmp = Cmp::Gt,
+                    _ => *b = Operand::Imm(u32::MAX.into()),
+                }
             }
         },
     )
 }
+
+// Conditions of attention's loops over tiles of keys, and of that over tiles of queries.
+const LOADER: Range<usize> = 1..3;
+const PLANNER: Range<usize> = 3..4;
+const CONSUMERS: Range<usize> = 5..7;
 
 /// The predicates that loops are left by, in order.
 fn breaks(block: &Block) -> Vec<RegId> {
@@ -135,7 +147,7 @@ fn registers() -> Vec<Mutation> {
             name: "a sum without a first value",
             kind: "uninitialised register",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::Mov { ty: Ty::F32, .. })),
+            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::Mov { ty: Ty::F32, .. })),
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
@@ -153,14 +165,21 @@ fn registers() -> Vec<Mutation> {
             name: "all go on for a tile too many",
             kind: "loop",
             base: Base::Wide,
-            edit: |s| longer(s, 0..4),
+            edit: |s| longer(s, LOADER) + longer(s, CONSUMERS),
             by: By::Result,
+        },
+        Mutation {
+            name: "the planner goes on for a tile of queries too many",
+            kind: "loop",
+            base: Base::Wide,
+            edit: |s| longer(s, PLANNER),
+            by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
             name: "the consumers go on for a tile too many",
             kind: "loop",
             base: Base::Wide,
-            edit: |s| longer(s, 2..4),
+            edit: |s| longer(s, CONSUMERS),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
@@ -298,8 +317,8 @@ fn numbers() -> Vec<Mutation> {
             name: "scores in other units than the maximum",
             kind: "softmax",
             base: Base::Wide,
-            edit: |s| match s.launch.args.last_mut() {
-                Some(Arg::F32(scale)) => {
+            edit: |s| match &mut s.launch.args[SCALE] {
+                Arg::F32(scale) => {
                     *scale *= std::f32::consts::LN_2;
                     1
                 }

@@ -1,14 +1,36 @@
 //! What warps do together: named barriers, `setmaxnreg`, branches around warpgroup instructions.
 
-use flex_block_attn_ptx::ir::{Cmp, Op, Operand};
+use flex_block_attn_ptx::ir::{Cmp, Inst, Op, Operand, Special};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{change, only_threads, op, remove, unbranch};
-use crate::{Base, By, Mutation};
+use crate::edit::{all, change, only_threads, op, remove, unbranch};
+use crate::{Base, By, Mutation, Setup};
 
 /// Threads of the barrier that a warpgroup waits at alone, and of that by which two take turns.
 const OWN: Operand = Operand::Imm(128);
 const TURN: Operand = Operand::Imm(256);
+
+/// The thread that loads, by the threads that are told apart by index: the second; and that plans.
+const LOADER: usize = 1;
+const PLANNER: usize = 2;
+
+/// Has other threads do what one thread is chosen for.
+fn chosen(s: &mut Setup, nth: usize, to: Cmp, thread: u64) -> usize {
+    let tid = |inst: &Inst| match inst.op {
+        Op::Special {
+            dst,
+            which: Special::TidX,
+        } => Some(Operand::Reg(dst)),
+        _ => None,
+    };
+    let tids: Vec<Operand> = all(&s.kernel).iter().filter_map(tid).collect();
+    let chooses = |op: &Op| matches!(op, Op::Compare { a, .. } if tids.contains(a));
+    change(&mut s.kernel, Nth(nth), chooses, |op| {
+        if let Op::Compare { cmp, b, .. } = op {
+            (*cmp, *b) = (to, Operand::Imm(thread));
+        }
+    })
+}
 
 pub fn table() -> Vec<Mutation> {
     vec![
@@ -25,6 +47,16 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::BarrierArrive { .. })),
             by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "nobody waits for the turn in every second step",
+            kind: "named barrier",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = op!(Op::BarrierSync { threads: TURN, .. });
+                remove(&mut s.kernel, Nth(0), waits)
+            },
+            by: By::Emulator(&["NamedBarrier"]),
         },
         Mutation {
             name: "the second warpgroup does not wait for its turn",
@@ -154,7 +186,7 @@ pub fn table() -> Vec<Mutation> {
                 change(&mut s.kernel, All, gives, |op| {
                     *op = Op::SetMaxRegisters {
                         increase: false,
-                        count: 40,
+                        count: 56,
                     };
                 })
             },
@@ -239,11 +271,25 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
-            name: "all threads of the producer's warpgroup load q",
+            name: "all lanes of the loader's warp load",
             kind: "thread choice",
             base: Base::Wide,
-            edit: |s| unbranch(&mut s.kernel, op!(Op::MbarrierArriveExpect { .. })),
-            by: By::Emulator(&["Race", "Mbarrier"]),
+            edit: |s| chosen(s, LOADER, Cmp::Lt, 32),
+            by: By::Emulator(&["LaneOverlap"]),
+        },
+        Mutation {
+            name: "all lanes of the planner's warp plan",
+            kind: "thread choice",
+            base: Base::Wide,
+            edit: |s| chosen(s, PLANNER, Cmp::Ge, 32),
+            by: By::Emulator(&["LaneOverlap"]),
+        },
+        Mutation {
+            name: "the loader is to plan when it has loaded",
+            kind: "thread choice",
+            base: Base::Short,
+            edit: |s| chosen(s, PLANNER, Cmp::Eq, 0),
+            by: By::Emulator(&["Deadlock"]),
         },
     ]
 }

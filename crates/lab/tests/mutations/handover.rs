@@ -1,0 +1,366 @@
+//! What planner, loader and consumers of attention hand each other: jobs, tiles of queries with their
+//! notes, and places for output, given back.
+//!
+//! No mutation, for it is harmless: the planner puts up tiles of queries behind the sequence's end.
+//! Loads of them bring zeros, and what they store lies outside of tensor map and guard.
+
+use flex_block_attn_ptx::Ty;
+use flex_block_attn_ptx::ir::{Binary, Op, Operand, Space, Special};
+
+use crate::edit::Which::{All, Nth};
+use crate::edit::{
+    arrives_on, change, computed, double, expects_on, move_before, op, param, remove, waits_on,
+};
+use crate::phases::{
+    JOB_EMPTY, JOB_FULL, Q_EMPTY, Q_FULL, count, flip, no_release, no_toggle, no_wait,
+};
+use crate::{Base, By, Mutation, Setup};
+
+/// Loads of shared memory, by any number of words.
+fn loads(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Load {
+            space: Space::Shared,
+            ..
+        }
+    )
+}
+
+/// Stores to it of so many words.
+fn stores(words: usize) -> impl Fn(&Op) -> bool {
+    move |op| matches!(op, Op::Store { space: Space::Shared, src, .. } if src.len() == words)
+}
+
+// Stores of four words, in the order of the body: notes to consumers, halves of jobs.
+const NOTE: usize = 0;
+const NOTE_WITHOUT_KEYS: usize = 1;
+pub const JOB_NOTE: usize = 3;
+pub const JOB_START: usize = 4;
+
+/// Has one of these say something else: `op` of one of its words and `value`.
+pub fn say(s: &mut Setup, nth: usize, word: usize, op: Binary, value: i32) -> usize {
+    let value = Operand::Imm(u64::from(value as u32));
+    computed(
+        &mut s.kernel,
+        Nth(nth),
+        stores(4),
+        (op, value),
+        |op| match op {
+            Op::Store { src, .. } => Some(&mut src[word]),
+            _ => None,
+        },
+    )
+}
+
+/// Takes a constant for special registers.
+fn constant(s: &mut Setup, matches: impl Fn(&Op) -> bool, value: u64) -> usize {
+    change(&mut s.kernel, All, matches, |op| {
+        if let Op::Special { dst, .. } = *op {
+            *op = Op::Mov {
+                ty: Ty::U32,
+                dst,
+                src: Operand::Imm(value),
+            };
+        }
+    })
+}
+
+/// Counts so many tiles of queries for each that is taken.
+fn step(s: &mut Setup, tiles: u64) -> usize {
+    change(&mut s.kernel, All, op!(Op::Atomic { .. }), |op| {
+        if let Op::Atomic { src, .. } = op {
+            *src = Operand::Imm(tiles);
+        }
+    })
+}
+
+/// Moves arrivals to before what precedes them.
+fn earlier(s: &mut Setup, nth: usize, before: impl Fn(&Op) -> bool) -> usize {
+    let arrives = arrives_on(&s.kernel, nth);
+    move_before(&mut s.kernel, arrives, before)
+}
+
+pub fn table() -> Vec<Mutation> {
+    let mut table = jobs();
+    table.extend(queries());
+    table
+}
+
+/// From the planner to the loader.
+fn jobs() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "jobs are not waited for",
+            kind: "missing full wait",
+            base: Base::Wide,
+            edit: |s| no_wait(s, JOB_FULL),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "jobs are not announced",
+            kind: "missing arrival",
+            base: Base::Wide,
+            edit: |s| no_release(s, JOB_FULL),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "that there are no more jobs is not announced",
+            kind: "missing arrival",
+            base: Base::Ragged,
+            edit: |s| {
+                let arrives = arrives_on(&s.kernel, JOB_FULL);
+                remove(&mut s.kernel, Nth(1), arrives)
+            },
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "jobs are announced twice",
+            kind: "extra arrival",
+            base: Base::Wide,
+            edit: |s| {
+                let arrives = arrives_on(&s.kernel, JOB_FULL);
+                double(&mut s.kernel, All, arrives)
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory", "Deadlock"]),
+        },
+        Mutation {
+            name: "the head of keys is written behind the announcement",
+            kind: "early arrival",
+            base: Base::Wide,
+            edit: |s| earlier(s, JOB_FULL, stores(1)),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "a job overwrites the one before",
+            kind: "missing empty wait",
+            base: Base::Short,
+            edit: |s| no_wait(s, JOB_EMPTY),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            // If it comes before the last is waited for, two phases end and look like none.
+            name: "that there are no more jobs overwrites the last",
+            kind: "missing empty wait",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = waits_on(&s.kernel, JOB_EMPTY);
+                remove(&mut s.kernel, Nth(1), waits)
+            },
+            by: By::Emulator(&["Deadlock", "Race"]),
+        },
+        Mutation {
+            name: "a job's place is given back before its note is read",
+            kind: "early release",
+            base: Base::Wide,
+            edit: |s| earlier(s, JOB_EMPTY, loads),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a job's place is never given back",
+            kind: "missing release",
+            base: Base::Wide,
+            edit: |s| no_release(s, JOB_EMPTY),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "the planner waits for a first job that nobody does",
+            kind: "parity",
+            base: Base::Short,
+            edit: |s| flip(s, JOB_EMPTY),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "the loader does not toggle its parity for jobs",
+            kind: "parity",
+            base: Base::Wide,
+            edit: |s| no_toggle(s, JOB_FULL),
+            by: By::Emulator(&["Race", "Deadlock"]),
+        },
+        Mutation {
+            name: "both planner and loader are to announce a job",
+            kind: "mbarrier count",
+            base: Base::Wide,
+            edit: |s| count(s, JOB_FULL, 2),
+            by: By::Emulator(&["Deadlock"]),
+        },
+    ]
+}
+
+/// From the loader to the consumers, and back.
+fn queries() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "queries overwrite those before",
+            kind: "missing empty wait",
+            base: Base::Wide,
+            edit: |s| no_wait(s, Q_EMPTY),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a note of no keys overwrites the one before",
+            kind: "missing empty wait",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = waits_on(&s.kernel, Q_EMPTY);
+                remove(&mut s.kernel, Nth(1), waits)
+            },
+            by: By::Emulator(&["Mbarrier", "Race"]),
+        },
+        Mutation {
+            name: "queries' place is never given back",
+            kind: "missing release",
+            base: Base::Wide,
+            edit: |s| no_release(s, Q_EMPTY),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "one warpgroup alone gives queries' place back",
+            kind: "mbarrier count",
+            base: Base::Wide,
+            edit: |s| count(s, Q_EMPTY, 1),
+            by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
+        },
+        Mutation {
+            name: "queries' place is given back while the output is stored from it",
+            kind: "early release",
+            base: Base::Short,
+            edit: |s| earlier(s, Q_EMPTY, op!(Op::BulkWait { .. })),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "queries' place is given back before the note is read for the store",
+            kind: "early release",
+            base: Base::Wide,
+            edit: |s| earlier(s, Q_EMPTY, loads),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a note is written behind its arrival",
+            kind: "early arrival",
+            base: Base::Wide,
+            edit: |s| {
+                let arrives = expects_on(&s.kernel, Q_FULL);
+                move_before(&mut s.kernel, arrives, stores(4))
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "a note of no keys is written behind its arrival",
+            kind: "early arrival",
+            base: Base::Wide,
+            edit: |s| earlier(s, Q_FULL, stores(4)),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "no note is written",
+            kind: "missing note",
+            base: Base::Wide,
+            edit: |s| remove(&mut s.kernel, Nth(NOTE), stores(4)),
+            by: By::Emulator(&["UninitialisedMemory"]),
+        },
+        Mutation {
+            // Consumers take the one before, and wait for its keys.
+            name: "no note of no keys is written",
+            kind: "missing note",
+            base: Base::Wide,
+            edit: |s| remove(&mut s.kernel, Nth(NOTE_WITHOUT_KEYS), stores(4)),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "nobody is told of queries without keys",
+            kind: "missing arrival",
+            base: Base::Wide,
+            edit: |s| {
+                let arrives = arrives_on(&s.kernel, Q_FULL);
+                remove(&mut s.kernel, Nth(0), arrives)
+            },
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "consumers do not toggle their parity for queries",
+            kind: "parity",
+            base: Base::Short,
+            edit: |s| no_toggle(s, Q_FULL),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "all tiles say that they are the first",
+            kind: "note",
+            base: Base::Wide,
+            edit: |s| say(s, JOB_NOTE, 0, Binary::And, 0),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "all tiles say that they are of the first batch",
+            kind: "note",
+            base: Base::Ragged,
+            edit: |s| say(s, JOB_NOTE, 1, Binary::And, 0xffff),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a note says that there is a tile of keys more than are loaded",
+            kind: "note",
+            base: Base::Wide,
+            edit: |s| say(s, NOTE, 2, Binary::Add, 1),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "queries behind the last have a logarithm",
+            kind: "guard",
+            base: Base::Ragged,
+            edit: |s| {
+                // The first such comparison is the planner's, the others are of a thread's two rows.
+                let q_len = param(&s.kernel, "q_len");
+                let below = |op: &Op| matches!(op, Op::Compare { b, .. } if *b == q_len);
+                let boundless = |op: &mut Op| {
+                    if let Op::Compare { b, .. } = op {
+                        *b = Operand::Imm(u32::MAX.into());
+                    }
+                };
+                change(&mut s.kernel, Nth(1), below, boundless)
+            },
+            by: By::Emulator(&["Race", "OutOfBounds"]),
+        },
+        Mutation {
+            name: "of two thread blocks both start at the first tile",
+            kind: "counter",
+            base: Base::Ragged,
+            edit: |s| {
+                let block = op!(Op::Special {
+                    which: Special::CtaIdX,
+                    ..
+                });
+                constant(s, block, 0)
+            },
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a tile is taken without counting it",
+            kind: "counter",
+            base: Base::Ragged,
+            edit: |s| step(s, 0),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a tile is counted twice",
+            kind: "counter",
+            base: Base::Ragged,
+            edit: |s| step(s, 2),
+            by: By::Result,
+        },
+        Mutation {
+            name: "counting starts at the first tile, not behind those that thread blocks start at",
+            kind: "counter",
+            base: Base::Wide,
+            edit: |s| {
+                let blocks = op!(Op::Special {
+                    which: Special::GridX,
+                    ..
+                });
+                constant(s, blocks, 0)
+            },
+            by: By::Emulator(&["Race"]),
+        },
+    ]
+}
