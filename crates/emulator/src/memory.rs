@@ -4,6 +4,8 @@
 //! warps and the bulk engine. Out: bytes, or the fault that an access is. Each byte knows whether
 //! anything was written to it. Between allocations lie gaps, so that running over an end is noticed.
 
+use std::ops::Range;
+
 use crate::fault::{Done, Kind, Place};
 
 /// Where the first allocation lies, and bytes between allocations at least.
@@ -84,6 +86,12 @@ impl Memory {
         let span = self.host_span(address, count * T::BYTES);
         let bytes = &self.allocations[span.allocation].bytes[span.start..span.start + span.len];
         bytes.chunks_exact(T::BYTES).map(T::get).collect()
+    }
+
+    /// The addresses of each allocation.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let range = |a: &Allocation| a.base..a.base + a.bytes.len() as u64;
+        self.allocations.iter().map(range)
     }
 
     /// Whether every one of `bytes` bytes was written.

@@ -62,10 +62,18 @@ impl Setup {
         let mut memory = self.memory.clone();
         let statistics =
             emulate(&self.kernel, &self.launch, &mut memory, options).map_err(Failure::Fault)?;
-        for expected in &self.expected {
-            expected.check(&memory).map_err(Failure::Wrong)?;
-        }
+        self.check(&memory).map_err(Failure::Wrong)?;
         Ok(statistics)
+    }
+
+    /// Whether memory is as the launch must leave it.
+    ///
+    /// # Errors
+    /// The first wrong result.
+    pub fn check(&self, memory: &Memory) -> Result<(), String> {
+        self.expected
+            .iter()
+            .try_for_each(|expected| expected.check(memory))
     }
 }
 

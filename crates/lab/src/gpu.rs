@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::ops::Range;
 
 use flex_block_attn_cuda::{Buffer, Device, Error, Function, Stream};
+use flex_block_attn_emulator::Memory;
 use flex_block_attn_ptx::{Arg, Kernel, Launch};
 
 /// A GPU, and memory that is freed with this.
@@ -159,6 +160,35 @@ impl Gpu {
         unsafe { self.device.zero_words(address, 1, Stream::DEFAULT) }
     }
 
+    /// Launches what the emulator would run, on a copy of emulated memory, which gets the results. Bytes
+    /// that nobody has written hold a pattern there, too.
+    ///
+    /// # Errors
+    /// What the driver says, faults of the kernel included.
+    pub fn run(&self, kernel: &Kernel, launch: &Launch, memory: &mut Memory) -> Result<(), Error> {
+        let function = self.load(kernel)?;
+        let mut copies: Vec<(Range<u64>, Buffer)> = Vec::new();
+        for range in memory.ranges() {
+            let bytes: Vec<u8> = memory.read(range.start, (range.end - range.start) as usize);
+            let buffer = self.device.alloc(bytes.len())?;
+            buffer.write(&bytes)?;
+            copies.push((range, buffer));
+        }
+        let launch = relocated(launch, |address| {
+            let found = copies.iter().find(|(range, _)| range.contains(&address))?;
+            Some(found.1.address() + (address - found.0.start))
+        });
+        // SAFETY: the copies live until they are read below, which waits for the launch; the
+        // kernel stays within them, as the emulator shows of each that tests run.
+        unsafe { function.launch(&launch, Stream::DEFAULT)? };
+        for (range, buffer) in &copies {
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            buffer.read(&mut bytes)?;
+            memory.write(range.start, &bytes);
+        }
+        Ok(())
+    }
+
     /// Times `work`, which launches: `calls` in a row between two events, `repeats` times, after
     /// two rounds that are not counted.
     ///
@@ -194,5 +224,52 @@ impl Gpu {
             min: times[0],
             max: times[times.len() - 1],
         })
+    }
+}
+
+/// A launch whose addresses are those that `place` has for them; where it has none, they stay.
+fn relocated(launch: &Launch, place: impl Fn(u64) -> Option<u64>) -> Launch {
+    let moved = |address| place(address).unwrap_or(address);
+    let mut launch = launch.clone();
+    for arg in &mut launch.args {
+        match arg {
+            Arg::U64(address) => *address = moved(*address),
+            Arg::TensorMap(map) => map.address = moved(map.address),
+            Arg::U32(_) | Arg::F32(_) => {}
+        }
+    }
+    launch
+}
+
+#[cfg(test)]
+mod tests {
+    use flex_block_attn_ptx::{Element, Swizzle, TensorMap};
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_relocated_and_nothing_else() {
+        let map = |address| TensorMap {
+            element: Element::Bf16,
+            address,
+            rank: 1,
+            dims: [64, 0, 0, 0, 0],
+            strides: [2, 0, 0, 0, 0],
+            tile: [64, 0, 0, 0, 0],
+            swizzle: Swizzle::None,
+        };
+        let launch = |a, b, c| Launch {
+            grid: [1, 2, 3],
+            args: vec![
+                Arg::U64(a),
+                Arg::U32(1000),
+                Arg::TensorMap(map(b)),
+                Arg::U64(c),
+                Arg::F32(1.0),
+            ],
+        };
+        let place = |address: u64| (1000..2000).contains(&address).then(|| address + 7000);
+        let moved = relocated(&launch(1016, 1999, 5), place);
+        assert_eq!(moved, launch(8016, 8999, 5));
     }
 }

@@ -1,8 +1,10 @@
 //! Mask compaction, word for word against the host's.
 
 use flex_block_attn::{BlockMask, BoolMatrix, Extents, Plan};
-use flex_block_attn_emulator::{Memory, Options, emulate};
+use flex_block_attn_emulator::{Memory, Options};
 use flex_block_attn_kernels::plan::{Args, Config};
+
+use crate::{Repeats, each_in_all_ways};
 
 /// Which layout a mask has in memory.
 #[derive(Debug, Clone, Copy)]
@@ -56,26 +58,25 @@ impl Problem {
         let extents = Extents::new(16 * rows, 16 * columns, 16, 16).unwrap();
         let matrix = BoolMatrix::new(&bytes, self.shape, self.strides()).unwrap();
         let plan = Plan::new(&BlockMask::from_matrix(extents, matrix).unwrap());
-        for options in ways {
+        let words = plan.words().len();
+        let prepare = || {
             let mut memory = Memory::new();
-            let words = memory.alloc("plan", 4 * plan.words().len());
             let args = Args {
                 mask: memory.alloc_with("mask", &bytes),
                 strides: self.strides().map(|stride| stride as u64),
                 layout: plan.layout(),
-                plan: words,
+                plan: memory.alloc("plan", 4 * words),
             };
-            for config in [Config::Lists, Config::Order] {
-                let launch = config.launch(&args);
-                if let Err(fault) = emulate(&config.kernel(), &launch, &mut memory, options) {
-                    panic!("{:?}, {:?}, {options:?}: {fault}", self.shape, self.layout);
-                }
-            }
-            assert!(memory.is_written(words, 4 * plan.words().len()));
-            let got: Vec<i32> = memory.read(words, plan.words().len());
+            let launch = |config: Config| (config.kernel(), config.launch(&args));
+            let launches = [Config::Lists, Config::Order].map(launch);
+            (memory, launches.to_vec(), args.plan)
+        };
+        each_in_all_ways(ways, Repeats::Exactly, prepare, |memory, &at| {
+            assert!(memory.is_written(at, 4 * words));
+            let got: Vec<i32> = memory.read(at, words);
             let differs = got.iter().zip(plan.words()).position(|(a, b)| a != b);
             assert_eq!(differs, None, "{:?}, {:?}", self.shape, self.layout);
-        }
+        });
     }
 }
 

@@ -1,0 +1,213 @@
+//! Attention backward, against gradients in float64.
+
+use flex_block_attn::{BlockMask, Extents, Plan, bf16};
+use flex_block_attn_emulator::{Memory, Options};
+use flex_block_attn_kernels::backward::{Args, Config, Workspace};
+use flex_block_attn_kernels::forward::Tensor;
+use flex_block_attn_kernels::{Element, Strides};
+use flex_block_attn_lab::emulated::normal;
+use flex_block_attn_lab::reference::{Problem, Sizes};
+
+use crate::{Repeats, each_in_all_ways};
+
+const D: usize = 128;
+
+struct Case {
+    piece: u32,
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    mask: BlockMask,
+    scale: f64,
+}
+
+impl Case {
+    fn new(piece: u32, mask: BlockMask) -> Self {
+        Self {
+            piece,
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            mask,
+            scale: 0.125,
+        }
+    }
+
+    fn check(&self, ways: &[Options]) {
+        let extents = self.mask.extents();
+        let sizes = Sizes {
+            batch: self.batch,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            q_len: extents.q_len(),
+            kv_len: extents.kv_len(),
+            head_dim: D,
+        };
+        let (q_lines, kv_lines) = (self.batch * self.heads, self.batch * self.kv_heads);
+        let q = normal(1, q_lines * sizes.q_len * D);
+        let k = normal(2, kv_lines * sizes.kv_len * D);
+        let v = normal(3, kv_lines * sizes.kv_len * D);
+        let dout = normal(4, q.len());
+        let wide = |x: &[bf16]| -> Vec<f64> { x.iter().map(|x| x.to_f64()).collect() };
+        let problem = Problem {
+            sizes,
+            scale: self.scale,
+            q: &wide(&q),
+            k: &wide(&k),
+            v: &wide(&v),
+        };
+        let keep = |batch: usize, head: usize, query: usize, key: usize| {
+            let (batch, head) = (batch % self.mask.batch(), head % self.mask.heads());
+            let (row, column) = (query / extents.q_block(), key / extents.kv_block());
+            self.mask.contains(batch, head, row, column)
+        };
+        let attention = problem.attention(&keep);
+        let expected = problem.gradients(&keep, &wide(&dout), &vec![0.0; attention.lse.len()]);
+
+        // What the preparation makes of the forward's results.
+        let workspace = Workspace::new(sizes.q_len);
+        let mut lse = vec![f32::INFINITY; q_lines * workspace.line];
+        let mut delta = vec![0f32; lse.len()];
+        for (i, &value) in attention.lse.iter().enumerate() {
+            let at = i / sizes.q_len * workspace.line + i % sizes.q_len;
+            if value.is_finite() {
+                lse[at] = (value * std::f64::consts::LOG2_E) as f32;
+                let products = attention.out[i * D..].iter().zip(&dout[i * D..]).take(D);
+                delta[at] = products.map(|(a, b)| a * b.to_f64()).sum::<f64>() as f32;
+            }
+        }
+        let plan = Plan::new(&self.mask);
+        let config = Config {
+            element: Element::Bf16,
+            piece: self.piece,
+        };
+        let dq_count = q_lines * workspace.tiles * 64 * D;
+        let prepare = || {
+            let mut memory = Memory::new();
+            let tensor = |address, heads: usize, tokens: usize| Tensor {
+                address,
+                strides: Strides {
+                    row: D as u64,
+                    head: (tokens * D) as u64,
+                    batch: (heads * tokens * D) as u64,
+                },
+            };
+            let bits = |x: &[bf16]| -> Vec<u16> { x.iter().map(|x| x.to_bits()).collect() };
+            let mut of_q = |name: &str, x: &[bf16]| {
+                tensor(memory.alloc_with(name, &bits(x)), self.heads, sizes.q_len)
+            };
+            let (q, dout) = (of_q("q", &q), of_q("dout", &dout));
+            let mut of_kv = |name: &str, x: &[bf16]| {
+                tensor(
+                    memory.alloc_with(name, &bits(x)),
+                    self.kv_heads,
+                    sizes.kv_len,
+                )
+            };
+            let (k, v) = (of_kv("k", &k), of_kv("v", &v));
+            let mut out = |name: &str| {
+                let bytes = 2 * kv_lines * sizes.kv_len * D;
+                tensor(memory.alloc(name, bytes), self.kv_heads, sizes.kv_len)
+            };
+            let (dk, dv) = (out("dk"), out("dv"));
+            let args = Args {
+                q,
+                k,
+                v,
+                dout,
+                dk,
+                dv,
+                lse: memory.alloc_with("lse", &lse),
+                delta: memory.alloc_with("delta", &delta),
+                dq: memory.alloc_with("dq", &vec![0f32; dq_count]),
+                plan: memory.alloc_with("plan", plan.words()),
+                layout: plan.layout(),
+                batch: self.batch as u32,
+                heads: self.heads as u32,
+                kv_heads: self.kv_heads as u32,
+                scale: self.scale as f32,
+            };
+            (memory, vec![(config.kernel(), config.launch(&args))], args)
+        };
+        each_in_all_ways(ways, Repeats::Nearly, prepare, |memory, args| {
+            let dq: Vec<f32> = memory.read(args.dq, dq_count);
+            let got: Vec<f64> = (0..q_lines * sizes.q_len * D)
+                .map(|i| {
+                    let (line, query, column) = (i / D / sizes.q_len, i / D % sizes.q_len, i % D);
+                    let tile = line * workspace.tiles + query / 64;
+                    self.scale * f64::from(dq[tile * 64 * D + place(query % 64, column)])
+                })
+                .collect();
+            close("dq", &got, &expected.dq);
+            for (name, at, expected) in [
+                ("dk", args.dk.address, &expected.dk),
+                ("dv", args.dv.address, &expected.dv),
+            ] {
+                let words: Vec<u16> = memory.read(at, expected.len());
+                let got: Vec<f64> = words.iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
+                close(name, &got, expected);
+            }
+        });
+    }
+}
+
+/// Where a tile of dq's sums has an element.
+fn place(row: usize, column: usize) -> usize {
+    let (group, row) = (row / 16, row % 16);
+    let (half, column) = (column / 64, column % 64);
+    let (eight, column) = (column / 8, column % 8);
+    let lane = row % 8 * 4 + column / 2;
+    group * 2048 + half * 1024 + eight * 128 + lane * 4 + row / 8 * 2 + column % 2
+}
+
+fn close(name: &str, got: &[f64], expected: &[f64]) {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let wrong = norm(&mut got.iter().zip(expected).map(|(a, b)| a - b));
+    let all = norm(&mut expected.iter().copied());
+    assert!(
+        wrong <= 5e-3 * all,
+        "relative error {} of {name}",
+        wrong / all
+    );
+}
+
+fn mask(lengths: [usize; 2], blocks: [usize; 2], rows: &[&str]) -> BlockMask {
+    let extents = Extents::new(lengths[0], lengths[1], blocks[0], blocks[1]).unwrap();
+    BlockMask::from_fn(extents, |row, column| rows[row].as_bytes()[column] == b'1')
+}
+
+#[test]
+fn columns_of_every_length() {
+    // None, one, two, three tiles of queries, and all.
+    let rows = ["01010", "00110", "00011", "00001"];
+    let case = Case::new(64, mask([256, 640], [64, 128], &rows));
+    case.check(&Options::all(1));
+}
+
+#[test]
+fn heads_that_share_keys() {
+    let case = Case {
+        batch: 2,
+        heads: 4,
+        kv_heads: 2,
+        scale: 0.08,
+        ..Case::new(64, mask([192, 256], [192, 256], &["1"]))
+    };
+    case.check(&Options::all(0));
+}
+
+#[test]
+fn pieces_and_sequences_that_end_anywhere() {
+    for (piece, q_block, kv_block, q_len, kv_len) in [
+        (64, 64, 128, 200, 300),
+        (32, 96, 256, 250, 500),
+        (16, 48, 128, 130, 129),
+        (16, 16, 128, 40, 10),
+        (64, 128, 128, 129, 257),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
+        let case = Case::new(piece, BlockMask::from_fn(extents, seen));
+        case.check(&Options::all(0));
+    }
+}
