@@ -62,7 +62,7 @@ pub fn forward(
     out: TensorMut<'_>,
     lse: TensorMut<'_>,
 ) -> Result<()> {
-    check::forward([&q, &k, &v], &plan, options, &out, &lse)?;
+    check::forward([&q, &k, &v], &plan.layout(), options, &out, &lse)?;
     match q.dtype {
         DType::F16 => cpu_forward::<f16>([q, k, v], plan, options, out, lse),
         DType::BF16 => cpu_forward::<bf16>([q, k, v], plan, options, out, lse),
@@ -89,7 +89,14 @@ pub fn backward(
     options: &Options,
     gradients: Gradients<'_>,
 ) -> Result<()> {
-    check::backward(&saved, &dout, dlse.as_ref(), &plan, options, &gradients)?;
+    check::backward(
+        &saved,
+        &dout,
+        dlse.as_ref(),
+        &plan.layout(),
+        options,
+        &gradients,
+    )?;
     match saved.q.dtype {
         DType::F16 => cpu_backward::<f16>(saved, dout, dlse, plan, options, gradients),
         DType::BF16 => cpu_backward::<bf16>(saved, dout, dlse, plan, options, gradients),

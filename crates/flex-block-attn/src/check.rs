@@ -1,6 +1,6 @@
 //! All that can be wrong with a call, looked at once, before anything is computed.
 
-use flex_block_attn_mask::PlanView;
+use flex_block_attn_mask::PlanLayout;
 
 use crate::{DType, Error, Gradients, Options, Result, Saved, Tensor, TensorMut};
 
@@ -106,7 +106,7 @@ fn inputs(
     q: &Tensor<'_>,
     k: &Tensor<'_>,
     v: &Tensor<'_>,
-    plan: &PlanView<'_>,
+    plan: &PlanLayout,
     options: &Options,
 ) -> Result<Sizes> {
     let [batch, q_heads, q_len, head_dim] = q.shape;
@@ -126,8 +126,7 @@ fn inputs(
         outline.last_contiguous()?;
     }
 
-    let layout = plan.layout();
-    let (mask_q_len, mask_kv_len) = (layout.extents.q_len(), layout.extents.kv_len());
+    let (mask_q_len, mask_kv_len) = (plan.extents.q_len(), plan.extents.kv_len());
     if (mask_q_len, mask_kv_len) != (q_len, kv_len) {
         return Err(Error::MaskLengths {
             mask_q_len,
@@ -137,8 +136,8 @@ fn inputs(
         });
     }
     for (what, got, needed) in [
-        ("batches", layout.batch, batch),
-        ("heads", layout.heads, q_heads),
+        ("batches", plan.batch, batch),
+        ("heads", plan.heads, q_heads),
     ] {
         if got != 1 && got != needed {
             return Err(Error::MaskExtent { what, got, needed });
@@ -160,7 +159,7 @@ fn lse_shape([batch, heads, tokens, _]: [usize; 4]) -> [usize; 4] {
 
 pub(crate) fn forward(
     [q, k, v]: [&Tensor<'_>; 3],
-    plan: &PlanView<'_>,
+    plan: &PlanLayout,
     options: &Options,
     out: &TensorMut<'_>,
     lse: &TensorMut<'_>,
@@ -181,7 +180,7 @@ pub(crate) fn backward(
     saved: &Saved<'_>,
     dout: &Tensor<'_>,
     dlse: Option<&Tensor<'_>>,
-    plan: &PlanView<'_>,
+    plan: &PlanLayout,
     options: &Options,
     gradients: &Gradients<'_>,
 ) -> Result<()> {

@@ -107,6 +107,19 @@ pub enum Error {
         /// The view's strides, in elements.
         strides: [isize; 4],
     },
+    /// What the GPU's kernels do not do.
+    #[error("on a GPU, {argument} must be {allowed}, got {got}")]
+    Gpu {
+        /// The argument's name.
+        argument: &'static str,
+        /// What came.
+        got: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// There is no GPU, or its driver says no.
+    #[error(transparent)]
+    Device(#[from] flex_block_attn_cuda::Error),
     /// The mask is wrong.
     #[error(transparent)]
     Mask(#[from] flex_block_attn_mask::MaskError),

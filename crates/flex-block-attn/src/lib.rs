@@ -47,6 +47,7 @@ mod attention;
 mod check;
 pub mod doctor;
 mod error;
+pub mod gpu;
 mod tensor;
 
 pub use attention::{Gradients, Options, Saved, backward, forward};

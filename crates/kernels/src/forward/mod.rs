@@ -23,8 +23,10 @@
 //! - `keys`: the pieces of a list of key blocks, one after the other;
 //! - `queries`: the tile of queries, from its load to the output that takes its place;
 //! - `softmax`: the running softmax;
+//! - `choose`: which config computes what;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+mod choose;
 mod kernel;
 mod keys;
 mod mixed;
