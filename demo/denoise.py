@@ -112,7 +112,7 @@ def pick_device(wanted: str) -> torch.device:
     few = torch.zeros(1, 1, 256, 64, dtype=torch.bfloat16, device="cuda")
     try:
         flex_block_attn(few, few, few, BlockMask.full(256, 256, 256, 256).to("cuda"))
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:
         if wanted == "cuda":
             raise DemoError(f"--device cuda: {error}") from None
         print(f"CUDA is there, but the library does not compute this on it: {error}. On the CPU:")

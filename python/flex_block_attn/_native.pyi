@@ -29,6 +29,11 @@ _Tensor = tuple[int, str, tuple[int, ...], tuple[int, ...]]
 _Sizes = tuple[int, int, int, int]
 # (address, words, batch, heads, sizes)
 _Plan = tuple[int, int, int, int, _Sizes]
+# (device ordinal, stream handle)
+_Stream = tuple[int, int]
+
+# Bytes of forward_cuda's workspace.
+FORWARD_WORKSPACE_BYTES: int
 
 def forward(
     inputs: tuple[_Tensor, _Tensor, _Tensor],
@@ -43,11 +48,25 @@ def backward(
     settings: tuple[float, int],
     outputs: tuple[_Tensor | None, _Tensor | None, _Tensor | None],
 ) -> None: ...
+def forward_cuda(
+    inputs: tuple[_Tensor, _Tensor, _Tensor],
+    plan: _Plan,
+    scale: float,
+    outputs: tuple[_Tensor, _Tensor],
+    workspace: int,
+    on: _Stream,
+) -> None: ...
 def plan_words(sizes: _Sizes) -> int: ...
 def write_plan(
     blocks: tuple[int, tuple[int, ...], tuple[int, ...]], sizes: _Sizes, to: tuple[int, int]
 ) -> None: ...
 def doctor() -> _Report: ...
+def plan_cuda(
+    blocks: tuple[int, tuple[int, ...], tuple[int, ...]],
+    sizes: _Sizes,
+    to: tuple[int, int],
+    on: _Stream,
+) -> None: ...
 
 class BlockMask:
     @staticmethod

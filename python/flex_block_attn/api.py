@@ -14,7 +14,8 @@ from .masks import BlockMask, as_blocks, as_size
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPES = (*_CAST, torch.float64)
 # "meta" tensors have shapes only: torch.compile works out a program's shapes with them.
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "cuda", "meta")
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def flex_block_attn_func(
@@ -111,7 +112,7 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = q.device.type
     if device not in _DEVICES:
         raise NotImplementedError(
-            f"q is on {q.device}, but this version computes on CPUs only: "
+            f"q is on {q.device}, but only CPUs and NVIDIA GPUs (cuda) are supported: "
             "move q, k, v and the mask with .cpu()"
         )
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -126,6 +127,10 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             )
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {_name(tensor.dtype)}, but q is {_name(q.dtype)}")
+    if device == "cuda" and q.dtype not in _CUDA_DTYPES:
+        raise TypeError(
+            f"q is {_name(q.dtype)}, but on a GPU only float16 and bfloat16 are supported"
+        )
     return q, k, v
 
 

@@ -40,7 +40,7 @@ def describe(found: "_Report", torch_cuda: str | None, torch_sees_gpu: bool) -> 
         f"and {found['bf16']} (bfloat16)",
         *_gpus(found, torch_cuda, torch_sees_gpu),
         *_cache(),
-        "used             CPU tensors: the CPU backend; CUDA tensors are refused by this version",
+        f"used             {_used(found, torch_sees_gpu)}",
     ]
     return "\n".join(lines)
 
@@ -89,3 +89,10 @@ def _cache() -> list[str]:
             "  -> set CUDA_CACHE_PATH to a folder that can be written to",
         ]
     return [f"kernel cache     {folder} (the driver's)"]
+
+
+def _used(found: "_Report", torch_sees_gpu: bool) -> str:
+    cpu = "CPU tensors: the CPU backend"
+    if torch_sees_gpu and any(gpu["problem"] is None for gpu in found["gpus"]):
+        return f"{cpu}; CUDA tensors: our kernels (forward only, in this version)"
+    return cpu

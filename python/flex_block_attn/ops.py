@@ -58,6 +58,27 @@ def _raw_plan(plan: Tensor, q: Tensor, k: Tensor, q_block: int, kv_block: int) -
     return plan.data_ptr(), plan.numel(), batch, heads, sizes
 
 
+def _stream(tensor: Tensor) -> tuple[int, int]:
+    """A CUDA tensor's device, and the stream that is current there. The extension makes the
+    device's context current itself, so no device guard is needed."""
+    device = tensor.device.index
+    # What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def _for_copies(tensor: Tensor) -> Tensor:
+    """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
+    torch makes is so; an odd slice or an expanded tensor becomes a copy."""
+    step = 16 // tensor.element_size()
+    shape, strides = tensor.shape, tensor.stride()
+    if strides[3] == 1 and (
+        tensor.data_ptr() % 16
+        or any(shape[i] > 1 and (strides[i] <= 0 or strides[i] % step) for i in range(3))
+    ):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -72,6 +93,16 @@ def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: i
     result = torch.empty((*blocks.shape[:2], words), dtype=torch.int32)
     raw = blocks.data_ptr(), blocks.shape, blocks.stride()
     _native.write_plan(raw, sizes, (result.data_ptr(), result.numel()))
+    return result
+
+
+@torch.library.impl(f"{_LIBRARY}::plan", "CUDA")
+def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
+    sizes = q_len, kv_len, q_block, kv_block
+    words = _native.plan_words(sizes)
+    result = blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
+    raw = blocks.data_ptr(), blocks.shape, blocks.stride()
+    _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), _stream(blocks))
     return result
 
 
@@ -101,6 +132,30 @@ def _forward_cpu(
         _raw_plan(plan, q, k, q_block, kv_block),
         (scale, torch.get_num_threads()),
         (_raw(out), _raw(lse)),
+    )
+    return out, lse
+
+
+@torch.library.impl(f"{_LIBRARY}::forward", "CUDA")
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    if scale < 0:
+        # Kernels look for the largest score before they scale.
+        q, scale = -q, -scale
+    q, k, v = _for_copies(q), _for_copies(k), _for_copies(v)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    workspace = q.new_empty(_native.FORWARD_WORKSPACE_BYTES, dtype=torch.uint8)
+    _native.forward_cuda(
+        (_raw(q), _raw(k), _raw(v)),
+        _raw_plan(plan, q, k, q_block, kv_block),
+        scale,
+        (_raw(out), _raw(lse)),
+        workspace.data_ptr(),
+        _stream(q),
     )
     return out, lse
 
@@ -160,6 +215,14 @@ def _backward_cpu(
         tuple(_raw(x) if wants else None for x, wants in zip(gradients, wanted, strict=True)),
     )
     return gradients
+
+
+@torch.library.impl(f"{_LIBRARY}::backward", "CUDA")
+def _backward_cuda(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError(
+        "flex_block_attn has no backward pass on GPUs in this version: call it under "
+        "torch.no_grad(), or move q, k, v and the mask with .cpu()"
+    )
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

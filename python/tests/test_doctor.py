@@ -31,6 +31,7 @@ def test_a_machine_with_everything_asks_for_nothing(monkeypatch, tmp_path):
     assert "16 threads; products by avx512 (float32) and avx512-bf16 (bfloat16)" in text
     assert "NVIDIA H100 80GB HBM3, 79 GiB, 132 multiprocessors, driver for CUDA 13.0" in text
     assert f"{tmp_path / 'kernels'} (the driver's)" in text
+    assert "CUDA tensors: our kernels" in text
 
 
 @pytest.mark.parametrize(

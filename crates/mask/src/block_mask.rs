@@ -101,18 +101,7 @@ impl BlockMask {
     /// When rows and columns are not the block counts of `extents`.
     pub fn from_matrix(extents: Extents, matrix: BoolMatrix<'_>) -> Result<Self, MaskError> {
         let [batch, heads, rows, columns] = matrix.shape;
-        if (rows, columns) != (extents.q_blocks(), extents.kv_blocks()) {
-            return Err(MaskError::BlockCount {
-                got_rows: rows,
-                got_columns: columns,
-                rows: extents.q_blocks(),
-                columns: extents.kv_blocks(),
-                q_len: extents.q_len(),
-                q_block: extents.q_block(),
-                kv_len: extents.kv_len(),
-                kv_block: extents.kv_block(),
-            });
-        }
+        extents.check_blocks(rows, columns)?;
         let mut mask = Self::empty(extents, batch, heads);
         for b in 0..batch {
             for h in 0..heads {

@@ -79,6 +79,26 @@ impl Extents {
         self.kv_len.div_ceil(self.kv_block)
     }
 
+    /// Whether a mask of so many rows and columns is one of these blocks.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check_blocks(&self, rows: usize, columns: usize) -> Result<(), MaskError> {
+        if (rows, columns) == (self.q_blocks(), self.kv_blocks()) {
+            return Ok(());
+        }
+        Err(MaskError::BlockCount {
+            got_rows: rows,
+            got_columns: columns,
+            rows: self.q_blocks(),
+            columns: self.kv_blocks(),
+            q_len: self.q_len(),
+            q_block: self.q_block(),
+            kv_len: self.kv_len(),
+            kv_block: self.kv_block(),
+        })
+    }
+
     /// The query tokens of block `row`; the last block ends where the sequence does.
     pub fn q_tokens(&self, row: usize) -> Range<usize> {
         row * self.q_block..((row + 1) * self.q_block).min(self.q_len)

@@ -48,6 +48,21 @@ impl PlanLayout {
         self.batch * self.heads * self.record_words()
     }
 
+    /// Whether so many words are those of a plan with this layout.
+    ///
+    /// # Errors
+    /// When they are not.
+    pub fn check_words(&self, words: usize) -> Result<(), MaskError> {
+        if words == self.words() {
+            return Ok(());
+        }
+        Err(MaskError::Plan {
+            rows: self.rows(),
+            columns: self.columns(),
+            reason: "its number of words does not follow from the mask's shape",
+        })
+    }
+
     /// First word of the (batch, head) record that stands for `batch` and `head`; a mask's extent
     /// of 1 stands for all.
     fn record_start(&self, batch: usize, head: usize) -> usize {
@@ -199,11 +214,7 @@ impl<'a> PlanView<'a> {
             columns: layout.columns(),
             reason,
         };
-        if words.len() != layout.words() {
-            return Err(error(
-                "its number of words does not follow from the mask's shape",
-            ));
-        }
+        layout.check_words(words.len())?;
         for record in words.chunks_exact(layout.record_words().max(1)) {
             for (side, extent) in [
                 (Side::Rows, layout.columns()),

@@ -2,28 +2,36 @@
 
 use std::num::NonZeroUsize;
 
-use flex_block_attn::{Extents, Gradients, Options, PlanLayout, PlanView, Saved};
+use flex_block_attn::{Gradients, Options, PlanLayout, PlanView, Saved};
 use pyo3::prelude::*;
 
 use crate::error::{python, python_mask};
+use crate::mask::{RawExtents, extents};
 use crate::tensor::Raw;
 
 /// A plan as it crosses: address and number of the words of an int32 tensor, the mask's batch and
 /// heads, and (q_len, kv_len, q_block, kv_block).
 #[derive(FromPyObject)]
-pub struct RawPlan(usize, usize, usize, usize, (usize, usize, usize, usize));
+pub struct RawPlan(usize, usize, usize, usize, RawExtents);
 
 impl RawPlan {
-    /// # Safety
-    /// The tensor is alive, contiguous and not written during `'a`.
-    unsafe fn view<'a>(&self) -> PyResult<PlanView<'a>> {
-        let &Self(address, words, batch, heads, (q_len, kv_len, q_block, kv_block)) = self;
-        let extents = Extents::new(q_len, kv_len, q_block, kv_block).map_err(python_mask)?;
+    /// Its address and its layout, by which it has as many words as it has.
+    pub fn layout(&self) -> PyResult<(usize, PlanLayout)> {
+        let &Self(address, words, batch, heads, sizes) = self;
         let layout = PlanLayout {
-            extents,
+            extents: extents(sizes)?,
             batch,
             heads,
         };
+        layout.check_words(words).map_err(python_mask)?;
+        Ok((address, layout))
+    }
+
+    /// # Safety
+    /// The tensor is alive, contiguous and not written during `'a`.
+    unsafe fn view<'a>(&self) -> PyResult<PlanView<'a>> {
+        let (address, layout) = self.layout()?;
+        let words = self.1;
         let words: &[i32] = if words == 0 {
             &[]
         } else {
@@ -110,7 +118,7 @@ pub fn backward(
 }
 
 /// Views that leave the GIL behind.
-struct Unbound<T>(T);
+pub struct Unbound<T>(pub T);
 
 // SAFETY: the views are addresses and sizes; their tensors are held by the Python caller until the
 // call returns, whichever thread works.
@@ -118,7 +126,7 @@ unsafe impl<T> Send for Unbound<T> {}
 
 impl<T> Unbound<T> {
     /// Itself: a closure that calls this captures the whole, not the fields that are not `Send`.
-    fn whole(self) -> Self {
+    pub fn whole(self) -> Self {
         self
     }
 }

@@ -7,6 +7,7 @@
 mod attention;
 mod doctor;
 mod error;
+mod gpu;
 mod mask;
 mod tensor;
 
@@ -19,6 +20,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
+    module.add(
+        "FORWARD_WORKSPACE_BYTES",
+        flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES,
+    )?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
     Ok(())

@@ -9,9 +9,9 @@ use pyo3::types::PyBytes;
 use crate::error::python_mask;
 
 /// (q_len, kv_len, q_block, kv_block)
-type RawExtents = (usize, usize, usize, usize);
+pub type RawExtents = (usize, usize, usize, usize);
 
-fn extents((q_len, kv_len, q_block, kv_block): RawExtents) -> PyResult<Extents> {
+pub fn extents((q_len, kv_len, q_block, kv_block): RawExtents) -> PyResult<Extents> {
     Extents::new(q_len, kv_len, q_block, kv_block).map_err(python_mask)
 }
 

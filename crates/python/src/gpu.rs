@@ -1,0 +1,90 @@
+//! Plans and forward on CUDA tensors: addresses and a stream to the library.
+
+use flex_block_attn::gpu::{self, Mask, Plan, Stream};
+use flex_block_attn::{Options, PlanLayout};
+use pyo3::prelude::*;
+
+use crate::attention::{RawPlan, Unbound};
+use crate::error::{python, python_mask};
+use crate::mask::{RawExtents, extents};
+use crate::tensor::Raw;
+
+/// (device ordinal, stream handle)
+type RawStream = (u32, usize);
+
+fn stream((device, handle): RawStream) -> Stream {
+    Stream { device, handle }
+}
+
+/// Plans a bool matrix on its GPU, `(address, shape, strides)` in (batch, head, row, column) order,
+/// into the int32 memory `(address, words)`.
+#[pyfunction]
+pub fn plan_cuda(
+    py: Python<'_>,
+    blocks: (u64, [usize; 4], [u64; 4]),
+    sizes: RawExtents,
+    to: (u64, usize),
+    on: RawStream,
+) -> PyResult<()> {
+    let (address, [batch, heads, rows, columns], strides) = blocks;
+    let layout = PlanLayout {
+        extents: extents(sizes)?,
+        batch,
+        heads,
+    };
+    layout
+        .extents
+        .check_blocks(rows, columns)
+        .map_err(python_mask)?;
+    layout.check_words(to.1).map_err(python_mask)?;
+    let mask = Mask { address, strides };
+    let plan = Plan {
+        layout,
+        address: to.0,
+    };
+    // SAFETY: `ops.py` has read the mask's layout from a tensor on the stream's device, and has
+    // allocated the plan, which has room for its words; torch's allocator keeps both until the stream
+    // has come past this call.
+    py.detach(|| unsafe { gpu::plan(&mask, &plan, stream(on)) })
+        .map_err(python)
+}
+
+/// Attention forward on a GPU: writes `out` and `lse`. `workspace` is the address of
+/// [`gpu::FORWARD_WORKSPACE_BYTES`] bytes.
+#[pyfunction]
+pub fn forward_cuda(
+    py: Python<'_>,
+    inputs: (Raw, Raw, Raw),
+    plan: RawPlan,
+    scale: f64,
+    outputs: (Raw, Raw),
+    workspace: u64,
+    on: RawStream,
+) -> PyResult<()> {
+    let (address, layout) = plan.layout()?;
+    let plan = Plan {
+        layout,
+        address: address as u64,
+    };
+    let options = Options {
+        scale: Some(scale),
+        threads: None,
+    };
+    // SAFETY: `ops.py` has read all layouts from tensors on the stream's device, and has allocated
+    // outputs and workspace; the plan has as many words as its layout says; torch's allocator keeps
+    // all until the stream has come past this call.
+    unsafe {
+        let (q, k, v) = (
+            inputs.0.read("q")?,
+            inputs.1.read("k")?,
+            inputs.2.read("v")?,
+        );
+        let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
+        let call = Unbound((q, k, v, out, lse));
+        py.detach(move || {
+            let Unbound((q, k, v, out, lse)) = call.whole();
+            gpu::forward(q, k, v, &plan, &options, out, lse, workspace, stream(on))
+        })
+    }
+    .map_err(python)
+}
