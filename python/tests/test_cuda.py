@@ -1,0 +1,194 @@
+"""CUDA tensors: the same results as on the CPU, on streams, in graphs, in threads.
+
+All of it needs a Hopper GPU; without one the tests are skipped and say why.
+"""
+
+import math
+import random
+import threading
+
+import pytest
+import torch
+from reference import attention, relative_error
+
+from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
+
+
+def _why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"{torch.cuda.get_device_name()} is no Hopper GPU"
+    return None
+
+
+pytestmark = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+
+
+def tensor(shape, layout, dtype, generator):
+    """Random numbers by one of the layouts that users have."""
+    batch, heads, tokens, dim = shape
+    if layout == "heads first":
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+    if layout == "tokens first":
+        x = torch.randn(batch, tokens, heads, dim, device="cuda", generator=generator).to(dtype)
+        return x.transpose(1, 2)
+    # One of q, k and v that were computed together.
+    x = torch.randn(batch, tokens, 3, heads, dim, device="cuda", generator=generator).to(dtype)
+    return x[:, :, 1].transpose(1, 2)
+
+
+@pytest.mark.parametrize("seed", range(320))
+def test_random_problems(seed: int):
+    chance = random.Random(seed)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    dtype = chance.choice([torch.bfloat16, torch.float16])
+    dim = chance.choice([64, 128])
+    q_block = chance.choice([16, 48, 64, 96, 128, 192, 256, 384])
+    kv_block = chance.choice([16, 32, 48, 64, 96, 128, 192, 320, 384])
+    q_len, kv_len = chance.randint(1, 1500), chance.randint(1, 1500)
+    batch = chance.choice([1, 1, 2])
+    kv_heads = chance.choice([1, 2, 3])
+    heads = kv_heads * chance.choice([1, 1, 2, 4])
+    rows, columns = -(-q_len // q_block), -(-kv_len // kv_block)
+    masks = chance.choice([1, batch]), chance.choice([1, heads])
+    density = chance.choice([0.1, 0.3, 0.7, 1.0])
+    blocks = torch.rand(*masks, rows, columns, device="cuda", generator=generator) < density
+    layout = chance.choice(["heads first", "tokens first", "together"])
+    q = tensor((batch, heads, q_len, dim), layout, dtype, generator)
+    k, v = (tensor((batch, kv_heads, kv_len, dim), layout, dtype, generator) for _ in range(2))
+    scale = chance.choice([dim**-0.5, 0.05, -0.1, 0.0])
+    mask = BlockMask(blocks, q_len, kv_len, q_block, kv_block)
+    with torch.no_grad():
+        out, lse = flex_block_attn(q, k, v, mask, scale=scale, return_lse=True)
+    expected, expected_lse = attention(q, k, v, blocks, q_block, kv_block, scale)
+    assert relative_error(out, expected) < 5e-3
+    empty = expected_lse.isinf()
+    assert torch.equal(lse.isinf(), empty)
+    assert (out[empty] == 0).all()
+    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_same_as_on_the_cpu(seed: int):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, 2, 700, 64).bfloat16() for _ in range(3))
+    blocks = torch.rand(2, 6, 11) < 0.5
+    on_cpu = flex_block_attn_func(q, k, v, 128, 64, blocks)
+    on_gpu = flex_block_attn_func(*(x.cuda() for x in (q, k, v)), 128, 64, blocks.cuda())
+    assert relative_error(on_gpu.cpu(), on_cpu) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 24, 240, 240), (2, 3, 361, 361), (1, 2, 7, 500)]
+)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_plans_are_the_cpus(shape, density):
+    blocks = torch.rand(shape) < density
+    lengths = shape[2] * 64, shape[3] * 64
+    on_cpu = BlockMask(blocks, *lengths, 64, 64).plan
+    on_gpu = BlockMask(blocks.cuda(), *lengths, 64, 64).plan
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+    transposed = BlockMask(blocks.cuda().mT.contiguous().mT, *lengths, 64, 64).plan
+    assert torch.equal(transposed.cpu(), on_cpu)
+
+
+def test_outliers():
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (tensor((1, 2, 1024, 128), "heads first", torch.float32, generator) for _ in "qkv")
+    q[..., ::17] *= 8
+    k[..., ::17] *= 8
+    q, k, v = (x.clamp(-30, 30).bfloat16() for x in (q, k, v))
+    blocks = torch.ones(1, 1, 8, 8, dtype=torch.bool, device="cuda")
+    out = flex_block_attn_func(q, k, v, 128, 128, blocks)
+    expected, _ = attention(q, k, v, blocks, 128, 128)
+    flash = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert relative_error(out, expected) <= 1.1 * relative_error(flash, expected) + 1e-4
+
+
+def problem():
+    q, k, v = (torch.randn(1, 4, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    return q, k, v, BlockMask.random(2048, 2048, 128, 128, density=0.5, seed=1).to("cuda")
+
+
+def test_repeats_exactly():
+    q, k, v, mask = problem()
+    first = flex_block_attn(q, k, v, mask)
+    assert all(torch.equal(flex_block_attn(q, k, v, mask), first) for _ in range(5))
+
+
+def test_streams_and_threads():
+    q, k, v, mask = problem()
+    expected = flex_block_attn(q, k, v, mask)
+    torch.cuda.synchronize()
+    results: list[torch.Tensor] = []
+
+    def work():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            outs = [flex_block_attn(q, k, v, mask) for _ in range(20)]
+        stream.synchronize()
+        results.extend(outs)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80 and all(torch.equal(out, expected) for out in results)
+
+
+def test_graphs():
+    q, k, v, mask = problem()
+    flex_block_attn(q, k, v, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flex_block_attn(q, k, v, mask)
+        planned = flex_block_attn_func(q, k, v, 128, 128, mask.blocks)
+    for _ in range(3):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        expected = flex_block_attn(q, k, v, mask)
+        assert torch.equal(out, expected) and torch.equal(planned, expected)
+
+
+def test_compiles():
+    q, k, v, mask = problem()
+    compiled = torch.compile(lambda q, k, v: flex_block_attn(q, k, v, mask), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), flex_block_attn(q, k, v, mask))
+
+
+def test_odd_slices_and_expanded_tensors_are_copied():
+    q, k, v, mask = problem()
+    expected = flex_block_attn(q, k, v, mask)
+    odd = torch.empty(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    assert odd.data_ptr() % 16 != 0
+    assert torch.equal(flex_block_attn(odd, k, v, mask), expected)
+    shared = k[:, :1].expand_as(k)
+    same = flex_block_attn(q, shared.contiguous(), v, mask)
+    assert torch.equal(flex_block_attn(q, shared, v, mask), same)
+
+
+def test_no_keys_and_no_queries():
+    q = torch.randn(1, 2, 32, 64, device="cuda", dtype=torch.bfloat16)
+    mask = BlockMask.full(32, 0, 16, 16).to("cuda")
+    out, lse = flex_block_attn(q, q[:, :, :0], q[:, :, :0], mask, return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    mask = BlockMask.full(0, 32, 16, 16).to("cuda")
+    assert flex_block_attn(q[:, :, :0], q, q, mask).shape == (1, 2, 0, 64)
+
+
+def test_what_is_refused_is_named():
+    q, k, v, mask = problem()
+    with pytest.raises(TypeError, match="q is float32, but on a GPU only float16 and bfloat16"):
+        flex_block_attn(q.float(), k.float(), v.float(), mask)
+    with pytest.raises(ValueError, match="on a GPU, head_dim must be 64 or 128, got 96"):
+        flex_block_attn(q[..., :96], k[..., :96], v[..., :96], mask)
+    with pytest.raises(ValueError, match="mask is on cpu, but q is on cuda"):
+        flex_block_attn(q, k, v, mask.to("cpu"))
+    with pytest.raises(ValueError, match="block_mask has 3 x 16 blocks"):
+        flex_block_attn_func(q, k, v, 128, 128, mask.blocks[..., :3, :])
+    out = flex_block_attn(q.requires_grad_(), k, v, mask)
+    with pytest.raises(NotImplementedError, match="no backward pass on GPUs"):
+        out.sum().backward()
