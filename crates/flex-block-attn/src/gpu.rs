@@ -44,7 +44,7 @@ pub struct Plan {
     pub address: u64,
 }
 
-/// Bytes that [`forward`] needs besides, at a multiple of 4; their contents do not matter.
+/// Bytes that [`forward()`] needs besides, at a multiple of 4; their contents do not matter.
 pub const FORWARD_WORKSPACE_BYTES: usize = 4;
 
 /// A kernel that a call launches.
@@ -110,7 +110,7 @@ pub unsafe fn plan(mask: &Mask, plan: &Plan, stream: Stream) -> Result<()> {
     Ok(())
 }
 
-/// The launch of [`forward`], for a GPU of so many multiprocessors; none if there are no queries. The
+/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries. The
 /// word at `workspace` must be 0 when it starts.
 ///
 /// # Errors
