@@ -8,7 +8,6 @@
 
 pub mod backward;
 mod chunk;
-pub mod delta;
 pub mod forward;
 pub mod gemm;
 pub mod plan;
@@ -22,7 +21,16 @@ pub fn all() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(backward::Config::all().into_iter().map(|c| c.kernel()));
-    kernels.extend(delta::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(
+        backward::prepare::Config::all()
+            .into_iter()
+            .map(|c| c.kernel()),
+    );
+    kernels.extend(
+        backward::finish::Config::all()
+            .into_iter()
+            .map(|c| c.kernel()),
+    );
     kernels.extend(plan::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(pool::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(gemm::Config::all().into_iter().map(|c| c.kernel()));

@@ -1,15 +1,18 @@
 //! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
 //!
-//! Three launches: `prepare` makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
+//! Three launches: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
 //! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
 //! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
-//! `finish` rounds dq. The workspace is made of three arrays, see [`Workspace`].
+//! [`finish`] rounds dq. The workspace is made of three arrays, see [`Workspace`].
 //!
-//! - `kernel`: what the main kernel's loader, reducers and consumers do;
+//! - [`prepare`], [`finish`]: what comes before and after;
+//! - `kernel`: what the main kernel's loader, reducer and consumers do;
 //! - `queries`: the pieces of a list of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+pub mod finish;
 mod kernel;
+pub mod prepare;
 mod queries;
 
 use flex_block_attn_mask::{PlanLayout, Side};

@@ -3,7 +3,8 @@
 use std::error::Error;
 
 use flex_block_attn::{Extents, Plan, PlanLayout, builders};
-use flex_block_attn_kernels::{Element, Strides, delta, forward, gemm, plan, pool};
+use flex_block_attn_kernels::backward::{Workspace, prepare};
+use flex_block_attn_kernels::{Element, Strides, forward, gemm, plan, pool};
 use flex_block_attn_lab::gpu::{Gpu, Times};
 use half::bf16;
 
@@ -157,15 +158,19 @@ fn tensor(gpu: &mut Gpu, seed: u64) -> Result<forward::Tensor> {
 }
 
 fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
-    let config = delta::Config {
+    let config = prepare::Config {
         element: Element::Bf16,
         head_dim: HEAD_DIM,
     };
     let rows = HEADS * TOKENS;
-    let args = delta::Args {
+    let line = 4 * HEADS as usize * Workspace::new(TOKENS as usize).line;
+    let args = prepare::Args {
         out: tensor(gpu, 1)?,
         dout: tensor(gpu, 2)?,
-        delta: gpu.alloc(4 * rows as usize)?,
+        lse: gpu.alloc_with(&numbers(3, 2 * rows as usize))?,
+        dlse: 0,
+        log2: gpu.alloc(line)?,
+        delta: gpu.alloc(line)?,
         batch: 1,
         heads: HEADS,
         q_len: TOKENS,
@@ -174,7 +179,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
     let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
     Ok(Measured {
         times,
-        work: f64::from(rows * (4 * HEAD_DIM + 4)),
+        work: f64::from(rows * (4 * HEAD_DIM + 12)),
     })
 }
 

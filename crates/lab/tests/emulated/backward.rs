@@ -2,7 +2,7 @@
 
 use flex_block_attn::{BlockMask, Extents, Plan, bf16};
 use flex_block_attn_emulator::{Memory, Options};
-use flex_block_attn_kernels::backward::{Args, Config, Workspace};
+use flex_block_attn_kernels::backward::{Args, Config, Workspace, finish, prepare};
 use flex_block_attn_kernels::forward::Tensor;
 use flex_block_attn_kernels::{Element, Strides};
 use flex_block_attn_lab::emulated::normal;
@@ -64,24 +64,16 @@ impl Case {
         let attention = problem.attention(&keep);
         let expected = problem.gradients(&keep, &wide(&dout), &vec![0.0; attention.lse.len()]);
 
-        // What the preparation makes of the forward's results.
+        let out: Vec<bf16> = attention.out.iter().map(|&x| bf16::from_f64(x)).collect();
+        let lse: Vec<f32> = attention.lse.iter().map(|&x| x as f32).collect();
         let workspace = Workspace::new(sizes.q_len);
-        let mut lse = vec![f32::INFINITY; q_lines * workspace.line];
-        let mut delta = vec![0f32; lse.len()];
-        for (i, &value) in attention.lse.iter().enumerate() {
-            let at = i / sizes.q_len * workspace.line + i % sizes.q_len;
-            if value.is_finite() {
-                lse[at] = (value * std::f64::consts::LOG2_E) as f32;
-                let products = attention.out[i * D..].iter().zip(&dout[i * D..]).take(D);
-                delta[at] = products.map(|(a, b)| a * b.to_f64()).sum::<f64>() as f32;
-            }
-        }
         let plan = Plan::new(&self.mask);
+        let element = Element::Bf16;
         let config = Config {
-            element: Element::Bf16,
+            element,
             piece: self.piece,
         };
-        let dq_count = q_lines * workspace.tiles * 64 * D;
+        let head_dim = D as u32;
         let prepare = || {
             let mut memory = Memory::new();
             let tensor = |address, heads: usize, tokens: usize| Tensor {
@@ -96,7 +88,7 @@ impl Case {
             let mut of_q = |name: &str, x: &[bf16]| {
                 tensor(memory.alloc_with(name, &bits(x)), self.heads, sizes.q_len)
             };
-            let (q, dout) = (of_q("q", &q), of_q("dout", &dout));
+            let (q, dout, out) = (of_q("q", &q), of_q("dout", &dout), of_q("out", &out));
             let mut of_kv = |name: &str, x: &[bf16]| {
                 tensor(
                     memory.alloc_with(name, &bits(x)),
@@ -105,11 +97,27 @@ impl Case {
                 )
             };
             let (k, v) = (of_kv("k", &k), of_kv("v", &v));
-            let mut out = |name: &str| {
-                let bytes = 2 * kv_lines * sizes.kv_len * D;
-                tensor(memory.alloc(name, bytes), self.kv_heads, sizes.kv_len)
+            let mut written = |name: &str, heads: usize, tokens: usize| {
+                let bytes = 2 * self.batch * heads * tokens * D;
+                tensor(memory.alloc(name, bytes), heads, tokens)
             };
-            let (dk, dv) = (out("dk"), out("dv"));
+            let dk = written("dk", self.kv_heads, sizes.kv_len);
+            let dv = written("dv", self.kv_heads, sizes.kv_len);
+            let dq = written("dq", self.heads, sizes.q_len);
+            let numbers = 4 * q_lines * workspace.line;
+            let (batch, heads) = (self.batch as u32, self.heads as u32);
+            let before = prepare::Args {
+                out,
+                dout,
+                lse: memory.alloc_with("lse", &lse),
+                dlse: 0,
+                log2: memory.alloc("log2", numbers),
+                delta: memory.alloc("delta", numbers),
+                batch,
+                heads,
+                q_len: sizes.q_len as u32,
+            };
+            let sums = vec![0f32; q_lines * workspace.tiles * 64 * D];
             let args = Args {
                 q,
                 k,
@@ -117,47 +125,45 @@ impl Case {
                 dout,
                 dk,
                 dv,
-                lse: memory.alloc_with("lse", &lse),
-                delta: memory.alloc_with("delta", &delta),
-                dq: memory.alloc_with("dq", &vec![0f32; dq_count]),
+                lse: before.log2,
+                delta: before.delta,
+                dq: memory.alloc_with("sums", &sums),
                 plan: memory.alloc_with("plan", plan.words()),
                 layout: plan.layout(),
-                batch: self.batch as u32,
-                heads: self.heads as u32,
+                batch,
+                heads,
                 kv_heads: self.kv_heads as u32,
                 scale: self.scale as f32,
             };
-            (memory, vec![(config.kernel(), config.launch(&args))], args)
+            let after = finish::Args {
+                sums: args.dq,
+                dq,
+                batch,
+                heads,
+                q_len: sizes.q_len as u32,
+                scale: self.scale as f32,
+            };
+            let first = prepare::Config { element, head_dim };
+            let last = finish::Config { element, head_dim };
+            let launches = vec![
+                (first.kernel(), first.launch(&before)),
+                (config.kernel(), config.launch(&args)),
+                (last.kernel(), last.launch(&after)),
+            ];
+            (memory, launches, [dq, dk, dv])
         };
-        each_in_all_ways(ways, Repeats::Nearly, prepare, |memory, args| {
-            let dq: Vec<f32> = memory.read(args.dq, dq_count);
-            let got: Vec<f64> = (0..q_lines * sizes.q_len * D)
-                .map(|i| {
-                    let (line, query, column) = (i / D / sizes.q_len, i / D % sizes.q_len, i % D);
-                    let tile = line * workspace.tiles + query / 64;
-                    self.scale * f64::from(dq[tile * 64 * D + place(query % 64, column)])
-                })
-                .collect();
-            close("dq", &got, &expected.dq);
-            for (name, at, expected) in [
-                ("dk", args.dk.address, &expected.dk),
-                ("dv", args.dv.address, &expected.dv),
+        each_in_all_ways(ways, Repeats::Nearly, prepare, |memory, [dq, dk, dv]| {
+            for (name, tensor, expected) in [
+                ("dq", dq, &expected.dq),
+                ("dk", dk, &expected.dk),
+                ("dv", dv, &expected.dv),
             ] {
-                let words: Vec<u16> = memory.read(at, expected.len());
+                let words: Vec<u16> = memory.read(tensor.address, expected.len());
                 let got: Vec<f64> = words.iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
                 close(name, &got, expected);
             }
         });
     }
-}
-
-/// Where a tile of dq's sums has an element.
-fn place(row: usize, column: usize) -> usize {
-    let (group, row) = (row / 16, row % 16);
-    let (half, column) = (column / 64, column % 64);
-    let (eight, column) = (column / 8, column % 8);
-    let lane = row % 8 * 4 + column / 2;
-    group * 2048 + half * 1024 + eight * 128 + lane * 4 + row / 8 * 2 + column % 2
 }
 
 fn close(name: &str, got: &[f64], expected: &[f64]) {

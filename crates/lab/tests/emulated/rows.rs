@@ -1,8 +1,10 @@
-//! The kernels that read whole tensors once, against sums in float64: delta and pooling.
+//! The kernels that read whole tensors once, against sums in float64: the preparation of the backward
+//! pass, and pooling.
 
 use flex_block_attn_emulator::{Memory, Options};
+use flex_block_attn_kernels::backward::{Workspace, prepare};
 use flex_block_attn_kernels::forward::Tensor;
-use flex_block_attn_kernels::{Strides, delta, pool};
+use flex_block_attn_kernels::{Strides, pool};
 use flex_block_attn_lab::emulated::normal;
 use flex_block_attn_ptx::Element;
 use half::{bf16, f16};
@@ -79,40 +81,77 @@ fn close(got: &[f32], expected: &[f64], scale: f64) {
 }
 
 #[test]
-fn delta_is_the_sum_of_products() {
-    for (index, config) in delta::Config::all().into_iter().enumerate() {
+fn deltas_and_lses_of_queries() {
+    for (index, config) in prepare::Config::all().into_iter().enumerate() {
         let head_dim = config.head_dim as usize;
         // Some of a thread block's rows, all of them, and a few more.
         let q_len = [1, 64, 130][index % 3];
+        let line = Workspace::new(q_len).line;
         let shape = [2, 2, q_len, head_dim];
         let out = Values::new(1, shape, true, 8);
         let dout = Values::new(2, shape, false, 0);
-        let expected: Vec<f64> = out
+        let has_dlse = index % 2 == 1;
+        let number = |i: usize| (i % 11) as f32 - 5.0;
+        let lse: Vec<f32> = (0..4 * q_len)
+            .map(|i| {
+                if i % 7 == 3 {
+                    f32::NEG_INFINITY
+                } else {
+                    number(i)
+                }
+            })
+            .collect();
+        let dlse: Vec<f32> = (0..4 * q_len).map(|i| number(i + 4)).collect();
+        let deltas: Vec<f64> = out
             .heads()
             .flatten()
             .zip(dout.heads().flatten())
             .map(|(a, b)| a.iter().zip(&b).map(|(a, b)| a * b).sum())
             .collect();
+        // Of (delta, lse in units of log2), by their place in the workspace.
+        let expected: Vec<(f64, f64)> = (0..4 * line)
+            .map(|at| {
+                let (head, row) = (at / line, at % line);
+                let i = head * q_len + row;
+                if row >= q_len || lse[i] == f32::NEG_INFINITY {
+                    return (0.0, f64::INFINITY);
+                }
+                let less = if has_dlse { f64::from(dlse[i]) } else { 0.0 };
+                (
+                    deltas[i] - less,
+                    f64::from(lse[i]) * std::f64::consts::LOG2_E,
+                )
+            })
+            .collect();
         let prepare = || {
             let mut memory = Memory::new();
-            let args = delta::Args {
+            let args = prepare::Args {
                 out: out.put(&mut memory, "out", config.element),
                 dout: dout.put(&mut memory, "dout", config.element),
-                delta: memory.alloc("delta", 4 * expected.len()),
+                lse: memory.alloc_with("lse", &lse),
+                dlse: if has_dlse {
+                    memory.alloc_with("dlse", &dlse)
+                } else {
+                    0
+                },
+                log2: memory.alloc("log2", 16 * line),
+                delta: memory.alloc("delta", 16 * line),
                 batch: 2,
                 heads: 2,
                 q_len: q_len as u32,
             };
-            (memory, config.launch(&args), args.delta)
+            (memory, config.launch(&args), (args.delta, args.log2))
         };
-        in_all_ways(
-            &config.kernel(),
-            &Options::all(1),
-            prepare,
-            |memory, &at| {
-                close(&memory.read(at, expected.len()), &expected, head_dim as f64);
-            },
-        );
+        let check = |memory: &Memory, &(delta, log2): &(u64, u64)| {
+            let deltas: Vec<f64> = expected.iter().map(|x| x.0).collect();
+            close(&memory.read(delta, 4 * line), &deltas, head_dim as f64);
+            let got: Vec<f32> = memory.read(log2, 4 * line);
+            for (got, (_, expected)) in got.into_iter().zip(&expected) {
+                let got = f64::from(got);
+                assert!(got == *expected || (got - expected).abs() < 1e-5, "{got}");
+            }
+        };
+        in_all_ways(&config.kernel(), &Options::all(1), prepare, check);
     }
 }
 

@@ -1,12 +1,14 @@
-//! `delta = rowsum(dout * out)`: of each query the one number that the backward pass needs of the
-//! output (FlashAttention-2, arXiv 2307.08691).
+//! What the main kernel reads of each query besides q and dout: `delta = rowsum(dout * out)`, less the
+//! gradient of the lse (FlashAttention-2, arXiv 2307.08691, section 3.1.2), and the lse in units of
+//! log2. Queries without keys, and those that only fill up the workspace's lines, get a lse of inf,
+//! which makes their weights 0.
 //!
 //! Bound by memory: a thread's eight loads of 16 bytes are all under way before the first is used.
-//! Called by `flex-block-attn`.
 
 use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 
+use super::Workspace;
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
 
@@ -30,7 +32,13 @@ pub struct Args {
     pub out: Tensor,
     /// Its gradient, of the same shape.
     pub dout: Tensor,
-    /// Address of the result, float32 (batch, heads, q_len), contiguous; a multiple of 4.
+    /// Address of the forward's lse, float32 (batch, heads, q_len), contiguous.
+    pub lse: u64,
+    /// Address of the gradient of the lse, likewise; 0 if there is none.
+    pub dlse: u64,
+    /// Address of the lse in units of log2, to be written: float32, [`Workspace::line`] for each head.
+    pub log2: u64,
+    /// Address of the deltas, to be written, likewise.
     pub delta: u64,
     /// Batches.
     pub batch: u32,
@@ -63,9 +71,11 @@ impl Config {
         assert!(args.q_len > 0, "{args:?}");
         let mut list = Vec::from(chunk::args(args.out));
         list.extend(chunk::args(args.dout));
-        list.extend([Arg::U64(args.delta), Arg::U32(args.q_len)]);
+        let line = Workspace::new(args.q_len as usize).line as u32;
+        list.extend([args.lse, args.dlse, args.log2, args.delta].map(Arg::U64));
+        list.extend([args.q_len, line].map(Arg::U32));
         Launch {
-            grid: [args.q_len.div_ceil(self.rows()), args.heads, args.batch],
+            grid: [line.div_ceil(self.rows()), args.heads, args.batch],
             args: list,
         }
     }
@@ -73,14 +83,15 @@ impl Config {
     /// The kernel.
     pub fn kernel(self) -> Kernel {
         let Self { element, head_dim } = self;
-        let name = format!("delta_{element:?}_d{head_dim}").to_lowercase();
+        let name = format!("prepare_{element:?}_d{head_dim}").to_lowercase();
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
     fn body(self, k: &Builder) {
         let (out, dout) = (Rows::new(k, "out"), Rows::new(k, "dout"));
-        let delta = k.param::<u64>("delta");
-        let q_len = k.param::<u32>("q_len");
+        let (lse, dlse) = (k.param::<u64>("lse"), k.param::<u64>("dlse"));
+        let (log2, delta) = (k.param::<u64>("log2"), k.param::<u64>("delta"));
+        let (q_len, line) = (k.param::<u32>("q_len"), k.param::<u32>("line"));
 
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
@@ -103,10 +114,24 @@ impl Config {
             value = chunk.equals(i).select(sum, value);
         }
         let row = first + chunk * lanes.rows;
-        let line = (k.cta_z() * k.special(Special::GridY) + k.cta_y()).times_wide(q_len);
-        let address = delta + ((line + row.to_u64()) << 2);
-        k.where_(row.lt(q_len) & chunk.lt(DEPTH as u32), || {
-            k.store_global(address, value);
+        let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
+        let read = head.times_wide(q_len) + row.to_u64();
+        let written = head.times_wide(line) + row.to_u64();
+        k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
+            let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
+            k.if_(row.lt(q_len), || {
+                let lse = k.load_constant::<f32>(lse + (read << 2));
+                let less = k.var(0f32);
+                k.if_(dlse.differs(0), || {
+                    less.set(k.load_constant::<f32>(dlse + (read << 2)));
+                });
+                k.if_(lse.differs(f32::NEG_INFINITY), || {
+                    result.set(value - less);
+                    scaled.set(lse * std::f32::consts::LOG2_E);
+                });
+            });
+            k.store_global(delta + (written << 2), result);
+            k.store_global(log2 + (written << 2), scaled);
         });
     }
 }

@@ -1,0 +1,123 @@
+//! Rounds dq: from the main kernel's float32 sums, which lie as its products leave them, to a tensor.
+//!
+//! A warp has 16 rows at a time, which are together in the sums; a lane makes 8 columns of one row: a
+//! store of 16 bytes of four loads of 8. What a load leaves of its lines, the next ones take.
+
+use flex_block_attn_ptx::builder::Pair;
+use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
+
+use super::Workspace;
+use crate::chunk::{self, Rows};
+use crate::forward::Tensor;
+use crate::gemm::pair;
+
+const THREADS: u32 = 256;
+/// Rows that lie together in the sums.
+const GROUP: u32 = 16;
+/// Columns of a lane's store.
+const EIGHT: u32 = 8;
+/// Numbers of a group's 64 columns.
+const HALF: u32 = GROUP * 64;
+
+/// What the kernel is built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// bfloat16 or float16.
+    pub element: Element,
+    /// Columns of dq: 64 or 128.
+    pub head_dim: u32,
+}
+
+/// What a launch gives it.
+#[derive(Debug, Clone, Copy)]
+pub struct Args {
+    /// Address of the sums, for each head [`Workspace::tiles`] of 64 rows, see `kernel`.
+    pub sums: u64,
+    /// Gradient of q, to be written.
+    pub dq: Tensor,
+    /// Batches.
+    pub batch: u32,
+    /// Heads of q.
+    pub heads: u32,
+    /// Queries, at least 1.
+    pub q_len: u32,
+    /// What the sums are multiplied by: the factor of the scores.
+    pub scale: f32,
+}
+
+impl Config {
+    /// All there are.
+    pub fn all() -> Vec<Self> {
+        [Element::Bf16, Element::F16]
+            .iter()
+            .flat_map(|&element| [64, 128].map(|head_dim| Self { element, head_dim }))
+            .collect()
+    }
+
+    /// The launch for some tensors.
+    ///
+    /// # Panics
+    /// If there are no queries, or dq's address or strides are not multiples of 16 bytes.
+    pub fn launch(self, args: &Args) -> Launch {
+        assert!(args.q_len > 0, "{args:?}");
+        let tiles = Workspace::new(args.q_len as usize).tiles as u32;
+        let mut list = Vec::from(chunk::args(args.dq));
+        list.extend([
+            Arg::U64(args.sums),
+            Arg::U32(args.q_len),
+            Arg::U32(tiles),
+            Arg::U32(args.heads),
+            Arg::F32(args.scale),
+        ]);
+        Launch {
+            grid: [
+                args.q_len.div_ceil(GROUP * (THREADS / 32)),
+                args.heads,
+                args.batch,
+            ],
+            args: list,
+        }
+    }
+
+    /// The kernel.
+    pub fn kernel(self) -> Kernel {
+        let Self { element, head_dim } = self;
+        let name = format!("finish_{element:?}_d{head_dim}").to_lowercase();
+        Builder::kernel(name, THREADS, |k| self.body(k))
+    }
+
+    fn body(self, k: &Builder) {
+        let dq = Rows::new(k, "dq");
+        let sums = k.param::<u64>("sums");
+        let (q_len, tiles) = (k.param::<u32>("q_len"), k.param::<u32>("tiles"));
+        let heads = k.param::<u32>("heads");
+        let scale = k.param::<f32>("scale");
+
+        let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
+        let (row, odd) = (k.lane() % GROUP, k.lane() / GROUP);
+        let line = k.cta_z() * heads + k.cta_y();
+        // A group's numbers, and of them those of this lane's row in the first 8 columns.
+        let groups = line.times_wide(tiles * (64 / GROUP)) + group.to_u64();
+        let own = (row & 7) * 16 + (row >> 3) * 2;
+        let from = sums + groups * u64::from(4 * GROUP * self.head_dim) + own.times_wide(4);
+        let query = group * GROUP + row;
+        k.if_(query.lt(q_len), || {
+            // Two lanes of a row take turns at its eights of columns.
+            for i in 0..self.head_dim / EIGHT / 2 {
+                let eight = odd + 2 * i;
+                let half = eight >> 3;
+                let at = half * HALF + (eight & 7) * (GROUP * EIGHT);
+                let at = from + at.times_wide(4);
+                let words = [0, 1, 2, 3].map(|two| {
+                    let [a, b]: [Reg<'_, f32>; 2] = k.load_constants(at.at(16 * two));
+                    (a * scale).pack(b * scale, self.pair())
+                });
+                k.store_globals(dq.chunk(query, eight), words);
+            }
+        });
+    }
+
+    fn pair(self) -> Pair {
+        pair(self.element)
+    }
+}
