@@ -2,10 +2,11 @@
 //!
 //! A warpgroup has 64 of the keys: scores are made transposed, so that they, rounded, are left
 //! operands of the products that make dk and dv. The scores' gradients go to shared memory besides,
-//! for dq, of which each warpgroup makes 64 columns for all keys.
+//! for dq. Of 128 columns of it each warpgroup makes 64, of all keys; of 64, each makes its own keys'
+//! part of the sum.
 //!
 //! dq's sums lie as the products leave them: of each 16 rows first those of the first 64 columns, as a
-//! warp has them, then those of the others. A warp's are eight times 32 lanes times four.
+//! warp has them, then those of the others, if there are. A warp's are eight times 32 lanes times four.
 
 use flex_block_attn_ptx::builder::{Address, Leave, TmaOptions};
 use flex_block_attn_ptx::ir::Fence;
@@ -16,7 +17,7 @@ use flex_block_attn_tile::{
 };
 
 use super::queries::{KeyTile, Problem, Walk};
-use super::{Config, HEAD_DIM, KEYS, OWN, QUERIES};
+use super::{Config, KEYS, OWN, QUERIES};
 use crate::gemm::pair;
 
 /// Stages of q and of dout.
@@ -27,10 +28,9 @@ const CONSUMERS: u32 = 2;
 const WARPS: u32 = 4 * CONSUMERS;
 /// Bytes of a tile's lse, or of its deltas.
 const ROW_BYTES: u32 = 4 * QUERIES;
-/// Bytes of a warp's part of dq, of 16 rows of it, and of a tile.
-const DQ_WARP_BYTES: u32 = 4 * 16 * 64;
-const DQ_ROWS_BYTES: u32 = CONSUMERS * DQ_WARP_BYTES;
-const DQ_TILE_BYTES: u32 = 4 * DQ_ROWS_BYTES;
+/// Columns of dq that a consumer makes, and bytes of a warp's part of it.
+const DQ_COLUMNS: u32 = 64;
+const DQ_WARP_BYTES: u32 = 4 * 16 * DQ_COLUMNS;
 /// The thread that reduces, in another warp than the loader, which is thread 0.
 const REDUCER: u32 = 32;
 /// In a note's place of a line: there are no more queries.
@@ -72,7 +72,28 @@ struct Stores<'k> {
     notes: Vec<Address<'k, u32>>,
 }
 
+/// How consumers share the making of dq, and where their parts lie on the way out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Share {
+    /// Each makes half of the columns: of 16 rows first one's, then the other's.
+    Columns,
+    /// Each makes its keys' part of the sum: first one's part, then the other's.
+    Keys,
+}
+
 impl Config {
+    fn share(self) -> Share {
+        match self.head_dim {
+            DQ_COLUMNS => Share::Keys,
+            _ => Share::Columns,
+        }
+    }
+
+    /// Bytes of 16 rows of dq.
+    fn dq_rows_bytes(self) -> u32 {
+        4 * 16 * self.head_dim
+    }
+
     pub(super) fn body(self, k: &Builder) {
         let maps = Maps {
             q: k.tensor_map("q"),
@@ -93,7 +114,7 @@ impl Config {
             queries: Ring::new(&shared, STAGES, self.q_shape(), WARPS + 1),
             douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
             gradients: (0..STAGES).map(|_| shared.tile(gradient)).collect(),
-            dq: shared.bytes(DQ_TILE_BYTES, 128),
+            dq: shared.bytes(WARPS * DQ_WARP_BYTES, 128),
             keys_full: shared.barrier(1),
             dq_full: shared.barrier(WARPS),
             dq_empty: shared.barrier(1),
@@ -215,14 +236,21 @@ impl Config {
                 .collect();
             queries.release(stage);
             full.wait();
-            let bytes = self.piece / 16 * DQ_ROWS_BYTES;
+            let bytes = self.piece / 16 * self.dq_rows_bytes();
+            // Where parts of the same rows lie.
+            let parts = match self.share() {
+                Share::Columns => 0..1,
+                Share::Keys => 0..CONSUMERS,
+            };
             for (i, &row) in (0..).zip(&rows) {
                 // What only fills the tile up is not wanted.
                 k.if_(row.lt(problem.tiles * QUERIES), || {
-                    let tile = line.times_wide(problem.tiles) + (row / QUERIES).to_u64();
-                    let inside = (row % QUERIES / 16).times_wide(DQ_ROWS_BYTES);
-                    let to = problem.dq + tile * u64::from(DQ_TILE_BYTES) + inside;
-                    k.bulk_reduce_add(to, stores.dq.at(i * bytes), bytes);
+                    let first = line.times_wide(problem.tiles * QUERIES) + row.to_u64();
+                    let to = problem.dq + first * u64::from(4 * self.head_dim);
+                    for part in parts.clone() {
+                        let from = stores.dq.at(part * (4 * DQ_WARP_BYTES) + i * bytes);
+                        k.bulk_reduce_add(to, from, bytes);
+                    }
                 });
             }
             k.bulk_commit();
@@ -246,18 +274,19 @@ impl Config {
         let queries = stores.queries.consumer(wg.leader, &phases);
         let douts = stores.douts.consumer(wg.leader, &phases);
         let dq_empty = phases.waiter_ahead(stores.dq_empty);
-        let dq_rows = wg.warp * DQ_ROWS_BYTES + wg.index * DQ_WARP_BYTES + wg.lane * 16;
-        let dq_to = stores.dq.plus(dq_rows);
+        let part = match self.share() {
+            Share::Columns => wg.warp * CONSUMERS + wg.index,
+            Share::Keys => wg.index * 4 + wg.warp,
+        };
+        let dq_to = stores.dq.plus(part * DQ_WARP_BYTES + wg.lane * 16);
         let own_keys = stores.keys.part(wg.index, OWN);
         let own_values = stores.values.part(wg.index, OWN);
-        // The columns of dq that this warpgroup makes, and its keys' gradients' place.
-        let half = stores.keys.panel_at(wg.index);
         let scores = RegTile::uninit(k, QUERIES);
         let gradients = RegTile::uninit(k, QUERIES);
         let weights = Fragments::uninit(k, QUERIES / 16);
         let rounded = Fragments::uninit(k, QUERIES / 16);
-        let dq = RegTile::uninit(k, HEAD_DIM / CONSUMERS);
-        let (dk, dv) = (RegTile::uninit(k, HEAD_DIM), RegTile::uninit(k, HEAD_DIM));
+        let dq = RegTile::uninit(k, DQ_COLUMNS);
+        let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, self.head_dim));
         dk.fill(0.0);
         dv.fill(0.0);
         // Masked scores are -inf, of which 0 times would be NaN.
@@ -305,10 +334,19 @@ impl Config {
             wg.store_transposed(&rounded, exchange.panel_at(wg.index));
             wg.fence();
             wg.add_product(&dv, Left::Fragments(&weights), Right::Tile(dout));
-            // Both warpgroups' gradients of the scores are there.
-            k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
+            let (gradients_of, keys_of) = match self.share() {
+                Share::Columns => {
+                    // Both warpgroups' gradients are there.
+                    k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
+                    (exchange, stores.keys.panel_at(wg.index))
+                }
+                Share::Keys => {
+                    wg.sync(wg.index + OWN_SYNC);
+                    (exchange.panel_at(wg.index), own_keys)
+                }
+            };
             wg.fence();
-            wg.product(&dq, Left::Tile(exchange), Right::Tile(half));
+            wg.product(&dq, Left::Tile(gradients_of), Right::Tile(keys_of));
             wg.wait(1);
             douts.release(stage);
             wg.fence();

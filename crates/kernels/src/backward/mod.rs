@@ -27,14 +27,13 @@ const KEYS: u32 = 128;
 const OWN: u32 = 64;
 /// Queries of a tile.
 const QUERIES: u32 = 64;
-/// Columns of q, k and v.
-const HEAD_DIM: u32 = 128;
-
 /// What the main kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Config {
     /// bfloat16 or float16.
     pub element: Element,
+    /// Columns of q, k and v: 64 or 128.
+    pub head_dim: u32,
     /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
     pub piece: u32,
 }
@@ -79,7 +78,7 @@ pub struct Args {
     pub lse: u64,
     /// Address of the queries' deltas, likewise; 0 for those.
     pub delta: u64,
-    /// Address of dq's sums, for each head [`Workspace::tiles`] of 64 x 128: zeros, added to. See
+    /// Address of dq's sums, for each head [`Workspace::tiles`] of 64 x head_dim: zeros, added to. See
     /// `kernel` for their order.
     pub dq: u64,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
@@ -102,7 +101,13 @@ impl Config {
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
-            all.extend([64, 32, 16].map(|piece| Self { element, piece }));
+            for head_dim in [64, 128] {
+                all.extend([64, 32, 16].map(|piece| Self {
+                    element,
+                    head_dim,
+                    piece,
+                }));
+            }
         }
         all
     }
@@ -113,19 +118,19 @@ impl Config {
     }
 
     fn kv_shape(self) -> Shape {
-        Shape::new(KEYS, HEAD_DIM, self.element)
+        Shape::new(KEYS, self.head_dim, self.element)
     }
 
     fn q_shape(self) -> Shape {
-        Shape::new(QUERIES, HEAD_DIM, self.element)
+        Shape::new(QUERIES, self.head_dim, self.element)
     }
 
     fn piece_shape(self) -> Shape {
-        Shape::new(self.piece, HEAD_DIM, self.element)
+        Shape::new(self.piece, self.head_dim, self.element)
     }
 
     fn out_shape(self) -> Shape {
-        Shape::new(OWN, HEAD_DIM, self.element)
+        Shape::new(OWN, self.head_dim, self.element)
     }
 
     /// The main kernel's launch for some tensors.
@@ -156,8 +161,8 @@ impl Config {
         assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
         assert!(u32::try_from(layout.words()).is_ok(), "plan of {args:?}");
         let workspace = Workspace::new(extents.q_len());
-        let of_q = [batch, heads, q_len, HEAD_DIM].map(u64::from);
-        let of_kv = [batch, kv_heads, kv_len, HEAD_DIM].map(u64::from);
+        let of_q = [batch, heads, q_len, self.head_dim].map(u64::from);
+        let of_kv = [batch, kv_heads, kv_len, self.head_dim].map(u64::from);
         let whole = |shape: Shape, tensor: Tensor, extents| {
             Arg::TensorMap(shape.tensor_map(tensor.address, extents, tensor.strides))
         };
@@ -205,8 +210,12 @@ impl Config {
 
     /// The main kernel.
     pub fn kernel(self) -> Kernel {
-        let Self { element, piece } = self;
-        let name = format!("backward_{element:?}_d{HEAD_DIM}_p{piece}").to_lowercase();
+        let Self {
+            element,
+            head_dim,
+            piece,
+        } = self;
+        let name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
         Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
     }
 }

@@ -10,9 +10,8 @@ use flex_block_attn_lab::reference::{Problem, Sizes};
 
 use crate::{Repeats, each_in_all_ways};
 
-const D: usize = 128;
-
 struct Case {
+    head_dim: usize,
     piece: u32,
     batch: usize,
     heads: usize,
@@ -22,8 +21,9 @@ struct Case {
 }
 
 impl Case {
-    fn new(piece: u32, mask: BlockMask) -> Self {
+    fn new(head_dim: usize, piece: u32, mask: BlockMask) -> Self {
         Self {
+            head_dim,
             piece,
             batch: 1,
             heads: 1,
@@ -34,19 +34,19 @@ impl Case {
     }
 
     fn check(&self, ways: &[Options]) {
-        let extents = self.mask.extents();
+        let (extents, d) = (self.mask.extents(), self.head_dim);
         let sizes = Sizes {
             batch: self.batch,
             q_heads: self.heads,
             kv_heads: self.kv_heads,
             q_len: extents.q_len(),
             kv_len: extents.kv_len(),
-            head_dim: D,
+            head_dim: d,
         };
         let (q_lines, kv_lines) = (self.batch * self.heads, self.batch * self.kv_heads);
-        let q = normal(1, q_lines * sizes.q_len * D);
-        let k = normal(2, kv_lines * sizes.kv_len * D);
-        let v = normal(3, kv_lines * sizes.kv_len * D);
+        let q = normal(1, q_lines * sizes.q_len * d);
+        let k = normal(2, kv_lines * sizes.kv_len * d);
+        let v = normal(3, kv_lines * sizes.kv_len * d);
         let dout = normal(4, q.len());
         let wide = |x: &[bf16]| -> Vec<f64> { x.iter().map(|x| x.to_f64()).collect() };
         let problem = Problem {
@@ -69,19 +69,20 @@ impl Case {
         let workspace = Workspace::new(sizes.q_len);
         let plan = Plan::new(&self.mask);
         let element = Element::Bf16;
+        let head_dim = d as u32;
         let config = Config {
             element,
+            head_dim,
             piece: self.piece,
         };
-        let head_dim = D as u32;
         let prepare = || {
             let mut memory = Memory::new();
             let tensor = |address, heads: usize, tokens: usize| Tensor {
                 address,
                 strides: Strides {
-                    row: D as u64,
-                    head: (tokens * D) as u64,
-                    batch: (heads * tokens * D) as u64,
+                    row: d as u64,
+                    head: (tokens * d) as u64,
+                    batch: (heads * tokens * d) as u64,
                 },
             };
             let bits = |x: &[bf16]| -> Vec<u16> { x.iter().map(|x| x.to_bits()).collect() };
@@ -98,7 +99,7 @@ impl Case {
             };
             let (k, v) = (of_kv("k", &k), of_kv("v", &v));
             let mut written = |name: &str, heads: usize, tokens: usize| {
-                let bytes = 2 * self.batch * heads * tokens * D;
+                let bytes = 2 * self.batch * heads * tokens * d;
                 tensor(memory.alloc(name, bytes), heads, tokens)
             };
             let dk = written("dk", self.kv_heads, sizes.kv_len);
@@ -117,7 +118,7 @@ impl Case {
                 heads,
                 q_len: sizes.q_len as u32,
             };
-            let sums = vec![0f32; q_lines * workspace.tiles * 64 * D];
+            let sums = vec![0f32; q_lines * workspace.tiles * 64 * d];
             let args = Args {
                 q,
                 k,
@@ -186,8 +187,10 @@ fn mask(lengths: [usize; 2], blocks: [usize; 2], rows: &[&str]) -> BlockMask {
 fn columns_of_every_length() {
     // None, one, two, three tiles of queries, and all.
     let rows = ["01010", "00110", "00011", "00001"];
-    let case = Case::new(64, mask([256, 640], [64, 128], &rows));
-    case.check(&Options::all(1));
+    for head_dim in [64, 128] {
+        let case = Case::new(head_dim, 64, mask([256, 640], [64, 128], &rows));
+        case.check(&Options::all(1));
+    }
 }
 
 #[test]
@@ -197,23 +200,24 @@ fn heads_that_share_keys() {
         heads: 4,
         kv_heads: 2,
         scale: 0.08,
-        ..Case::new(64, mask([192, 256], [192, 256], &["1"]))
+        ..Case::new(128, 64, mask([192, 256], [192, 256], &["1"]))
     };
     case.check(&Options::all(0));
 }
 
 #[test]
 fn pieces_and_sequences_that_end_anywhere() {
-    for (piece, q_block, kv_block, q_len, kv_len) in [
-        (64, 64, 128, 200, 300),
-        (32, 96, 256, 250, 500),
-        (16, 48, 128, 130, 129),
-        (16, 16, 128, 40, 10),
-        (64, 128, 128, 129, 257),
+    for (head_dim, piece, q_block, kv_block, q_len, kv_len) in [
+        (128, 64, 64, 128, 200, 300),
+        (128, 32, 96, 256, 250, 500),
+        (128, 16, 48, 128, 130, 129),
+        (64, 16, 16, 128, 40, 10),
+        (64, 64, 128, 128, 129, 257),
+        (64, 32, 32, 384, 200, 400),
     ] {
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
-        let case = Case::new(piece, BlockMask::from_fn(extents, seen));
+        let case = Case::new(head_dim, piece, BlockMask::from_fn(extents, seen));
         case.check(&Options::all(0));
     }
 }
