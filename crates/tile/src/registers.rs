@@ -58,6 +58,22 @@ impl<'k> RegTile<'k> {
             .map(|(i, &register)| (register, i / 2 % 2))
     }
 
+    /// Puts `value` in all of some columns.
+    ///
+    /// # Panics
+    /// If they are not whole groups of 8.
+    #[track_caller]
+    pub fn set_columns(&self, columns: std::ops::Range<u32>, value: f32) {
+        assert!(
+            columns.start.is_multiple_of(8) && columns.end.is_multiple_of(8),
+            "columns {columns:?}"
+        );
+        let registers = columns.start as usize / 2..columns.end as usize / 2;
+        for register in &self.registers[registers] {
+            register.set(value);
+        }
+    }
+
     /// Puts `value` in those of `columns` that are not among the first `kept`; `lane` holds its part
     /// of them.
     ///

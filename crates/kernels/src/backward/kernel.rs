@@ -19,19 +19,18 @@ use flex_block_attn_tile::{
 use super::queries::{KeyTile, Problem, Walk};
 use super::{Config, KEYS, OWN, QUERIES};
 use crate::gemm::pair;
+use crate::merge::WARPS;
 
 /// Stages of q and of dout.
 const STAGES: usize = 2;
 /// Warpgroups that multiply.
 const CONSUMERS: u32 = 2;
-/// Warps that consume.
-const WARPS: u32 = 4 * CONSUMERS;
 /// Bytes of a tile's lse, or of its deltas.
 const ROW_BYTES: u32 = 4 * QUERIES;
 /// Columns of dq that a consumer makes, and bytes of a warp's part of it.
 const DQ_COLUMNS: u32 = 64;
 const DQ_WARP_BYTES: u32 = 4 * 16 * DQ_COLUMNS;
-/// The thread that reduces, in another warp than the loader, which is thread 0.
+/// The thread that reduces, in another warp than the loader, which is warp 0.
 const REDUCER: u32 = 32;
 /// In a note's place of a line: there are no more queries.
 const END: u32 = u32::MAX;
@@ -67,8 +66,8 @@ struct Stores<'k> {
     /// For each stage: lse and deltas of its queries.
     lse: Vec<Address<'k, u32>>,
     deltas: Vec<Address<'k, u32>>,
-    /// For each stage a note: the line of the workspace that is the queries' head's, then the first
-    /// queries of their pieces.
+    /// For each stage a note: the line of the workspace that is the queries' head's, then for each
+    /// piece its first query, and a bit for each warp whose keys it sees.
     notes: Vec<Address<'k, u32>>,
 }
 
@@ -120,7 +119,7 @@ impl Config {
             dq_empty: shared.barrier(1),
             lse: each(ROW_BYTES),
             deltas: each(ROW_BYTES),
-            notes: each(4 * (1 + self.pieces())),
+            notes: each(4 + 8 * self.pieces()),
         };
         shared.finish();
         k.if_(k.tid().equals(0), || {
@@ -138,9 +137,7 @@ impl Config {
             Warpgroup::number(k).equals(0),
             || {
                 Warpgroup::release_registers(k, 24);
-                k.if_(k.tid().equals(0), || {
-                    self.load(maps, &problem, keys, &stores)
-                });
+                k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
                 k.if_(k.tid().equals(REDUCER), || self.reduce(&problem, &stores));
             },
             || {
@@ -158,39 +155,49 @@ impl Config {
         stores: &Stores<'k>,
     ) {
         let (k, options) = (problem.k, TmaOptions::default());
+        let leader = k.lane().equals(0);
         let phases = Phases::new(k);
         let queries = stores.queries.producer(&phases);
         let douts = stores.douts.producer(&phases);
-        stores
-            .keys_full
-            .arrive_expect(2 * stores.keys.shape.bytes());
-        let place = Place::rows(keys.first, keys.head, keys.batch);
-        stores.keys.load(maps.k, place, stores.keys_full, options);
-        stores.values.load(maps.v, place, stores.keys_full, options);
-
+        k.if_(leader, || {
+            stores
+                .keys_full
+                .arrive_expect(2 * stores.keys.shape.bytes());
+            let place = Place::rows(keys.first, keys.head, keys.batch);
+            stores.keys.load(maps.k, place, stores.keys_full, options);
+            stores.values.load(maps.v, place, stores.keys_full, options);
+        });
         let walk = Walk::new(problem, self, keys);
         // Tiles go into the stages in turn, whatever head they are of.
         in_turn(k, |leave, stage| {
             let some = walk.seek();
             let (tile, full) = queries.wait(stage);
             let note = stores.notes[stage];
-            k.if_(!some, || {
+            k.if_(leader & !some, || {
                 k.store_shared(note, k.var(END));
                 full.arrive();
             });
             leave.when(!some);
-            k.store_shared(note, walk.line());
+            k.where_(leader, || k.store_shared(note, walk.line()));
             for i in 0..self.pieces() {
-                k.store_shared(note.at(4 + 4 * i), walk.next_piece());
+                let (row, want) = walk.next_piece();
+                k.where_(leader, || {
+                    k.store_shared(note.at(4 + 8 * i), row);
+                    k.store_shared(note.at(8 + 8 * i), want);
+                });
             }
             let load = |tile, full, map, numbers: Address<'k, u32>, from| {
                 self.load_tile(problem, tile, full, map, note, |row| {
                     (Place::rows(row, walk.head, keys.batch), numbers, from)
                 });
             };
-            load(tile, full, maps.q, stores.lse[stage], problem.lse);
+            k.if_(leader, || {
+                load(tile, full, maps.q, stores.lse[stage], problem.lse);
+            });
             let (tile, full) = douts.wait(stage);
-            load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
+            k.if_(leader, || {
+                load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
+            });
         });
     }
 
@@ -209,7 +216,7 @@ impl Config {
         let k = problem.k;
         full.arrive_expect(tile.shape.bytes() + ROW_BYTES);
         for i in 0..self.pieces() {
-            let row = k.load_shared::<u32>(note.at(4 + 4 * i));
+            let row = k.load_shared::<u32>(note.at(4 + 8 * i));
             let (place, numbers, from) = what(row);
             let part = tile.row_range(i * self.piece, self.piece);
             part.load_panels(map, place, full, TmaOptions::default());
@@ -232,7 +239,7 @@ impl Config {
             let line = k.load_shared::<u32>(note);
             leave.when(line.equals(END));
             let rows: Vec<Reg<'_, u32>> = (0..self.pieces())
-                .map(|i| k.load_shared(note.at(4 + 4 * i)))
+                .map(|i| k.load_shared(note.at(4 + 8 * i)))
                 .collect();
             queries.release(stage);
             full.wait();
@@ -291,6 +298,8 @@ impl Config {
         dv.fill(0.0);
         // Masked scores are -inf, of which 0 times would be NaN.
         let scale = problem.scale.max(f32::MIN_POSITIVE) * std::f32::consts::LOG2_E;
+        // This warp's bit of a want.
+        let mine = k.var(1u32) << (wg.index * 4 + wg.warp);
         // The sequence may end among these keys.
         let own = keys.first + wg.index * OWN + wg.row();
         let inside = [0, 8].map(|row| (own + row).lt(problem.kv_len));
@@ -307,6 +316,13 @@ impl Config {
             wg.fence();
             wg.product(&gradients, Left::Tile(own_values), Right::Transposed(dout));
             wg.wait(1);
+            for i in 0..self.pieces() {
+                let want = k.load_shared::<u32>(stores.notes[stage].at(8 + 8 * i));
+                k.if_((want.uniform() & mine).equals(0), || {
+                    let columns = i * self.piece..(i + 1) * self.piece;
+                    scores.set_columns(columns, f32::NEG_INFINITY);
+                });
+            }
             k.if_(cut, || {
                 for (score, row) in scores.elements() {
                     score.set(inside[row].select(score, f32::NEG_INFINITY));

@@ -7,7 +7,7 @@
 //!
 //! - [`prepare`], [`finish`]: what comes before and after;
 //! - `kernel`: what the main kernel's loader, reducer and consumers do;
-//! - `queries`: the pieces of a list of query blocks, one after the other;
+//! - `queries`: the pieces of the lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
 pub mod finish;
@@ -83,8 +83,8 @@ pub struct Args {
     pub dq: u64,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
-    /// What the plan is for, and where its arrays lie. Its blocks of keys are multiples of 128
-    /// tokens, its blocks of queries of `piece`.
+    /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of `piece`
+    /// tokens.
     pub layout: PlanLayout,
     /// Batches.
     pub batch: u32,
@@ -136,7 +136,7 @@ impl Config {
     /// The main kernel's launch for some tensors.
     ///
     /// # Panics
-    /// If blocks are not multiples of the tile of keys and the piece.
+    /// If blocks are not multiples of the piece.
     pub fn launch(self, args: &Args) -> Launch {
         let Args {
             batch,
@@ -155,7 +155,7 @@ impl Config {
         let [q_len, kv_len, q_block, kv_block] =
             lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
         assert!(
-            kv_block.is_multiple_of(KEYS) && q_block.is_multiple_of(self.piece),
+            kv_block.is_multiple_of(16) && q_block.is_multiple_of(self.piece),
             "blocks of {args:?} for {self:?}"
         );
         assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
@@ -175,7 +175,12 @@ impl Config {
             let words = if own == 1 { 0 } else { words };
             Arg::U32(words as u32)
         };
-        let key_tiles = layout.columns() as u32 * (kv_block / KEYS);
+        // A tile of keys of one block comes when its list's length says; others as they lie.
+        let ordered = kv_block.is_multiple_of(KEYS);
+        let key_tiles = match ordered {
+            true => layout.columns() as u32 * (kv_block / KEYS),
+            false => kv_len.div_ceil(KEYS),
+        };
         Launch {
             grid: [key_tiles, kv_heads, batch],
             args: vec![
@@ -190,6 +195,7 @@ impl Config {
                 Arg::U64(args.dq),
                 Arg::F32(args.scale),
                 Arg::U64(args.plan),
+                Arg::U32(ordered.into()),
                 Arg::U32(q_len),
                 Arg::U32(kv_len),
                 Arg::U32(q_block),

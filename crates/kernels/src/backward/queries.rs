@@ -1,10 +1,10 @@
-//! The problem as the parameters say, and the lists of query blocks that see a block of keys: of each
-//! head that reads these keys one list, walked a piece at a time. Used by the loader, a single
-//! thread.
+//! The problem as the parameters say, and the queries that see a tile of keys: of each head that reads
+//! the keys the lists of their blocks, merged, walked a piece at a time. Used by the loader, a warp.
 
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, QUERIES};
+use crate::merge::{Merge, NO_ENTRY};
 
 /// All parameters but the tensor maps.
 pub(super) struct Problem<'k> {
@@ -14,6 +14,8 @@ pub(super) struct Problem<'k> {
     pub(super) dq: Reg<'k, u64>,
     pub(super) scale: Reg<'k, f32>,
     plan: Reg<'k, u64>,
+    /// Whether tiles of keys are taken by the plan's order of columns: each is of one column then.
+    ordered: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
     pub(super) kv_len: Reg<'k, u32>,
     q_block: Reg<'k, u32>,
@@ -38,8 +40,6 @@ pub(super) struct Problem<'k> {
 /// The keys of this thread block.
 #[derive(Clone, Copy)]
 pub(super) struct KeyTile<'k> {
-    /// Their column of the mask.
-    column: Reg<'k, u32>,
     /// First of them.
     pub(super) first: Reg<'k, u32>,
     /// Head of k and v, and batch.
@@ -52,15 +52,15 @@ pub(super) struct Walk<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
     keys: KeyTile<'k>,
-    /// The head at hand, and the one after the last.
+    /// The head at hand, and the last.
     pub(super) head: Reg<'k, u32>,
     last: Reg<'k, u32>,
-    /// The entry that comes next, as a word of the plan, and where the head's list ends.
-    entry: Reg<'k, u32>,
-    end: Reg<'k, u32>,
-    /// First query that is still to come of the block at hand, and how many are, in whole pieces.
+    lists: Merge<'k>,
+    /// First query that is still to come of the block at hand, how many are, in whole pieces, and the
+    /// warps whose keys they see.
     query: Reg<'k, u32>,
     left: Reg<'k, u32>,
+    warps: Reg<'k, u32>,
 }
 
 impl<'k> Problem<'k> {
@@ -73,6 +73,7 @@ impl<'k> Problem<'k> {
             dq: k.param("dq"),
             scale: k.param("scale"),
             plan: k.param("plan"),
+            ordered: k.param("ordered"),
             q_len: k.param("q_len"),
             kv_len: k.param("kv_len"),
             q_block: k.param("q_block"),
@@ -99,20 +100,19 @@ impl<'k> Problem<'k> {
         head * self.head_record + batch * self.batch_record
     }
 
-    /// The keys of this thread block: of a head the longest lists come first. (Heads that share keys
-    /// may have lists of their own; the first one's decide.)
+    /// The keys of this thread block: of a head the longest lists come first, where a tile has one.
+    /// (Heads that share keys may have lists of their own; the first one's decide.)
     pub(super) fn keys(&self) -> KeyTile<'k> {
         let k = self.k;
         let (head, batch) = (k.cta_y(), k.cta_z());
-        let per_block = self.kv_block / KEYS;
-        let record = self.record(head * self.group, batch);
-        let column = self.word(record + self.order + k.cta_x() / per_block);
-        KeyTile {
-            column,
-            first: (column * per_block + k.cta_x() % per_block) * KEYS,
-            head,
-            batch,
-        }
+        let first = k.var(k.cta_x() * KEYS);
+        k.if_(self.ordered.differs(0), || {
+            let per_block = self.kv_block / KEYS;
+            let record = self.record(head * self.group, batch);
+            let column = self.word(record + self.order + k.cta_x() / per_block);
+            first.set((column * per_block + k.cta_x() % per_block) * KEYS);
+        });
+        KeyTile { first, head, batch }
     }
 }
 
@@ -127,29 +127,29 @@ impl<'a, 'k> Walk<'a, 'k> {
             keys,
             head: k.var(first - 1),
             last: first + (problem.group - 1),
-            entry: k.var(0u32),
-            end: k.var(0u32),
+            lists: Merge::new(k, problem.plan),
             query: k.var(0u32),
             left: k.var(0u32),
+            warps: k.var(0u32),
         }
     }
 
     /// Goes on to the next head that has queries left; says whether there is one.
     pub(super) fn seek(&self) -> Reg<'k, bool> {
-        let k = self.problem.k;
-        let some = || self.left.gt(0) | self.entry.lt(self.end);
-        k.loop_(|leave| {
+        let problem = self.problem;
+        let some = || self.left.gt(0) | self.lists.some();
+        problem.k.loop_(|leave| {
             leave.when(some());
             // Compared as equal: before the first head stands -1.
             leave.when(self.head.equals(self.last));
             let Self { mut head, .. } = *self;
             head += 1;
-            let record = self.problem.record(head, self.keys.batch);
-            let column = self.keys.column;
-            let count = self.problem.word(record + self.problem.counts + column);
-            let list = record + self.problem.lists + column * self.problem.list_stride;
-            self.entry.set(list);
-            self.end.set(list + count);
+            let record = problem.record(head, self.keys.batch);
+            self.lists.start(self.keys.first, problem.kv_len, |key| {
+                let column = key / problem.kv_block;
+                let list = record + problem.lists + column * problem.list_stride;
+                (list, problem.word(record + problem.counts + column))
+            });
         });
         some()
     }
@@ -159,31 +159,33 @@ impl<'a, 'k> Walk<'a, 'k> {
         self.keys.batch * self.problem.heads + self.head
     }
 
-    /// The first query of the head's next piece. If there is none, it lies in the line's last tile,
-    /// behind the sequence.
-    pub(super) fn next_piece(&self) -> Reg<'k, u32> {
+    /// The first query of the head's next piece, and the warps whose keys it sees. If there is none,
+    /// the query lies in the line's last tile, behind the sequence, and sees no keys.
+    pub(super) fn next_piece(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
         let (problem, piece) = (self.problem, self.config.piece);
         let Self {
-            mut entry,
-            end,
             mut query,
             mut left,
             ..
         } = *self;
         let k = problem.k;
-        k.if_(left.equals(0) & entry.lt(end), || {
-            query.set(problem.word(entry) * problem.q_block);
-            // The sequence's last block may be short.
-            let queries = (problem.q_len - query).min(problem.q_block);
-            left.set((queries + (piece - 1)) & !(piece - 1));
-            entry += 1;
+        k.if_(left.equals(0), || {
+            let (block, warps) = self.lists.take();
+            k.if_(block.differs(NO_ENTRY), || {
+                self.warps.set(warps);
+                query.set(block * problem.q_block);
+                // The sequence's last block may be short.
+                let queries = (problem.q_len - query).min(problem.q_block);
+                left.set((queries + (piece - 1)) & !(piece - 1));
+            });
         });
-        let row = k.var(problem.tiles * QUERIES);
+        let (row, want) = (k.var(problem.tiles * QUERIES), k.var(0u32));
         k.if_(left.gt(0), || {
             row.set(query);
+            want.set(self.warps);
             query += piece;
             left -= piece;
         });
-        row
+        (row, want)
     }
 }

@@ -13,11 +13,10 @@ use super::softmax::Softmax;
 use super::work::{Jobs, plan};
 use super::{Config, OWN};
 use crate::gemm::pair;
+use crate::merge::WARPS;
 
 /// Stages of k and of v.
 const STAGES: usize = 2;
-/// Warps that consume.
-pub(super) const WARPS: u32 = 8;
 /// The thread that plans, in another warp than the loader, which is thread 0.
 const PLANNER: u32 = 32;
 /// Named barriers: warpgroup `w` waits at `TURN + w` for its turn.

@@ -2,9 +2,8 @@
 //! multiple of 16.
 //!
 //! Warps have 16 queries each, so each warp's are of one block, but those of a thread block are of
-//! several, with a list each. The loader merges the lists: each of eight lanes stands in one of them,
-//! the smallest entry comes next, and a bit for each lane that has it says which warps want it. Tiles
-//! of 64 keys are put together from pieces of such blocks. A warpgroup leaves out tiles that none of
+//! several, with a list each. The loader merges the lists ([`Merge`]). Tiles of 64 keys are put together
+//! from pieces of such blocks. A warpgroup leaves out tiles that none of
 //! its warps want; a warp of a warpgroup that does want one masks the pieces that it does not.
 //!
 //! Rings are deep, tiles small, and warpgroups go their own ways: what hides the softmax of one are
@@ -16,24 +15,21 @@ use flex_block_attn_tile::{
     Fragments, Left, Phases, Place, RegTile, Right, Ring, Shape, Shared, SharedTile, Warpgroup,
 };
 
-use super::kernel::{Maps, WARPS};
+use super::kernel::Maps;
 use super::problem::{Problem, Tile, rounded_up};
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
 use super::{Config, OWN, QUERIES};
 use crate::gemm::pair;
+use crate::merge::{Merge, NO_ENTRY, WARPS};
 
 /// Tiles of k, each with its tile of v, that may be under way.
 const STAGES: usize = 6;
-/// Queries of a warp.
-const WARP_QUERIES: u32 = 16;
 /// Warps of a warpgroup.
 const OWN_WARPS: u32 = 4;
 
 /// In a tile's first want: there are no more for these queries.
 const END: u32 = u32::MAX;
-/// In the place of an entry: the list has no more.
-const NO_ENTRY: u32 = u32::MAX;
 
 /// What is in shared memory.
 struct Stores<'k> {
@@ -45,16 +41,11 @@ struct Stores<'k> {
     wants: Vec<Address<'k, u32>>,
 }
 
-/// Lists being merged. Lanes hold one each; `block`, `left` and `warps` are the same in all.
-struct Merge<'a, 'k> {
+/// The pieces of several lists, walked as one.
+struct Pieces<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
-    /// The lane's entry, and the one after it, asked for ahead: the answer takes long.
-    entry: Reg<'k, u32>,
-    after: Reg<'k, u32>,
-    /// The word of the plan behind that one, and where the list ends.
-    next: Reg<'k, u32>,
-    end: Reg<'k, u32>,
+    lists: Merge<'k>,
     /// First key that is still to come of the block at hand, how many are, in whole pieces, and the
     /// warps that want them.
     key: Reg<'k, u32>,
@@ -114,7 +105,7 @@ impl Config {
         let leader = k.lane().equals(0);
         problem.each_tile_of_warp(|tile| {
             let first = tile.number * QUERIES;
-            let merge = Merge::new(problem, self, tile, first);
+            let pieces = Pieces::new(problem, self, tile, first);
             emptied.wait();
             k.if_(leader, || {
                 let some = k.var(1u32);
@@ -131,7 +122,7 @@ impl Config {
             });
             in_turn(k, |leave, stage| {
                 let (pair, full) = pairs.wait(stage);
-                let found: Vec<_> = (0..self.pieces()).map(|_| merge.next_piece()).collect();
+                let found: Vec<_> = (0..self.pieces()).map(|_| pieces.next()).collect();
                 let wants = wants[stage];
                 let end = found[0].1.equals(0);
                 k.if_(leader & end, || {
@@ -234,61 +225,35 @@ impl Config {
     }
 }
 
-impl<'a, 'k> Merge<'a, 'k> {
-    /// The lists of the blocks that the queries from `first` on are in. Lane `w` stands in that of
-    /// warp `w`.
+impl<'a, 'k> Pieces<'a, 'k> {
+    /// Those of the blocks that the queries from `first` on are in.
     fn new(problem: &'a Problem<'k>, config: Config, tile: Tile<'k>, first: Reg<'k, u32>) -> Self {
         let k = problem.k;
-        let query = first + k.lane() * WARP_QUERIES;
-        let (next, end) = (k.var(0u32), k.var(0u32));
-        k.if_(k.lane().lt(WARPS) & query.lt(problem.q_len), || {
+        let lists = Merge::new(k, problem.plan);
+        lists.start(first, problem.q_len, |query| {
             let row = query / problem.q_block;
-            next.set(problem.list(tile, row));
-            end.set(next + problem.count(tile, row));
+            (problem.list(tile, row), problem.count(tile, row))
         });
-        let merge = Self {
+        Self {
             problem,
             config,
-            entry: k.uninit(),
-            after: k.uninit(),
-            next,
-            end,
+            lists,
             key: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
-        };
-        merge.ask();
-        merge.advance();
-        merge
-    }
-
-    /// Takes the entry that was asked for, and asks for the next.
-    fn advance(&self) {
-        self.entry.set(self.after);
-        self.ask();
-    }
-
-    fn ask(&self) {
-        let mut next = self.next;
-        self.after.set(NO_ENTRY);
-        self.problem.k.if_(next.lt(self.end), || {
-            self.after.set(self.problem.word(next));
-            next += 1;
-        });
+        }
     }
 
     /// The next piece's first key, and who wants it: nobody, if there are no more; its keys then lie
     /// behind the sequence, where copies find zeros. All lanes.
-    fn next_piece(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
+    fn next(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
         let (k, problem, piece) = (self.problem.k, self.problem, self.config.piece);
         let (mut key, mut left) = (self.key, self.left);
         k.if_(left.equals(0), || {
-            let smallest = self.entry.warp_min();
-            k.if_(smallest.differs(NO_ENTRY), || {
-                let has_it = self.entry.equals(smallest);
-                self.warps.set(has_it.ballot());
-                k.if_(has_it, || self.advance());
-                key.set(smallest * problem.kv_block);
+            let (block, warps) = self.lists.take();
+            k.if_(block.differs(NO_ENTRY), || {
+                self.warps.set(warps);
+                key.set(block * problem.kv_block);
                 left.set(rounded_up(problem.keys_of_block(key), piece));
             });
         });

@@ -14,7 +14,7 @@ pub(super) struct Problem<'k> {
     pub(super) q_len: Reg<'k, u32>,
     /// Factor of the scores, in units of log2.
     pub(super) scale: Reg<'k, f32>,
-    plan: Reg<'k, u64>,
+    pub(super) plan: Reg<'k, u64>,
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) kv_block: Reg<'k, u32>,
     counter: Reg<'k, u64>,

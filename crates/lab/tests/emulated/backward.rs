@@ -221,3 +221,21 @@ fn pieces_and_sequences_that_end_anywhere() {
         case.check(&Options::all(0));
     }
 }
+
+#[test]
+fn keys_of_several_blocks() {
+    for (head_dim, piece, q_block, kv_block, q_len, kv_len) in [
+        (64, 64, 64, 64, 200, 300),
+        (128, 64, 192, 48, 250, 250),
+        (64, 16, 48, 16, 130, 100),
+        (64, 32, 96, 192, 150, 390),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let seen = |row: usize, column: usize| (row * 5 + column * 3) % 4 < 2 && column != 2;
+        let case = Case {
+            heads: 2,
+            ..Case::new(head_dim, piece, BlockMask::from_fn(extents, seen))
+        };
+        case.check(&Options::all(1));
+    }
+}
