@@ -42,5 +42,5 @@ mod wgmma;
 
 pub use fault::{Fault, Kind};
 pub use machine::emulate;
-pub use memory::{Element, Memory};
+pub use memory::{Allocation, Element, Memory};
 pub use options::{Completion, Options, Schedule, Statistics};

@@ -12,13 +12,36 @@ use crate::fault::{Done, Kind, Place};
 const START: u64 = 0x7_0000_0000;
 const GAP: u64 = 1 << 20;
 
+/// One allocation of [`Memory`].
 #[derive(Debug, Clone)]
-pub(crate) struct Allocation {
+pub struct Allocation {
     pub(crate) name: String,
     pub(crate) base: u64,
     pub(crate) bytes: Vec<u8>,
     /// 1 for each byte that was written.
     known: Vec<u8>,
+}
+
+impl Allocation {
+    /// The name it was given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its addresses.
+    pub fn range(&self) -> Range<u64> {
+        self.base..self.base + self.bytes.len() as u64
+    }
+
+    /// Its bytes; those never written hold some pattern.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Of each byte, whether it was written.
+    pub fn written(&self) -> impl Iterator<Item = bool> + '_ {
+        self.known.iter().map(|&known| known != 0)
+    }
 }
 
 /// Emulated device memory. It outlives launches: several kernels may work on it in turn.
@@ -86,12 +109,6 @@ impl Memory {
         let span = self.host_span(address, count * T::BYTES);
         let bytes = &self.allocations[span.allocation].bytes[span.start..span.start + span.len];
         bytes.chunks_exact(T::BYTES).map(T::get).collect()
-    }
-
-    /// The addresses of each allocation.
-    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let range = |a: &Allocation| a.base..a.base + a.bytes.len() as u64;
-        self.allocations.iter().map(range)
     }
 
     /// Whether every one of `bytes` bytes was written.
@@ -162,8 +179,8 @@ impl Memory {
         &mut allocation.bytes[range]
     }
 
-    /// All allocations, for what shadows them.
-    pub(crate) fn allocations(&self) -> &[Allocation] {
+    /// All allocations, by address.
+    pub fn allocations(&self) -> &[Allocation] {
         &self.allocations
     }
 
@@ -223,7 +240,13 @@ mod tests {
         assert_eq!(a % 256, 0);
         assert_eq!(memory.read::<f32>(a, 2), [1.5, -2.0]);
         assert!(!memory.is_written(b, 8));
-        memory.write(b, &[7i32, 8]);
+        memory.write(b, &[7i32]);
+        let [_, second] = memory.allocations() else {
+            panic!("two allocations");
+        };
+        assert_eq!((second.name(), second.range()), ("b", b..b + 8));
+        assert!(second.written().eq([0, 1, 2, 3, 4, 5, 6, 7].map(|i| i < 4)));
+        memory.write(b + 4, &[8i32]);
         assert_eq!(memory.read::<i32>(b + 4, 1), [8]);
     }
 

@@ -160,30 +160,39 @@ impl Gpu {
         unsafe { self.device.zero_words(address, 1, Stream::DEFAULT) }
     }
 
-    /// Launches what the emulator would run, on a copy of emulated memory, which gets the results. Bytes
-    /// that nobody has written hold a pattern there, too.
+    /// Runs kernels one after the other as the emulator would, on a copy of its memory, which gets the
+    /// results. The copy is at other addresses: those in the launches are moved there. Bytes that
+    /// were never written are 0xff before (NaN, were they read as numbers), and count as written
+    /// after.
     ///
     /// # Errors
-    /// What the driver says, faults of the kernel included.
-    pub fn run(&self, kernel: &Kernel, launch: &Launch, memory: &mut Memory) -> Result<(), Error> {
-        let function = self.load(kernel)?;
-        let mut copies: Vec<(Range<u64>, Buffer)> = Vec::new();
-        for range in memory.ranges() {
-            let bytes: Vec<u8> = memory.read(range.start, (range.end - range.start) as usize);
+    /// What the driver says, faults of the kernels included.
+    pub fn run<'a>(
+        &self,
+        steps: impl IntoIterator<Item = (&'a Kernel, &'a Launch)>,
+        memory: &mut Memory,
+    ) -> Result<(), Error> {
+        let mut copies = Vec::new();
+        for allocation in memory.allocations() {
+            let pairs = allocation.bytes().iter().zip(allocation.written());
+            let bytes: Vec<u8> = pairs
+                .map(|(&x, known)| if known { x } else { 0xff })
+                .collect();
             let buffer = self.device.alloc(bytes.len())?;
             buffer.write(&bytes)?;
-            copies.push((range, buffer));
+            copies.push((allocation.range(), buffer));
         }
-        let launch = relocated(launch, |address| {
-            let found = copies.iter().find(|(range, _)| range.contains(&address))?;
-            Some(found.1.address() + (address - found.0.start))
-        });
-        // SAFETY: the copies live until they are read below, which waits for the launch; the
-        // kernel stays within them, as the emulator shows of each that tests run.
-        unsafe { function.launch(&launch, Stream::DEFAULT)? };
-        for (range, buffer) in &copies {
+        let places: Vec<u64> = copies.iter().map(|(_, copy)| copy.address()).collect();
+        for (kernel, launch) in steps {
+            let function = self.load(kernel)?;
+            let launch = relocated(launch, memory, &places);
+            // SAFETY: the copies live until they are read below, which waits for the launch; the
+            // kernel stays within them, as the emulator shows of each that tests run.
+            unsafe { function.launch(&launch, Stream::DEFAULT)? };
+        }
+        for (range, copy) in copies {
             let mut bytes = vec![0; (range.end - range.start) as usize];
-            buffer.read(&mut bytes)?;
+            copy.read(&mut bytes)?;
             memory.write(range.start, &bytes);
         }
         Ok(())
@@ -227,9 +236,16 @@ impl Gpu {
     }
 }
 
-/// A launch whose addresses are those that `place` has for them; where it has none, they stay.
-fn relocated(launch: &Launch, place: impl Fn(u64) -> Option<u64>) -> Launch {
-    let moved = |address| place(address).unwrap_or(address);
+/// A launch with all addresses that lie in an allocation of `memory` moved: the first allocation
+/// starts at the first of `places`, and so on.
+pub(crate) fn relocated(launch: &Launch, memory: &Memory, places: &[u64]) -> Launch {
+    let moved = |address: u64| {
+        let mut both = memory.allocations().iter().zip(places);
+        let found = both.find(|(allocation, _)| allocation.range().contains(&address));
+        found.map_or(address, |(allocation, place)| {
+            place + (address - allocation.range().start)
+        })
+    };
     let mut launch = launch.clone();
     for arg in &mut launch.args {
         match arg {
@@ -239,37 +255,4 @@ fn relocated(launch: &Launch, place: impl Fn(u64) -> Option<u64>) -> Launch {
         }
     }
     launch
-}
-
-#[cfg(test)]
-mod tests {
-    use flex_block_attn_ptx::{Element, Swizzle, TensorMap};
-
-    use super::*;
-
-    #[test]
-    fn addresses_are_relocated_and_nothing_else() {
-        let map = |address| TensorMap {
-            element: Element::Bf16,
-            address,
-            rank: 1,
-            dims: [64, 0, 0, 0, 0],
-            strides: [2, 0, 0, 0, 0],
-            tile: [64, 0, 0, 0, 0],
-            swizzle: Swizzle::None,
-        };
-        let launch = |a, b, c| Launch {
-            grid: [1, 2, 3],
-            args: vec![
-                Arg::U64(a),
-                Arg::U32(1000),
-                Arg::TensorMap(map(b)),
-                Arg::U64(c),
-                Arg::F32(1.0),
-            ],
-        };
-        let place = |address: u64| (1000..2000).contains(&address).then(|| address + 7000);
-        let moved = relocated(&launch(1016, 1999, 5), place);
-        assert_eq!(moved, launch(8016, 8999, 5));
-    }
 }

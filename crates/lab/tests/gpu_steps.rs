@@ -6,7 +6,7 @@ use flex_block_attn::{
     BlockMask, BoolMatrix, DType, Extents, Options, Plan, Tensor, TensorMut, bf16, forward,
 };
 use flex_block_attn_emulator::{Memory, Options as Way, emulate};
-use flex_block_attn_lab::emulated::normal;
+use flex_block_attn_lab::problems::normal;
 use flex_block_attn_ptx::Launch;
 
 /// A generator of numbers by chance.
@@ -41,7 +41,10 @@ impl Stored {
             [heads * tokens * row, tokens * row, row, 1]
         };
         Self {
-            values: normal(seed, batch * heads * tokens * row),
+            values: normal(seed, batch * heads * tokens * row)
+                .into_iter()
+                .map(bf16::from_f64)
+                .collect(),
             shape,
             strides: strides.map(|stride| stride as isize),
         }

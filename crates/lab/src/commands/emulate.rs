@@ -6,7 +6,7 @@ use std::time::Instant;
 use flex_block_attn::{Extents, builders};
 use flex_block_attn_emulator::Options;
 use flex_block_attn_kernels::{Element, forward};
-use flex_block_attn_lab::emulated::Forward;
+use flex_block_attn_lab::problems::Forward;
 
 pub const USAGE: &str = "lab emulate
 
@@ -30,7 +30,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
         piece: 128,
     };
     let setup = Forward::new(config, builders::full(extents)).setup();
-    println!("{:24} {:>14}", setup.kernel.name, "seconds a step");
+    println!("{:24} {:>14}", setup.kernel().name, "seconds a step");
     for options in Options::all(1) {
         let mut best = f64::INFINITY;
         for _ in 0..3 {

@@ -12,14 +12,14 @@ pub fn table() -> Vec<Mutation> {
             name: "no proxy fence before the store of c",
             kind: "proxy fence",
             base: Base::Gemm,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::Fence(Fence::ProxyAsyncShared))),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::Fence(Fence::ProxyAsyncShared))),
             by: By::Emulator(&["ProxyFence"]),
         },
         Mutation {
             name: "no proxy fence before the store of the output",
             kind: "proxy fence",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::Fence(Fence::ProxyAsyncShared))),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::Fence(Fence::ProxyAsyncShared))),
             by: By::Emulator(&["ProxyFence"]),
         },
         Mutation {
@@ -28,7 +28,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Fence(Fence::ProxyAsyncShared)),
                     |op| {
@@ -44,7 +44,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Fence(Fence::ProxyAsyncShared)),
                     |op| {
@@ -60,7 +60,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let fence = op!(Op::Fence(Fence::ProxyAsyncShared));
-                move_before(&mut s.kernel, fence, op!(Op::StoreMatrix { .. }))
+                move_before(s.kernel_mut(), fence, op!(Op::StoreMatrix { .. }))
             },
             by: By::Emulator(&["ProxyFence"]),
         },
@@ -68,7 +68,7 @@ pub fn table() -> Vec<Mutation> {
             name: "no fence behind the init of mbarriers",
             kind: "mbarrier init fence",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::Fence(Fence::MbarrierInit))),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::Fence(Fence::MbarrierInit))),
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
@@ -77,8 +77,8 @@ pub fn table() -> Vec<Mutation> {
             kind: "mbarrier init fence",
             base: Base::Gemm,
             edit: |s| {
-                let last = inits(&s.kernel, 10);
-                move_before(&mut s.kernel, op!(Op::Fence(Fence::MbarrierInit)), last)
+                let last = inits(s.kernel(), 10);
+                move_before(s.kernel_mut(), op!(Op::Fence(Fence::MbarrierInit)), last)
             },
             by: By::Emulator(&["Mbarrier"]),
         },
@@ -86,28 +86,28 @@ pub fn table() -> Vec<Mutation> {
             name: "no wgmma fence at all",
             kind: "wgmma fence",
             base: Base::Gemm,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::WgmmaFence)),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::WgmmaFence)),
             by: By::Emulator(&["MissingWgmmaFence"]),
         },
         Mutation {
             name: "no wgmma fence before the first scores",
             kind: "wgmma fence",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::WgmmaFence)),
+            edit: |s| remove(s.kernel_mut(), Nth(0), op!(Op::WgmmaFence)),
             by: By::Emulator(&["MissingWgmmaFence"]),
         },
         Mutation {
             name: "no wgmma fence before later scores, after the softmax of earlier ones",
             kind: "wgmma fence",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::WgmmaFence)),
+            edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::WgmmaFence)),
             by: By::Emulator(&["MissingWgmmaFence"]),
         },
         Mutation {
             name: "no wgmma fence between rescaling the output and the product with v",
             kind: "wgmma fence",
             base: Base::Short,
-            edit: |s| remove(&mut s.kernel, Nth(2), op!(Op::WgmmaFence)),
+            edit: |s| remove(s.kernel_mut(), Nth(2), op!(Op::WgmmaFence)),
             by: By::Emulator(&["MissingWgmmaFence"]),
         },
     ]

@@ -9,14 +9,14 @@ use crate::{Base, By, Mutation};
 
 /// A bulk commit is followed by an ordinary store over the tile that is still being read.
 fn reuse(s: &mut crate::Setup) -> usize {
-    let address = all(&s.kernel)
+    let address = all(s.kernel())
         .iter()
         .find_map(|inst| match inst.op {
             Op::TmaStore { src, .. } => Some(src),
             _ => None,
         })
         .expect("kernels store by TMA");
-    rewrite(&mut s.kernel, All, op!(Op::BulkCommit), |inst| {
+    rewrite(s.kernel_mut(), All, op!(Op::BulkCommit), |inst| {
         let store = plain(Op::Store {
             space: Space::Shared,
             ty: Ty::B32,
@@ -33,7 +33,7 @@ pub fn table() -> Vec<Mutation> {
             name: "the first scores are not waited for",
             kind: "wgmma wait",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::WgmmaWait { pending: 0 })),
+            edit: |s| remove(s.kernel_mut(), Nth(0), op!(Op::WgmmaWait { pending: 0 })),
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
@@ -42,7 +42,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::WgmmaWait { pending: 1 }),
                     |op| {
@@ -58,7 +58,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     Nth(1),
                     op!(Op::WgmmaWait { pending: 0 }),
                     |op| {
@@ -73,8 +73,8 @@ pub fn table() -> Vec<Mutation> {
             kind: "wgmma wait",
             base: Base::Short,
             edit: |s| {
-                remove(&mut s.kernel, Nth(4), op!(Op::WgmmaWait { pending: 0 }))
-                    + remove(&mut s.kernel, Nth(3), op!(Op::WgmmaWait { pending: 0 }))
+                remove(s.kernel_mut(), Nth(4), op!(Op::WgmmaWait { pending: 0 }))
+                    + remove(s.kernel_mut(), Nth(3), op!(Op::WgmmaWait { pending: 0 }))
             },
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
@@ -82,7 +82,7 @@ pub fn table() -> Vec<Mutation> {
             name: "the last product is not waited for",
             kind: "wgmma wait",
             base: Base::Gemm,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::WgmmaWait { pending: 0 })),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::WgmmaWait { pending: 0 })),
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
@@ -91,7 +91,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::WgmmaWait { pending: 1 }),
                     |op| {
@@ -105,14 +105,14 @@ pub fn table() -> Vec<Mutation> {
             name: "no product is committed",
             kind: "wgmma commit",
             base: Base::Gemm,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::WgmmaCommit)),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::WgmmaCommit)),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "scores in the loop are not a group of their own",
             kind: "wgmma commit",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::WgmmaCommit)),
+            edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::WgmmaCommit)),
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
@@ -121,7 +121,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 let wait = op!(Op::WgmmaWait { .. });
-                move_before(&mut s.kernel, wait, op!(Op::WgmmaCommit))
+                move_before(s.kernel_mut(), wait, op!(Op::WgmmaCommit))
             },
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
@@ -129,7 +129,7 @@ pub fn table() -> Vec<Mutation> {
             name: "queries overwrite an output that is still being stored",
             kind: "bulk group",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::BulkWait { .. })),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::BulkWait { .. })),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
@@ -137,7 +137,7 @@ pub fn table() -> Vec<Mutation> {
             kind: "bulk group",
             base: Base::Gemm,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::BulkWait { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::BulkWait { .. }), |op| {
                     *op = Op::BulkWait {
                         pending: 1,
                         read: false,
@@ -150,7 +150,7 @@ pub fn table() -> Vec<Mutation> {
             name: "the store of c is not committed",
             kind: "bulk group",
             base: Base::Gemm,
-            edit: |s| remove(&mut s.kernel, All, op!(Op::BulkCommit)),
+            edit: |s| remove(s.kernel_mut(), All, op!(Op::BulkCommit)),
             by: By::Emulator(&["LeftBehind"]),
         },
         Mutation {
@@ -159,7 +159,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 let commit = op!(Op::BulkCommit);
-                move_before(&mut s.kernel, commit, op!(Op::TmaStore { .. }))
+                move_before(s.kernel_mut(), commit, op!(Op::TmaStore { .. }))
             },
             by: By::Emulator(&["Race"]),
         },

@@ -42,7 +42,7 @@ pub const JOB_START: usize = 4;
 pub fn say(s: &mut Setup, nth: usize, word: usize, op: Binary, value: i32) -> usize {
     let value = Operand::Imm(u64::from(value as u32));
     computed(
-        &mut s.kernel,
+        s.kernel_mut(),
         Nth(nth),
         stores(4),
         (op, value),
@@ -55,7 +55,7 @@ pub fn say(s: &mut Setup, nth: usize, word: usize, op: Binary, value: i32) -> us
 
 /// Takes a constant for special registers.
 fn constant(s: &mut Setup, matches: impl Fn(&Op) -> bool, value: u64) -> usize {
-    change(&mut s.kernel, All, matches, |op| {
+    change(s.kernel_mut(), All, matches, |op| {
         if let Op::Special { dst, .. } = *op {
             *op = Op::Mov {
                 ty: Ty::U32,
@@ -68,7 +68,7 @@ fn constant(s: &mut Setup, matches: impl Fn(&Op) -> bool, value: u64) -> usize {
 
 /// Counts so many tiles of queries for each that is taken.
 fn step(s: &mut Setup, tiles: u64) -> usize {
-    change(&mut s.kernel, All, op!(Op::Atomic { .. }), |op| {
+    change(s.kernel_mut(), All, op!(Op::Atomic { .. }), |op| {
         if let Op::Atomic { src, .. } = op {
             *src = Operand::Imm(tiles);
         }
@@ -77,8 +77,8 @@ fn step(s: &mut Setup, tiles: u64) -> usize {
 
 /// Moves arrivals to before what precedes them.
 fn earlier(s: &mut Setup, nth: usize, before: impl Fn(&Op) -> bool) -> usize {
-    let arrives = arrives_on(&s.kernel, nth);
-    move_before(&mut s.kernel, arrives, before)
+    let arrives = arrives_on(s.kernel(), nth);
+    move_before(s.kernel_mut(), arrives, before)
 }
 
 pub fn table() -> Vec<Mutation> {
@@ -109,8 +109,8 @@ fn jobs() -> Vec<Mutation> {
             kind: "missing arrival",
             base: Base::Ragged,
             edit: |s| {
-                let arrives = arrives_on(&s.kernel, JOB_FULL);
-                remove(&mut s.kernel, Nth(1), arrives)
+                let arrives = arrives_on(s.kernel(), JOB_FULL);
+                remove(s.kernel_mut(), Nth(1), arrives)
             },
             by: By::Emulator(&["Deadlock"]),
         },
@@ -119,8 +119,8 @@ fn jobs() -> Vec<Mutation> {
             kind: "extra arrival",
             base: Base::Wide,
             edit: |s| {
-                let arrives = arrives_on(&s.kernel, JOB_FULL);
-                double(&mut s.kernel, All, arrives)
+                let arrives = arrives_on(s.kernel(), JOB_FULL);
+                double(s.kernel_mut(), All, arrives)
             },
             by: By::Emulator(&["Race", "UninitialisedMemory", "Deadlock"]),
         },
@@ -144,8 +144,8 @@ fn jobs() -> Vec<Mutation> {
             kind: "missing empty wait",
             base: Base::Wide,
             edit: |s| {
-                let waits = waits_on(&s.kernel, JOB_EMPTY);
-                remove(&mut s.kernel, Nth(1), waits)
+                let waits = waits_on(s.kernel(), JOB_EMPTY);
+                remove(s.kernel_mut(), Nth(1), waits)
             },
             by: By::Emulator(&["Deadlock", "Race"]),
         },
@@ -202,8 +202,8 @@ fn queries() -> Vec<Mutation> {
             kind: "missing empty wait",
             base: Base::Wide,
             edit: |s| {
-                let waits = waits_on(&s.kernel, Q_EMPTY);
-                remove(&mut s.kernel, Nth(1), waits)
+                let waits = waits_on(s.kernel(), Q_EMPTY);
+                remove(s.kernel_mut(), Nth(1), waits)
             },
             by: By::Emulator(&["Mbarrier", "Race"]),
         },
@@ -240,8 +240,8 @@ fn queries() -> Vec<Mutation> {
             kind: "early arrival",
             base: Base::Wide,
             edit: |s| {
-                let arrives = expects_on(&s.kernel, Q_FULL);
-                move_before(&mut s.kernel, arrives, stores(4))
+                let arrives = expects_on(s.kernel(), Q_FULL);
+                move_before(s.kernel_mut(), arrives, stores(4))
             },
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
@@ -256,7 +256,7 @@ fn queries() -> Vec<Mutation> {
             name: "no note is written",
             kind: "missing note",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(NOTE), stores(4)),
+            edit: |s| remove(s.kernel_mut(), Nth(NOTE), stores(4)),
             by: By::Emulator(&["UninitialisedMemory"]),
         },
         Mutation {
@@ -264,7 +264,7 @@ fn queries() -> Vec<Mutation> {
             name: "no note of no keys is written",
             kind: "missing note",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(NOTE_WITHOUT_KEYS), stores(4)),
+            edit: |s| remove(s.kernel_mut(), Nth(NOTE_WITHOUT_KEYS), stores(4)),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
@@ -272,8 +272,8 @@ fn queries() -> Vec<Mutation> {
             kind: "missing arrival",
             base: Base::Wide,
             edit: |s| {
-                let arrives = arrives_on(&s.kernel, Q_FULL);
-                remove(&mut s.kernel, Nth(0), arrives)
+                let arrives = arrives_on(s.kernel(), Q_FULL);
+                remove(s.kernel_mut(), Nth(0), arrives)
             },
             by: By::Emulator(&["Deadlock"]),
         },
@@ -311,14 +311,14 @@ fn queries() -> Vec<Mutation> {
             base: Base::Ragged,
             edit: |s| {
                 // The first such comparison is the planner's, the others are of a thread's two rows.
-                let q_len = param(&s.kernel, "q_len");
+                let q_len = param(s.kernel(), "q_len");
                 let below = |op: &Op| matches!(op, Op::Compare { b, .. } if *b == q_len);
                 let boundless = |op: &mut Op| {
                     if let Op::Compare { b, .. } = op {
                         *b = Operand::Imm(u32::MAX.into());
                     }
                 };
-                change(&mut s.kernel, Nth(1), below, boundless)
+                change(s.kernel_mut(), Nth(1), below, boundless)
             },
             by: By::Emulator(&["Race", "OutOfBounds"]),
         },

@@ -17,7 +17,7 @@ const MISSING: usize = 3;
 
 /// Where the walk sets down that a whole block is to come.
 fn whole_block(s: &Setup) -> impl Fn(&Op) -> bool + use<> {
-    let kv_block = param(&s.kernel, "kv_block");
+    let kv_block = param(s.kernel(), "kv_block");
     move |op| matches!(op, Op::Mov { src, .. } if *src == kv_block)
 }
 
@@ -28,9 +28,9 @@ fn ends_at(s: &mut Setup, keys: u64) -> usize {
         Op::Mov { dst, .. } if whole_block(op) => Some(Operand::Reg(*dst)),
         _ => None,
     };
-    let left: Vec<_> = all(&s.kernel).iter().filter_map(|i| left(&i.op)).collect();
+    let left: Vec<_> = all(s.kernel()).iter().filter_map(|i| left(&i.op)).collect();
     change(
-        &mut s.kernel,
+        s.kernel_mut(),
         All,
         |op| matches!(op, Op::Compare { cmp: Cmp::Eq, a, .. } if left.contains(a)),
         |op| {
@@ -47,9 +47,9 @@ fn no_step(s: &mut Setup) -> usize {
         Op::MulWide { a, .. } => Some(*a),
         _ => None,
     };
-    let words: Vec<_> = all(&s.kernel).iter().filter_map(|i| word(&i.op)).collect();
+    let words: Vec<_> = all(s.kernel()).iter().filter_map(|i| word(&i.op)).collect();
     remove(
-        &mut s.kernel,
+        s.kernel_mut(),
         All,
         |op| matches!(op, Op::Binary { op: Binary::Sub, dst, a, .. } if *a == Operand::Reg(*dst) && words.contains(a)),
     )
@@ -66,11 +66,11 @@ fn one_place(s: &mut Setup) -> usize {
         } if src.len() == 1 => Some(address.offset),
         _ => None,
     };
-    let notes: Vec<_> = all(&s.kernel).iter().filter_map(|i| note(&i.op)).collect();
+    let notes: Vec<_> = all(s.kernel()).iter().filter_map(|i| note(&i.op)).collect();
     // A word for each of three pieces; the second stage's come last.
     let last = notes.into_iter().max().unwrap_or(0);
     let of_second = |op: &Op| matches!(op, Op::Store { address, .. } | Op::Load { address, .. } if (last - 8..=last).contains(&address.offset));
-    change(&mut s.kernel, All, of_second, |op| {
+    change(s.kernel_mut(), All, of_second, |op| {
         if let Op::Store { address, .. } | Op::Load { address, .. } = op {
             address.offset -= 12;
         }
@@ -179,7 +179,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 let whole_block = whole_block(s);
-                remove(&mut s.kernel, All, whole_block)
+                remove(s.kernel_mut(), All, whole_block)
             },
             by: By::Result,
         },

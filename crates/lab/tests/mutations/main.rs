@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
 use flex_block_attn_kernels::{Element, forward};
-use flex_block_attn_lab::emulated::{Failure, Forward, Product, Setup};
+use flex_block_attn_lab::problems::{Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
 /// Problems: small, but every ring goes round and, in the first two, all that orders others is
@@ -64,6 +64,7 @@ impl Base {
         };
         match self {
             Self::Gemm => Product {
+                element: Element::Bf16,
                 m: 256,
                 n: 256,
                 k: 448,
@@ -177,17 +178,18 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 
 /// Who found a mistake in a launch, and what is said of it; none if nobody did.
 fn found(setup: &Setup) -> Option<(String, String)> {
-    if let Err(error) = verify(&setup.kernel) {
+    if let Err(error) = verify(setup.kernel()) {
         let who = format!("verifier: {}", variant(&error.fault));
         return Some((who, error.to_string()));
     }
     ways().iter().find_map(|options| match setup.run(options) {
-        Ok(_) => None,
+        Ok(()) => None,
         Err(Failure::Fault(fault)) => {
             let who = format!("emulator: {}", variant(&fault.kind));
             Some((who, fault.to_string()))
         }
         Err(Failure::Wrong(text)) => Some(("result".to_owned(), text)),
+        Err(Failure::Gpu(_)) => unreachable!("the emulator is no GPU"),
     })
 }
 

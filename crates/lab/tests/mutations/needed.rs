@@ -48,7 +48,7 @@ fn every_instruction_that_orders_others_is_missed() {
     // The other bases execute less of what orders others.
     for base in [Base::Gemm, Base::Wide] {
         let setup = base.setup();
-        let insts = all(&setup.kernel)
+        let insts = all(setup.kernel())
             .into_iter()
             .filter(|inst| orders(&inst.op));
         cases.extend(
@@ -60,14 +60,14 @@ fn every_instruction_that_orders_others_is_missed() {
     assert!(cases.len() > 60, "{} instructions", cases.len());
     let missed = each(&cases, |(setup, nth, _)| {
         let mut setup = setup.clone();
-        assert_eq!(remove(&mut setup.kernel, Which::Nth(*nth), orders), 1);
+        assert_eq!(remove(setup.kernel_mut(), Which::Nth(*nth), orders), 1);
         found(&setup).is_some()
     });
 
     let mut counts = BTreeMap::new();
     let mut places = String::new();
     for ((setup, _, inst), _) in cases.iter().zip(missed).filter(|(_, missed)| !missed) {
-        let (kernel, mnemonic) = (setup.kernel.name.clone(), inst.op.mnemonic());
+        let (kernel, mnemonic) = (setup.kernel().name.clone(), inst.op.mnemonic());
         places += &format!("\n{kernel}, {}: {mnemonic}", inst.at);
         *counts.entry((kernel, mnemonic)).or_insert(0) += 1;
     }

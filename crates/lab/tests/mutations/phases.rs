@@ -31,20 +31,20 @@ const V_EMPTY: usize = 9;
 
 /// Starts a role's parity at the other value.
 pub fn flip(s: &mut Setup, nth: usize) -> usize {
-    let waits = waits_on(&s.kernel, nth);
-    other_parity(&mut s.kernel, waits)
+    let waits = waits_on(s.kernel(), nth);
+    other_parity(s.kernel_mut(), waits)
 }
 
 /// Never toggles a role's parity.
 pub fn no_toggle(s: &mut Setup, nth: usize) -> usize {
-    let waits = waits_on(&s.kernel, nth);
-    remove_behind(&mut s.kernel, waits, toggles)
+    let waits = waits_on(s.kernel(), nth);
+    remove_behind(s.kernel_mut(), waits, toggles)
 }
 
 /// Expects so many bytes more on an mbarrier.
 fn expect(s: &mut Setup, nth: usize, more: i64) -> usize {
-    let expects = expects_on(&s.kernel, nth);
-    change(&mut s.kernel, All, expects, |op| {
+    let expects = expects_on(s.kernel(), nth);
+    change(s.kernel_mut(), All, expects, |op| {
         if let Op::MbarrierArriveExpect {
             bytes: Operand::Imm(bytes),
             ..
@@ -57,8 +57,8 @@ fn expect(s: &mut Setup, nth: usize, more: i64) -> usize {
 
 /// Initialises an mbarrier for so many arrivals.
 pub fn count(s: &mut Setup, nth: usize, arrivals: u64) -> usize {
-    let init = inits(&s.kernel, nth);
-    change(&mut s.kernel, All, init, |op| {
+    let init = inits(s.kernel(), nth);
+    change(s.kernel_mut(), All, init, |op| {
         if let Op::MbarrierInit { count, .. } = op {
             *count = Operand::Imm(arrivals);
         }
@@ -66,19 +66,19 @@ pub fn count(s: &mut Setup, nth: usize, arrivals: u64) -> usize {
 }
 
 pub fn no_wait(s: &mut Setup, nth: usize) -> usize {
-    let waits = waits_on(&s.kernel, nth);
-    remove(&mut s.kernel, All, waits)
+    let waits = waits_on(s.kernel(), nth);
+    remove(s.kernel_mut(), All, waits)
 }
 
 pub fn no_release(s: &mut Setup, nth: usize) -> usize {
-    let releases = arrives_on(&s.kernel, nth);
-    remove(&mut s.kernel, All, releases)
+    let releases = arrives_on(s.kernel(), nth);
+    remove(s.kernel_mut(), All, releases)
 }
 
 /// Gives a stage back before the wait for the product that reads it.
 fn early_release(s: &mut Setup, nth: usize) -> usize {
-    let releases = arrives_on(&s.kernel, nth);
-    move_before(&mut s.kernel, releases, op!(Op::WgmmaWait { .. }))
+    let releases = arrives_on(s.kernel(), nth);
+    move_before(s.kernel_mut(), releases, op!(Op::WgmmaWait { .. }))
 }
 
 pub fn table() -> Vec<Mutation> {
@@ -123,8 +123,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "parity",
             base: Base::Wide,
             edit: |s| {
-                let waits = waits_on(&s.kernel, V_FULL);
-                change_behind(&mut s.kernel, waits, toggles, |mut op| {
+                let waits = waits_on(s.kernel(), V_FULL);
+                change_behind(s.kernel_mut(), waits, toggles, |mut op| {
                     if let Op::Binary {
                         b: Operand::Imm(bit),
                         ..
@@ -177,8 +177,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "missing arrival",
             base: Base::Gemm,
             edit: |s| {
-                let expects = expects_on(&s.kernel, B_FULL);
-                remove(&mut s.kernel, All, expects)
+                let expects = expects_on(s.kernel(), B_FULL);
+                remove(s.kernel_mut(), All, expects)
             },
             by: By::Emulator(&["Deadlock"]),
         },
@@ -187,8 +187,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "extra arrival",
             base: Base::Wide,
             edit: |s| {
-                let expects = expects_on(&s.kernel, K_FULL);
-                double(&mut s.kernel, All, expects)
+                let expects = expects_on(s.kernel(), K_FULL);
+                double(s.kernel_mut(), All, expects)
             },
             by: By::Emulator(&["Mbarrier"]),
         },
@@ -211,8 +211,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "missing full wait",
             base: Base::Wide,
             edit: |s| {
-                let waits = waits_on(&s.kernel, V_FULL);
-                only_threads(&mut s.kernel, All, waits, Cmp::Lt, 160)
+                let waits = waits_on(s.kernel(), V_FULL);
+                only_threads(s.kernel_mut(), All, waits, Cmp::Lt, 160)
             },
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
@@ -263,8 +263,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "missing release",
             base: Base::Wide,
             edit: |s| {
-                let releases = arrives_on(&s.kernel, V_EMPTY);
-                only_threads(&mut s.kernel, All, releases, Cmp::Lt, 256)
+                let releases = arrives_on(s.kernel(), V_EMPTY);
+                only_threads(s.kernel_mut(), All, releases, Cmp::Lt, 256)
             },
             by: By::Emulator(&["Deadlock"]),
         },
@@ -273,8 +273,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "extra arrival",
             base: Base::Wide,
             edit: |s| {
-                let releases = arrives_on(&s.kernel, K_EMPTY);
-                unguard(&mut s.kernel, All, releases)
+                let releases = arrives_on(s.kernel(), K_EMPTY);
+                unguard(s.kernel_mut(), All, releases)
             },
             by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
         },
@@ -283,8 +283,8 @@ fn tokens() -> Vec<Mutation> {
             kind: "extra arrival",
             base: Base::Gemm,
             edit: |s| {
-                let releases = arrives_on(&s.kernel, A_EMPTY);
-                double(&mut s.kernel, All, releases)
+                let releases = arrives_on(s.kernel(), A_EMPTY);
+                double(s.kernel_mut(), All, releases)
             },
             by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
         },
@@ -334,8 +334,8 @@ fn setup() -> Vec<Mutation> {
             kind: "missing init",
             base: Base::Wide,
             edit: |s| {
-                let init = inits(&s.kernel, V_FULL);
-                remove(&mut s.kernel, All, init)
+                let init = inits(s.kernel(), V_FULL);
+                remove(s.kernel_mut(), All, init)
             },
             by: By::Emulator(&["Mbarrier"]),
         },
@@ -348,7 +348,7 @@ fn setup() -> Vec<Mutation> {
                     id: Operand::Imm(0),
                     ..
                 });
-                remove(&mut s.kernel, All, all_threads)
+                remove(s.kernel_mut(), All, all_threads)
             },
             by: By::Emulator(&["Mbarrier"]),
         },
@@ -361,7 +361,7 @@ fn setup() -> Vec<Mutation> {
                     id: Operand::Imm(0),
                     ..
                 });
-                move_before(&mut s.kernel, all_threads, op!(Op::Special { .. }))
+                move_before(s.kernel_mut(), all_threads, op!(Op::Special { .. }))
             },
             by: By::Emulator(&["Mbarrier"]),
         },

@@ -34,7 +34,7 @@ const HIGH: u64 = 64 | 1 << 30;
 
 fn high(s: &mut Setup, to: u64) -> usize {
     change(
-        &mut s.kernel,
+        s.kernel_mut(),
         All,
         op!(Op::Mov {
             src: Operand::Imm(HIGH),
@@ -50,7 +50,7 @@ fn high(s: &mut Setup, to: u64) -> usize {
 
 /// Changes a tensor map.
 fn map(s: &mut Setup, arg: usize, f: impl Fn(&mut TensorMap)) -> usize {
-    match &mut s.launch.args[arg] {
+    match &mut s.launch_mut().args[arg] {
         Arg::TensorMap(map) => {
             f(map);
             1
@@ -60,7 +60,7 @@ fn map(s: &mut Setup, arg: usize, f: impl Fn(&mut TensorMap)) -> usize {
 }
 
 fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
-    match &mut s.launch.args[arg] {
+    match &mut s.launch_mut().args[arg] {
         Arg::U64(value) => {
             *value = f(*value);
             1
@@ -71,7 +71,7 @@ fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
 
 /// Changes a number.
 fn word(s: &mut Setup, arg: usize, f: impl Fn(u32) -> u32) -> usize {
-    match &mut s.launch.args[arg] {
+    match &mut s.launch_mut().args[arg] {
         Arg::U32(value) => {
             *value = f(*value);
             1
@@ -82,7 +82,7 @@ fn word(s: &mut Setup, arg: usize, f: impl Fn(u32) -> u32) -> usize {
 
 /// Overwrites a number in memory: the `nth` behind an address.
 fn number(s: &mut Setup, arg: usize, nth: u32, value: i32) -> usize {
-    match s.launch.args[arg] {
+    match s.launch().args[arg] {
         Arg::U64(address) => {
             s.memory.write(address + 4 * u64::from(nth), &[value]);
             1
@@ -93,7 +93,7 @@ fn number(s: &mut Setup, arg: usize, nth: u32, value: i32) -> usize {
 
 /// The word of a plan at which row 0's list starts.
 fn list(s: &Setup) -> u32 {
-    match s.launch.args[FIRST_LIST] {
+    match s.launch().args[FIRST_LIST] {
         Arg::U32(first) => first,
         _ => 0,
     }
@@ -113,14 +113,22 @@ fn matrices() -> Vec<Mutation> {
             name: "b starts 32 bytes on",
             kind: "descriptor",
             base: Base::Gemm,
-            edit: |s| descriptors(&mut s.kernel, Side::B, op!(Op::Wgmma { .. }), |low| low + 2),
+            edit: |s| {
+                descriptors(s.kernel_mut(), Side::B, op!(Op::Wgmma { .. }), |low| {
+                    low + 2
+                })
+            },
             by: By::Emulator(&["Unsupported", "LiveMbarrier", "UninitialisedMemory", "Race"]),
         },
         Mutation {
             name: "a starts 32 bytes on",
             kind: "descriptor",
             base: Base::Gemm,
-            edit: |s| descriptors(&mut s.kernel, Side::A, op!(Op::Wgmma { .. }), |low| low + 2),
+            edit: |s| {
+                descriptors(s.kernel_mut(), Side::A, op!(Op::Wgmma { .. }), |low| {
+                    low + 2
+                })
+            },
             by: By::Emulator(&["Race"]),
         },
         Mutation {
@@ -129,7 +137,7 @@ fn matrices() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 descriptors(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     Side::B,
                     op!(Op::Wgmma {
                         b_transposed: false,
@@ -149,7 +157,7 @@ fn matrices() -> Vec<Mutation> {
                     b_transposed: true,
                     ..
                 });
-                descriptors(&mut s.kernel, Side::B, of_v, |low| {
+                descriptors(s.kernel_mut(), Side::B, of_v, |low| {
                     (low >> 17 << 16) | (low & 0xffff)
                 })
             },
@@ -160,7 +168,7 @@ fn matrices() -> Vec<Mutation> {
             kind: "descriptor",
             base: Base::Wide,
             edit: |s| {
-                descriptors(&mut s.kernel, Side::B, op!(Op::Wgmma { .. }), |low| {
+                descriptors(s.kernel_mut(), Side::B, op!(Op::Wgmma { .. }), |low| {
                     low + 0x2800
                 })
             },
@@ -193,7 +201,7 @@ fn matrices() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Wgmma {
                         a: MatrixA::Shared { .. },
@@ -214,7 +222,7 @@ fn matrices() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Wgmma {
                         a: MatrixA::Registers(_),
@@ -244,7 +252,7 @@ fn copies() -> Vec<Mutation> {
             kind: "coordinates",
             base: Base::Wide,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::TmaLoad { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::TmaLoad { .. }), |op| {
                     if let Op::TmaLoad { coordinates, .. } = op {
                         coordinates.swap(1, 2);
                     }
@@ -257,7 +265,7 @@ fn copies() -> Vec<Mutation> {
             kind: "coordinates",
             base: Base::Short,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::TmaStore { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::TmaStore { .. }), |op| {
                     if let Op::TmaStore { coordinates, .. } = op {
                         coordinates.swap(3, 4);
                     }
@@ -270,7 +278,7 @@ fn copies() -> Vec<Mutation> {
             kind: "coordinates",
             base: Base::Gemm,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::TmaLoad { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::TmaLoad { .. }), |op| {
                     if let Op::TmaLoad { coordinates, .. } = op {
                         coordinates.pop();
                     }
@@ -283,7 +291,7 @@ fn copies() -> Vec<Mutation> {
             kind: "coordinates",
             base: Base::Wide,
             edit: |s| {
-                s.launch.args.swap(K, K + 1);
+                s.launch_mut().args.swap(K, K + 1);
                 1
             },
             by: By::Result,
@@ -293,7 +301,7 @@ fn copies() -> Vec<Mutation> {
             kind: "shared address",
             base: Base::Wide,
             edit: |s| {
-                change(&mut s.kernel, Nth(0), op!(Op::TmaLoad { .. }), |op| {
+                change(s.kernel_mut(), Nth(0), op!(Op::TmaLoad { .. }), |op| {
                     if let Op::TmaLoad { dst, .. } = op {
                         dst.offset += 64;
                     }
@@ -306,7 +314,7 @@ fn copies() -> Vec<Mutation> {
             kind: "shared address",
             base: Base::Wide,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::StoreMatrix { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::StoreMatrix { .. }), |op| {
                     if let Op::StoreMatrix { address, .. } = op {
                         address.offset ^= 128;
                     }
@@ -325,7 +333,7 @@ fn copies() -> Vec<Mutation> {
                     b: Operand::Reg(_),
                     ..
                 });
-                change(&mut s.kernel, All, swizzles, |op| {
+                change(s.kernel_mut(), All, swizzles, |op| {
                     if let Op::Binary { b, .. } = op {
                         *b = Operand::Imm(0);
                     }
@@ -338,7 +346,7 @@ fn copies() -> Vec<Mutation> {
             kind: "shared address",
             base: Base::Gemm,
             edit: |s| {
-                change(&mut s.kernel, Nth(2), op!(Op::TmaLoad { .. }), |op| {
+                change(s.kernel_mut(), Nth(2), op!(Op::TmaLoad { .. }), |op| {
                     if let Op::TmaLoad { dst, .. } = op {
                         dst.offset -= 128 * 128;
                     }
@@ -426,8 +434,8 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Wide,
             edit: |s| {
-                let order = s.launch.args[ORDER];
-                s.launch.args[FIRST_LIST] = order;
+                let order = s.launch().args[ORDER];
+                s.launch_mut().args[FIRST_LIST] = order;
                 1
             },
             by: By::Result,
@@ -528,7 +536,7 @@ fn launches() -> Vec<Mutation> {
             kind: "counter",
             base: Base::Short,
             edit: |s| {
-                s.launch.grid[1] += 1;
+                s.launch_mut().grid[1] += 1;
                 1
             },
             by: By::Emulator(&["Race"]),
@@ -538,7 +546,7 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Gemm,
             edit: |s| {
-                s.launch.grid[0] -= 1;
+                s.launch_mut().grid[0] -= 1;
                 1
             },
             by: By::Emulator(&["DivisionByZero"]),

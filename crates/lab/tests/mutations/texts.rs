@@ -27,7 +27,7 @@ fn a_race_is_told_in_full() {
                 threads: Operand::Imm(128),
                 ..
             });
-            remove(&mut s.kernel, All, own)
+            remove(s.kernel_mut(), All, own)
         },
         "emulator: Race",
         &[
@@ -50,8 +50,8 @@ fn a_deadlock_is_told_in_full() {
     // The sixth mbarrier is "empty" of the first stage of keys: nobody gives it back.
     assert_names(
         |s| {
-            let releases = arrives_on(&s.kernel, 5);
-            remove(&mut s.kernel, All, releases)
+            let releases = arrives_on(s.kernel(), 5);
+            remove(s.kernel_mut(), All, releases)
         },
         "emulator: Deadlock",
         &[

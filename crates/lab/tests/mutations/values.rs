@@ -30,7 +30,7 @@ fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
 
 /// Changes what the wgmma `nth` does with its accumulators.
 fn accumulate(s: &mut Setup, nth: usize, to: u64) -> usize {
-    change(&mut s.kernel, Nth(nth), op!(Op::Wgmma { .. }), |op| {
+    change(s.kernel_mut(), Nth(nth), op!(Op::Wgmma { .. }), |op| {
         if let Op::Wgmma { accumulate, .. } = op {
             *accumulate = Operand::Imm(to);
         }
@@ -40,7 +40,7 @@ fn accumulate(s: &mut Setup, nth: usize, to: u64) -> usize {
 /// Sets the distance of shuffles over `from` lanes.
 fn distance(s: &mut Setup, which: Which, from: u64, to: u64) -> usize {
     let shuffles = move |op: &Op| matches!(op, Op::Shuffle { mode: ShuffleMode::Butterfly, lane: Operand::Imm(lane), .. } if *lane == from);
-    change(&mut s.kernel, which, shuffles, |op| {
+    change(s.kernel_mut(), which, shuffles, |op| {
         if let Op::Shuffle { lane, .. } = op {
             *lane = Operand::Imm(to);
         }
@@ -49,7 +49,7 @@ fn distance(s: &mut Setup, which: Which, from: u64, to: u64) -> usize {
 
 /// Swaps the operands of instructions with two of them.
 fn swap(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
-    change(&mut s.kernel, which, matches, |op| match op {
+    change(s.kernel_mut(), which, matches, |op| match op {
         Op::Binary { a, b, .. } => std::mem::swap(a, b),
         Op::Pack { low, high, .. } => std::mem::swap(low, high),
         _ => {}
@@ -59,10 +59,10 @@ fn swap(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
 /// Lets loops go on for a step too many: those that are left by their `of`-th conditions, at a
 /// bound or, counting down, at 0.
 fn longer(s: &mut Setup, of: Range<usize>) -> usize {
-    let leaves = breaks(&s.kernel.body);
+    let leaves = breaks(&s.kernel().body);
     let preds = leaves.get(of).unwrap_or(&[]);
     change(
-        &mut s.kernel,
+        s.kernel_mut(),
         All,
         |op| matches!(op, Op::Compare { dst, .. } if preds.contains(dst)),
         |op| {
@@ -107,8 +107,8 @@ fn registers() -> Vec<Mutation> {
             kind: "uninitialised accumulator",
             base: Base::Gemm,
             edit: |s| {
-                let fills = fills(&s.kernel, 0);
-                remove(&mut s.kernel, All, fills)
+                let fills = fills(s.kernel(), 0);
+                remove(s.kernel_mut(), All, fills)
             },
             by: By::Verifier(&["Unassigned"]),
         },
@@ -117,8 +117,8 @@ fn registers() -> Vec<Mutation> {
             kind: "uninitialised accumulator",
             base: Base::Wide,
             edit: |s| {
-                let fills = fills(&s.kernel, 16);
-                remove(&mut s.kernel, All, fills)
+                let fills = fills(s.kernel(), 16);
+                remove(s.kernel_mut(), All, fills)
             },
             by: By::Verifier(&["Unassigned"]),
         },
@@ -147,7 +147,7 @@ fn registers() -> Vec<Mutation> {
             name: "a sum without a first value",
             kind: "uninitialised register",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::Mov { ty: Ty::F32, .. })),
+            edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::Mov { ty: Ty::F32, .. })),
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
@@ -157,7 +157,7 @@ fn registers() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let rounds = op!(Op::Pack { .. });
-                only_threads(&mut s.kernel, Nth(0), rounds, Cmp::Ge, 130)
+                only_threads(s.kernel_mut(), Nth(0), rounds, Cmp::Ge, 130)
             },
             by: By::Verifier(&["Unassigned"]),
         },
@@ -208,7 +208,7 @@ fn numbers() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 // The last two shuffles over two lanes are of the sum.
-                let all = all(&s.kernel);
+                let all = all(s.kernel());
                 let count = all.iter().filter(|inst| {
                     matches!(
                         inst.op,
@@ -230,7 +230,7 @@ fn numbers() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Shuffle {
                         mode: ShuffleMode::Index,
@@ -269,7 +269,7 @@ fn numbers() -> Vec<Mutation> {
             edit: |s| {
                 // Multiplications of the output by the factor of its row, in place.
                 let rescales = |op: &Op| matches!(op, Op::Binary { op: Binary::Mul, ty: Ty::F32, dst, a, .. } if *a == Operand::Reg(*dst));
-                change(&mut s.kernel, All, rescales, |op| {
+                change(s.kernel_mut(), All, rescales, |op| {
                     if let Op::Binary { b, .. } = op {
                         *b = Operand::Imm(1.0f32.to_bits().into());
                     }
@@ -284,7 +284,7 @@ fn numbers() -> Vec<Mutation> {
             edit: |s| {
                 // Scores are rescaled by fma too, but from themselves to another register.
                 let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, ty: Ty::F32, b, .. } if matches!(b, Operand::Reg(_)));
-                change(&mut s.kernel, Nth(66), sums, |op| {
+                change(s.kernel_mut(), Nth(66), sums, |op| {
                     if let Op::Ternary { b, .. } = op {
                         *b = Operand::Imm(1.0f32.to_bits().into());
                     }
@@ -298,7 +298,7 @@ fn numbers() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     Nth(20),
                     op!(Op::Unary {
                         op: Unary::Exp2,
@@ -317,7 +317,7 @@ fn numbers() -> Vec<Mutation> {
             name: "scores in other units than the maximum",
             kind: "softmax",
             base: Base::Wide,
-            edit: |s| match &mut s.launch.args[SCALE] {
+            edit: |s| match &mut s.launch_mut().args[SCALE] {
                 Arg::F32(scale) => {
                     *scale *= std::f32::consts::LN_2;
                     1
@@ -332,7 +332,7 @@ fn numbers() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::Binary {
                         op: Binary::Max,
@@ -367,7 +367,7 @@ fn numbers() -> Vec<Mutation> {
             kind: "rounding",
             base: Base::Gemm,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::Pack { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::Pack { .. }), |op| {
                     if let Op::Pack { format, .. } = op {
                         *format = Packed::F16;
                     }
@@ -380,7 +380,7 @@ fn numbers() -> Vec<Mutation> {
             kind: "rounding",
             base: Base::Gemm,
             edit: |s| {
-                change(&mut s.kernel, All, op!(Op::StoreMatrix { .. }), |op| {
+                change(s.kernel_mut(), All, op!(Op::StoreMatrix { .. }), |op| {
                     if let Op::StoreMatrix { transposed, .. } = op {
                         *transposed = true;
                     }

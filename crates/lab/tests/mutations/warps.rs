@@ -23,9 +23,9 @@ fn chosen(s: &mut Setup, nth: usize, to: Cmp, thread: u64) -> usize {
         } => Some(Operand::Reg(dst)),
         _ => None,
     };
-    let tids: Vec<Operand> = all(&s.kernel).iter().filter_map(tid).collect();
+    let tids: Vec<Operand> = all(s.kernel()).iter().filter_map(tid).collect();
     let chooses = |op: &Op| matches!(op, Op::Compare { a, .. } if tids.contains(a));
-    change(&mut s.kernel, Nth(nth), chooses, |op| {
+    change(s.kernel_mut(), Nth(nth), chooses, |op| {
         if let Op::Compare { cmp, b, .. } = op {
             (*cmp, *b) = (to, Operand::Imm(thread));
         }
@@ -38,14 +38,14 @@ pub fn table() -> Vec<Mutation> {
             name: "nobody has the first turn",
             kind: "named barrier",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(0), op!(Op::BarrierArrive { .. })),
+            edit: |s| remove(s.kernel_mut(), Nth(0), op!(Op::BarrierArrive { .. })),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
             name: "a warpgroup keeps its turn in every second step",
             kind: "named barrier",
             base: Base::Wide,
-            edit: |s| remove(&mut s.kernel, Nth(1), op!(Op::BarrierArrive { .. })),
+            edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::BarrierArrive { .. })),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
@@ -54,7 +54,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let waits = op!(Op::BarrierSync { threads: TURN, .. });
-                remove(&mut s.kernel, Nth(0), waits)
+                remove(s.kernel_mut(), Nth(0), waits)
             },
             by: By::Emulator(&["NamedBarrier"]),
         },
@@ -64,7 +64,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let waits = op!(Op::BarrierSync { threads: TURN, .. });
-                only_threads(&mut s.kernel, All, waits, Cmp::Lt, 256)
+                only_threads(s.kernel_mut(), All, waits, Cmp::Lt, 256)
             },
             by: By::Emulator(&["Deadlock", "NamedBarrier"]),
         },
@@ -74,7 +74,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 remove(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     Nth(0),
                     op!(Op::BarrierSync { threads: OWN, .. }),
                 )
@@ -87,7 +87,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 remove(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     Nth(1),
                     op!(Op::BarrierSync { threads: OWN, .. }),
                 )
@@ -100,7 +100,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 remove(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::BarrierSync { threads: OWN, .. }),
                 )
@@ -113,7 +113,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::BarrierSync { threads: OWN, .. }),
                     |op| {
@@ -131,7 +131,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::BarrierSync { threads: OWN, .. }),
                     |op| {
@@ -149,7 +149,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 change(
-                    &mut s.kernel,
+                    s.kernel_mut(),
                     All,
                     op!(Op::BarrierSync { threads: OWN, .. }),
                     |op| {
@@ -170,7 +170,7 @@ pub fn table() -> Vec<Mutation> {
                     increase: false,
                     ..
                 });
-                remove(&mut s.kernel, All, gives)
+                remove(s.kernel_mut(), All, gives)
             },
             by: By::Emulator(&["Deadlock"]),
         },
@@ -183,7 +183,7 @@ pub fn table() -> Vec<Mutation> {
                     increase: false,
                     ..
                 });
-                change(&mut s.kernel, All, gives, |op| {
+                change(s.kernel_mut(), All, gives, |op| {
                     *op = Op::SetMaxRegisters {
                         increase: false,
                         count: 56,
@@ -198,7 +198,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Gemm,
             edit: |s| {
                 let takes = op!(Op::SetMaxRegisters { increase: true, .. });
-                only_threads(&mut s.kernel, All, takes, Cmp::Lt, 192)
+                only_threads(s.kernel_mut(), All, takes, Cmp::Lt, 192)
             },
             by: By::Emulator(&["Warpgroup"]),
         },
@@ -208,7 +208,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 let takes = op!(Op::SetMaxRegisters { increase: true, .. });
-                change(&mut s.kernel, All, takes, |op| {
+                change(s.kernel_mut(), All, takes, |op| {
                     *op = Op::SetMaxRegisters {
                         increase: false,
                         count: 240,
@@ -223,7 +223,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Wide,
             edit: |s| {
                 let takes = op!(Op::SetMaxRegisters { increase: true, .. });
-                change(&mut s.kernel, All, takes, |op| {
+                change(s.kernel_mut(), All, takes, |op| {
                     *op = Op::SetMaxRegisters {
                         increase: true,
                         count: 236,
@@ -236,14 +236,14 @@ pub fn table() -> Vec<Mutation> {
             name: "half a warp multiplies",
             kind: "divergent branch",
             base: Base::Gemm,
-            edit: |s| only_threads(&mut s.kernel, Nth(0), op!(Op::Wgmma { .. }), Cmp::Ge, 144),
+            edit: |s| only_threads(s.kernel_mut(), Nth(0), op!(Op::Wgmma { .. }), Cmp::Ge, 144),
             by: By::Emulator(&["Divergence"]),
         },
         Mutation {
             name: "three warps of four multiply",
             kind: "divergent branch",
             base: Base::Wide,
-            edit: |s| only_threads(&mut s.kernel, Nth(9), op!(Op::Wgmma { .. }), Cmp::Ge, 160),
+            edit: |s| only_threads(s.kernel_mut(), Nth(9), op!(Op::Wgmma { .. }), Cmp::Ge, 160),
             by: By::Emulator(&["Warpgroup"]),
         },
         Mutation {
@@ -252,7 +252,7 @@ pub fn table() -> Vec<Mutation> {
             base: Base::Short,
             edit: |s| {
                 let syncs = op!(Op::BarrierSync { threads: OWN, .. });
-                only_threads(&mut s.kernel, Nth(0), syncs, Cmp::Eq, 128)
+                only_threads(s.kernel_mut(), Nth(0), syncs, Cmp::Eq, 128)
             },
             by: By::Emulator(&["Divergence"]),
         },
@@ -260,14 +260,14 @@ pub fn table() -> Vec<Mutation> {
             name: "all threads of a warpgroup store the output",
             kind: "thread choice",
             base: Base::Wide,
-            edit: |s| unbranch(&mut s.kernel, op!(Op::TmaStore { .. })),
+            edit: |s| unbranch(s.kernel_mut(), op!(Op::TmaStore { .. })),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "all threads initialise the mbarriers",
             kind: "thread choice",
             base: Base::Gemm,
-            edit: |s| unbranch(&mut s.kernel, op!(Op::MbarrierInit { .. })),
+            edit: |s| unbranch(s.kernel_mut(), op!(Op::MbarrierInit { .. })),
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {

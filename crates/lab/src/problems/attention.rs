@@ -1,0 +1,289 @@
+//! Attention, against its definition in float64: [`Forward`] and [`Backward`].
+
+use flex_block_attn::{BlockMask, Plan};
+use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::{backward, forward};
+use flex_block_attn_ptx::Element;
+
+use super::tensor::{Layout, Tensor, rounded};
+use super::{Close, Expected, Setup, Step};
+use crate::reference::{Problem, Sizes};
+
+/// Attention forward.
+#[derive(Debug, Clone)]
+pub struct Forward {
+    /// The kernel.
+    pub config: forward::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads of q.
+    pub heads: usize,
+    /// Heads of k and v.
+    pub kv_heads: usize,
+    /// Lengths, blocks, and which of them are seen.
+    pub mask: BlockMask,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Thread blocks at most.
+    pub blocks: u32,
+    /// Whether tensors are (batch, tokens, heads, head_dim) in memory.
+    pub tokens_first: bool,
+}
+
+/// Attention backward: all its kernels.
+#[derive(Debug, Clone)]
+pub struct Backward {
+    /// The main kernel.
+    pub config: backward::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads of q.
+    pub heads: usize,
+    /// Heads of k and v.
+    pub kv_heads: usize,
+    /// Lengths, blocks, and which of them are seen.
+    pub mask: BlockMask,
+    /// Factor of the scores.
+    pub scale: f64,
+}
+
+/// Who sees whom: batch, head, query and key.
+fn seen(mask: &BlockMask) -> impl Fn(usize, usize, usize, usize) -> bool + '_ {
+    let extents = mask.extents();
+    move |batch, head, query, key| {
+        let (row, column) = (query / extents.q_block(), key / extents.kv_block());
+        // A mask's extent of 1 stands for all.
+        mask.contains(batch % mask.batch(), head % mask.heads(), row, column)
+    }
+}
+
+/// Tensors like q, and like k and v.
+fn tensors(element: Element, sizes: Sizes, layout: Layout) -> [Tensor; 2] {
+    [sizes.q_shape(), sizes.kv_shape()].map(|shape| Tensor {
+        element,
+        shape,
+        layout,
+    })
+}
+
+impl Forward {
+    /// One head of one batch, on two thread blocks.
+    pub fn new(config: forward::Config, mask: BlockMask) -> Self {
+        Self {
+            config,
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            mask,
+            scale: 0.125,
+            blocks: 2,
+            tokens_first: false,
+        }
+    }
+
+    /// The kernel with tensors.
+    pub fn setup(&self) -> Setup {
+        let extents = self.mask.extents();
+        let element = self.config.element;
+        let sizes = Sizes {
+            batch: self.batch,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            q_len: extents.q_len(),
+            kv_len: extents.kv_len(),
+            head_dim: self.config.head_dim as usize,
+        };
+        let layout = Layout {
+            tokens_first: self.tokens_first,
+            gap: 0,
+        };
+        let [like_q, like_kv] = tensors(element, sizes, layout);
+        let (q, k, v) = (like_q.normal(1), like_kv.normal(2), like_kv.normal(3));
+        let problem = Problem {
+            sizes,
+            scale: self.scale,
+            q: &q,
+            k: &k,
+            v: &v,
+        };
+        let expected = problem.attention(&seen(&self.mask));
+
+        let mut memory = Memory::new();
+        let args = self.args(&problem, &mut memory, [like_q, like_kv]);
+        // What rounding weights and output costs.
+        let most = match element {
+            Element::F16 => 1e-3,
+            _ => 4e-3,
+        };
+        let out = like_q.stored(&expected.out);
+        Setup::new(
+            memory,
+            vec![Step::new(self.config.kernel(), self.config.launch(&args))],
+            vec![
+                Expected::new(
+                    "the output",
+                    args.out.address,
+                    element,
+                    out,
+                    Close::Norm(most),
+                ),
+                Expected::new(
+                    "lse",
+                    args.lse,
+                    Element::F32,
+                    expected.lse,
+                    Close::Each(1e-4),
+                ),
+            ],
+        )
+        .with_scratch(args.counter)
+    }
+
+    fn args(
+        &self,
+        problem: &Problem<'_>,
+        memory: &mut Memory,
+        [like_q, like_kv]: [Tensor; 2],
+    ) -> forward::Args {
+        let plan = Plan::new(&self.mask);
+        let lines: usize = problem.sizes.lse_shape().iter().product();
+        forward::Args {
+            q: like_q.put(memory, "q", problem.q),
+            k: like_kv.put(memory, "k", problem.k),
+            v: like_kv.put(memory, "v", problem.v),
+            out: like_q.alloc(memory, "out"),
+            lse: memory.alloc("lse", 4 * lines),
+            plan: memory.alloc_with("plan", plan.words()),
+            layout: plan.layout(),
+            batch: self.batch as u32,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            scale: self.scale as f32,
+            counter: memory.alloc_with("counter", &[0i32]),
+            blocks: self.blocks,
+        }
+    }
+}
+
+impl Backward {
+    /// One head of one batch.
+    pub fn new(config: backward::Config, mask: BlockMask) -> Self {
+        Self {
+            config,
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            mask,
+            scale: 0.125,
+        }
+    }
+
+    /// The kernels with tensors; output and lse are those of the definition, rounded.
+    pub fn setup(&self) -> Setup {
+        let extents = self.mask.extents();
+        let (element, head_dim) = (self.config.element, self.config.head_dim);
+        let sizes = Sizes {
+            batch: self.batch,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            q_len: extents.q_len(),
+            kv_len: extents.kv_len(),
+            head_dim: head_dim as usize,
+        };
+        let [like_q, like_kv] = tensors(element, sizes, Layout::default());
+        let (q, k, v) = (like_q.normal(1), like_kv.normal(2), like_kv.normal(3));
+        let dout = like_q.normal(4);
+        let problem = Problem {
+            sizes,
+            scale: self.scale,
+            q: &q,
+            k: &k,
+            v: &v,
+        };
+        let keep = seen(&self.mask);
+        let attention = problem.attention(&keep);
+        let expected = problem.gradients(&keep, &dout, &vec![0.0; attention.lse.len()]);
+        let out: Vec<f64> = attention.out.iter().map(|&x| rounded(element, x)).collect();
+        let lse: Vec<f32> = attention.lse.iter().map(|&x| x as f32).collect();
+
+        let mut memory = Memory::new();
+        let plan = Plan::new(&self.mask);
+        let workspace = Workspace::of(sizes);
+        let (batch, heads, q_len) = (self.batch as u32, self.heads as u32, sizes.q_len as u32);
+        let before = backward::prepare::Args {
+            out: like_q.put(&mut memory, "out", &out),
+            dout: like_q.put(&mut memory, "dout", &dout),
+            lse: memory.alloc_with("lse", &lse),
+            dlse: 0,
+            log2: memory.alloc("log2", 4 * workspace.numbers),
+            delta: memory.alloc("delta", 4 * workspace.numbers),
+            batch,
+            heads,
+            q_len,
+        };
+        let args = backward::Args {
+            q: like_q.put(&mut memory, "q", &q),
+            k: like_kv.put(&mut memory, "k", &k),
+            v: like_kv.put(&mut memory, "v", &v),
+            dout: before.dout,
+            dk: like_kv.alloc(&mut memory, "dk"),
+            dv: like_kv.alloc(&mut memory, "dv"),
+            lse: before.log2,
+            delta: before.delta,
+            dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
+            plan: memory.alloc_with("plan", plan.words()),
+            layout: plan.layout(),
+            batch,
+            heads,
+            kv_heads: self.kv_heads as u32,
+            scale: self.scale as f32,
+        };
+        let after = backward::finish::Args {
+            sums: args.dq,
+            dq: like_q.alloc(&mut memory, "dq"),
+            batch,
+            heads,
+            q_len,
+            scale: self.scale as f32,
+        };
+        let first = backward::prepare::Config { element, head_dim };
+        let last = backward::finish::Config { element, head_dim };
+        let near = |name, tensor: forward::Tensor, values| {
+            Expected::new(name, tensor.address, element, values, Close::Norm(5e-3))
+        };
+        Setup::new(
+            memory,
+            vec![
+                Step::new(first.kernel(), first.launch(&before)),
+                Step::new(self.config.kernel(), self.config.launch(&args)),
+                Step::new(last.kernel(), last.launch(&after)),
+            ],
+            vec![
+                // Its sums are added to in any order.
+                near("dq", after.dq, expected.dq).of_any_order(),
+                near("dk", args.dk, expected.dk),
+                near("dv", args.dv, expected.dv),
+            ],
+        )
+        .with_scratch(args.dq)
+    }
+}
+
+/// Numbers of the arrays between the kernels of the backward pass.
+struct Workspace {
+    /// Of each of those that have one for a query.
+    numbers: usize,
+    /// Of dq's sums.
+    sums: usize,
+}
+
+impl Workspace {
+    fn of(sizes: Sizes) -> Self {
+        let lines = sizes.batch * sizes.q_heads;
+        let workspace = backward::Workspace::new(sizes.q_len);
+        Self {
+            numbers: lines * workspace.line,
+            sums: lines * workspace.tiles * 64 * sizes.head_dim,
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! [`Compaction`]: plans from masks in memory, word for word against the host's.
+
+use flex_block_attn::{BlockMask, BoolMatrix, Extents, Plan};
+use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::plan::{Args, Config};
+use flex_block_attn_ptx::Element;
+
+use super::{Close, Expected, Setup, Step};
+
+/// Mask compaction.
+#[derive(Debug, Clone, Copy)]
+pub struct Compaction {
+    /// Batches, heads, rows, columns of the mask.
+    pub shape: [usize; 4],
+    /// Kept entries, of 256: 0 to 256.
+    pub density: u16,
+    /// How the mask lies in memory.
+    pub layout: MaskLayout,
+}
+
+/// How a mask lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MaskLayout {
+    /// In order.
+    Dense,
+    /// Columns before rows.
+    Transposed,
+    /// One matrix, repeated for each head and batch, its entries three bytes apart.
+    Repeated,
+}
+
+impl Compaction {
+    fn strides(&self) -> [usize; 4] {
+        let [_, heads, rows, columns] = self.shape;
+        let matrix = rows * columns;
+        match self.layout {
+            MaskLayout::Dense => [heads * matrix, matrix, columns, 1],
+            MaskLayout::Transposed => [heads * matrix, matrix, 1, rows],
+            MaskLayout::Repeated => [0, 0, 3 * columns, 3],
+        }
+    }
+
+    /// Bytes of every value that counts as true, and zeros.
+    fn bytes(&self) -> Vec<u8> {
+        let strides = self.strides();
+        let last: usize = (0..4).map(|i| (self.shape[i] - 1) * strides[i]).sum();
+        let mut state = 77u64;
+        (0..=last)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005) + 1;
+                let [kept, value, ..] = (state >> 32).to_le_bytes();
+                u8::from(u16::from(kept) < self.density) * value.max(1)
+            })
+            .collect()
+    }
+
+    /// Both kernels with a mask.
+    ///
+    /// # Panics
+    /// If the mask has no entries.
+    pub fn setup(&self) -> Setup {
+        let [_, _, rows, columns] = self.shape;
+        let bytes = self.bytes();
+        let extents = Extents::new(16 * rows, 16 * columns, 16, 16).expect("a mask has entries");
+        let matrix = BoolMatrix::new(&bytes, self.shape, self.strides()).expect("bytes suffice");
+        let mask = BlockMask::from_matrix(extents, matrix).expect("extents fit");
+        let plan = Plan::new(&mask);
+
+        let mut memory = Memory::new();
+        let args = Args {
+            mask: memory.alloc_with("mask", &bytes),
+            strides: self.strides().map(|stride| stride as u64),
+            layout: plan.layout(),
+            plan: memory.alloc("plan", 4 * plan.words().len()),
+        };
+        let step = |config: Config| Step::new(config.kernel(), config.launch(&args));
+        let words = plan.words().iter().map(|&word| word.into()).collect();
+        Setup::new(
+            memory,
+            vec![step(Config::Lists), step(Config::Order)],
+            vec![Expected::new(
+                "the plan",
+                args.plan,
+                Element::I32,
+                words,
+                Close::Each(0.0),
+            )],
+        )
+    }
+}

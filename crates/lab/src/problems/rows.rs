@@ -1,0 +1,171 @@
+//! The kernels that read whole tensors once, against sums in float64: [`Prepare`] of the backward pass,
+//! and [`Pool`].
+
+use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::backward::{Workspace, prepare};
+use flex_block_attn_kernels::pool;
+use flex_block_attn_ptx::Element;
+
+use super::tensor::{Layout, Tensor};
+use super::{Close, Expected, Setup, Step};
+
+/// Deltas and lses of queries, before the backward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Prepare {
+    /// The kernel.
+    pub config: prepare::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Queries.
+    pub q_len: usize,
+    /// How the output lies in memory.
+    pub out: Layout,
+    /// How its gradient does.
+    pub dout: Layout,
+    /// Whether the lse has a gradient.
+    pub has_dlse: bool,
+}
+
+impl Prepare {
+    /// The kernel with tensors.
+    pub fn setup(&self) -> Setup {
+        let Self {
+            config,
+            batch,
+            heads,
+            q_len,
+            ..
+        } = *self;
+        let head_dim = config.head_dim as usize;
+        let tensor = |layout| Tensor {
+            element: config.element,
+            shape: [batch, heads, q_len, head_dim],
+            layout,
+        };
+        let (out, dout) = (tensor(self.out), tensor(self.dout));
+        let (out_values, dout_values) = (out.normal(1), dout.normal(2));
+        // One query in seven has no keys.
+        let number = |i: usize| (i % 11) as f32 - 5.0;
+        let lse = |i: usize| match i % 7 {
+            3 => f32::NEG_INFINITY,
+            _ => number(i),
+        };
+        let dlse = |i: usize| number(i + 4);
+        let queries = batch * heads * q_len;
+
+        let line = Workspace::new(q_len).line;
+        let places = batch * heads * line;
+        // What fills up a line is as queries without keys are.
+        let (mut deltas, mut log2s) = (vec![0.0; places], vec![f64::INFINITY; places]);
+        let rows = out_values
+            .chunks_exact(head_dim)
+            .zip(dout_values.chunks_exact(head_dim));
+        for (i, (out, dout)) in rows.enumerate().filter(|(i, _)| lse(*i).is_finite()) {
+            let at = i / q_len * line + i % q_len;
+            let sum: f64 = out.iter().zip(dout).map(|(a, b)| a * b).sum();
+            let less = if self.has_dlse { dlse(i) } else { 0.0 };
+            deltas[at] = sum - f64::from(less);
+            log2s[at] = f64::from(lse(i)) * std::f64::consts::LOG2_E;
+        }
+
+        let mut memory = Memory::new();
+        let mut numbers = |name: &str, of: &dyn Fn(usize) -> f32| {
+            let values: Vec<f32> = (0..queries).map(of).collect();
+            memory.alloc_with(name, &values)
+        };
+        let lse = numbers("lse", &lse);
+        let dlse = if self.has_dlse {
+            numbers("dlse", &dlse)
+        } else {
+            0
+        };
+        let args = prepare::Args {
+            out: out.put(&mut memory, "out", &out_values),
+            dout: dout.put(&mut memory, "dout", &dout_values),
+            lse,
+            dlse,
+            log2: memory.alloc("log2", 4 * places),
+            delta: memory.alloc("delta", 4 * places),
+            batch: batch as u32,
+            heads: heads as u32,
+            q_len: q_len as u32,
+        };
+        let close = Close::Each(1e-6 * head_dim as f64);
+        Setup::new(
+            memory,
+            vec![Step::new(config.kernel(), config.launch(&args))],
+            vec![
+                Expected::new("delta", args.delta, Element::F32, deltas, close),
+                Expected::new("log2", args.log2, Element::F32, log2s, Close::Each(1e-5)),
+            ],
+        )
+    }
+}
+
+/// Means over blocks of tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Pool {
+    /// The kernel.
+    pub config: pool::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Tokens.
+    pub len: usize,
+    /// Tokens of a block.
+    pub block: usize,
+    /// How they lie in memory.
+    pub layout: Layout,
+}
+
+impl Pool {
+    /// The kernel with a tensor.
+    pub fn setup(&self) -> Setup {
+        let Self {
+            config,
+            batch,
+            heads,
+            len,
+            block,
+            layout,
+        } = *self;
+        let head_dim = config.head_dim as usize;
+        let tensor = Tensor {
+            element: config.element,
+            shape: [batch, heads, len, head_dim],
+            layout,
+        };
+        let values = tensor.normal(3);
+        let mut means = Vec::new();
+        for head in values.chunks_exact(len * head_dim) {
+            for block in head.chunks(block * head_dim) {
+                let rows = block.len() / head_dim;
+                let sum = |i| block.iter().skip(i).step_by(head_dim).sum::<f64>();
+                means.extend((0..head_dim).map(|i| sum(i) / rows as f64));
+            }
+        }
+        let mut memory = Memory::new();
+        let args = pool::Args {
+            tensor: tensor.put(&mut memory, "tensor", &values),
+            means: memory.alloc("means", 4 * means.len()),
+            batch: batch as u32,
+            heads: heads as u32,
+            len: len as u32,
+            block: block as u32,
+        };
+        Setup::new(
+            memory,
+            vec![Step::new(config.kernel(), config.launch(&args))],
+            vec![Expected::new(
+                "the means",
+                args.means,
+                Element::F32,
+                means,
+                Close::Each(4e-6),
+            )],
+        )
+    }
+}

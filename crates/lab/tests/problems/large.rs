@@ -1,0 +1,201 @@
+//! Problems that would take the emulator too long: on a GPU alone.
+
+use flex_block_attn::{Extents, builders};
+use flex_block_attn_kernels::backward::{self, prepare};
+use flex_block_attn_kernels::{Element, all, forward, pool};
+use flex_block_attn_lab::problems::{
+    Backward, Compaction, Forward, Layout, MaskLayout, Pool, Prepare, Product,
+};
+
+use crate::{gpu, right_on};
+
+const ELEMENTS: [Element; 2] = [Element::Bf16, Element::F16];
+
+#[test]
+fn all_kernels_load_without_spills() {
+    let Some(gpu) = gpu() else { return };
+    for kernel in all() {
+        let function = gpu
+            .load(&kernel)
+            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name));
+        assert_eq!(
+            function.spilled_bytes().expect("loaded"),
+            0,
+            "{} spills",
+            kernel.name
+        );
+    }
+}
+
+#[test]
+fn products() {
+    let Some(gpu) = gpu() else { return };
+    for element in ELEMENTS {
+        let problem = Product {
+            element,
+            m: 512,
+            n: 1024,
+            k: 768,
+        };
+        right_on(gpu, &problem.setup());
+    }
+}
+
+/// Attention of four heads of 1536 tokens over random blocks, in tiles of queries of one block.
+fn forward_by(element: Element, block: usize) {
+    let Some(gpu) = gpu() else { return };
+    let extents = Extents::new(1536, 1536, block, block).unwrap();
+    let mask = builders::random(extents, 1, 4, 0.3, 5).unwrap();
+    // Of each tile of keys the largest piece that fits; all pieces are in small problems.
+    let piece = |tile: u32| {
+        if (block as u32).is_multiple_of(tile) {
+            tile
+        } else {
+            64
+        }
+    };
+    for head_dim in [64, 128] {
+        for kv_tile in [128, 192] {
+            let config = forward::Config {
+                element,
+                head_dim,
+                rows: forward::Rows::Whole,
+                kv_tile,
+                piece: piece(kv_tile),
+            };
+            let problem = Forward {
+                heads: 4,
+                kv_heads: 2,
+                blocks: gpu.device().multiprocessors(),
+                tokens_first: head_dim == 64,
+                ..Forward::new(config, mask.clone())
+            };
+            right_on(gpu, &problem.setup());
+        }
+    }
+}
+
+#[test]
+fn forward_bf16_over_blocks_of_128() {
+    forward_by(Element::Bf16, 128);
+}
+
+#[test]
+fn forward_bf16_over_blocks_of_384() {
+    forward_by(Element::Bf16, 384);
+}
+
+#[test]
+fn forward_f16_over_blocks_of_128() {
+    forward_by(Element::F16, 128);
+}
+
+#[test]
+fn forward_f16_over_blocks_of_384() {
+    forward_by(Element::F16, 384);
+}
+
+#[test]
+fn forward_over_small_blocks() {
+    let Some(gpu) = gpu() else { return };
+    for (element, block) in [(Element::Bf16, 48), (Element::F16, 64)] {
+        let extents = Extents::new(1500, 1100, block, block).unwrap();
+        let mask = builders::random(extents, 2, 2, 0.3, 6).unwrap();
+        let config = forward::Config::choose(element, 128, block as u32, block as u32);
+        let problem = Forward {
+            batch: 2,
+            heads: 2,
+            blocks: gpu.device().multiprocessors(),
+            ..Forward::new(config.expect("blocks are multiples of 16"), mask)
+        };
+        right_on(gpu, &problem.setup());
+    }
+}
+
+#[test]
+fn gradients() {
+    let Some(gpu) = gpu() else { return };
+    for element in ELEMENTS {
+        for head_dim in [64, 128] {
+            let extents = Extents::new(1100, 1000, 128, 128).unwrap();
+            let config = backward::Config {
+                element,
+                head_dim,
+                piece: 64,
+            };
+            let problem = Backward {
+                heads: 4,
+                kv_heads: 2,
+                ..Backward::new(config, builders::random(extents, 1, 4, 0.3, 7).unwrap())
+            };
+            right_on(gpu, &problem.setup());
+        }
+    }
+}
+
+#[test]
+fn plans() {
+    let Some(gpu) = gpu() else { return };
+    for shape in [[1, 24, 240, 240], [2, 3, 361, 361]] {
+        for density in [0, 77, 256] {
+            let problem = Compaction {
+                shape,
+                density,
+                layout: MaskLayout::Dense,
+            };
+            right_on(gpu, &problem.setup());
+        }
+    }
+}
+
+/// In order, and with tokens before heads and gaps.
+fn layouts() -> [Layout; 2] {
+    [
+        Layout::default(),
+        Layout {
+            tokens_first: true,
+            gap: 24,
+        },
+    ]
+}
+
+#[test]
+fn deltas_and_lses() {
+    let Some(gpu) = gpu() else { return };
+    for config in prepare::Config::all() {
+        for (index, q_len) in [1000, 1153, 4096].into_iter().enumerate() {
+            let [a, b] = layouts();
+            let (out, dout) = if index % 2 == 0 { (a, b) } else { (b, a) };
+            let problem = Prepare {
+                config,
+                batch: 2,
+                heads: 3,
+                q_len,
+                out,
+                dout,
+                has_dlse: index % 2 == 0,
+            };
+            right_on(gpu, &problem.setup());
+        }
+    }
+}
+
+#[test]
+fn means() {
+    let Some(gpu) = gpu() else { return };
+    for config in pool::Config::all() {
+        for (len, block) in [(4096, 128), (3000, 384), (2049, 16), (1537, 1536)] {
+            for layout in layouts() {
+                let problem = Pool {
+                    config,
+                    batch: 2,
+                    heads: 3,
+                    len,
+                    block,
+                    layout,
+                };
+                right_on(gpu, &problem.setup());
+            }
+        }
+    }
+}

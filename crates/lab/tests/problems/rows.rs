@@ -1,0 +1,59 @@
+//! The kernels that read whole tensors once, against sums in float64: the preparation of the backward
+//! pass, and pooling.
+
+use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::backward::prepare;
+use flex_block_attn_kernels::pool;
+use flex_block_attn_lab::problems::{Layout, Pool, Prepare};
+
+use crate::right_in_all_ways;
+
+#[test]
+fn deltas_and_lses_of_queries() {
+    for (index, config) in prepare::Config::all().into_iter().enumerate() {
+        let problem = Prepare {
+            config,
+            batch: 2,
+            heads: 2,
+            // Some of a thread block's rows, all of them, and a few more.
+            q_len: [1, 64, 130][index % 3],
+            out: Layout {
+                tokens_first: true,
+                gap: 8,
+            },
+            dout: Layout::default(),
+            has_dlse: index % 2 == 1,
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn means_of_blocks() {
+    // One token, fewer than a block, blocks that share a thread block, blocks that go round often.
+    let sizes = [
+        (1, 1),
+        (10, 64),
+        (37, 1),
+        (50, 16),
+        (100, 48),
+        (300, 128),
+        (500, 499),
+    ];
+    for config in pool::Config::all() {
+        for (len, block) in sizes {
+            let problem = Pool {
+                config,
+                batch: 1,
+                heads: 2,
+                len,
+                block,
+                layout: Layout {
+                    tokens_first: len % 2 == 0,
+                    gap: 16,
+                },
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1));
+        }
+    }
+}
