@@ -2,9 +2,9 @@
 //! float64.
 //!
 //! In: sizes. Out: a [`Setup`], whose kernel and launch a test may change before it runs it. Called
-//! by tests and by `lab emulate`. Values are bfloat16, about normal, the same each time.
+//! by tests and by `lab emulate`. Values are about normal, the same each time.
 
-use flex_block_attn::{BlockMask, Plan, bf16};
+use flex_block_attn::{BlockMask, Plan, bf16, f16};
 use flex_block_attn_emulator::{Fault, Memory, Options, Statistics, emulate};
 use flex_block_attn_kernels::{Strides, forward, gemm};
 use flex_block_attn_ptx::{Element, Kernel, Launch};
@@ -36,8 +36,8 @@ struct Expected {
 /// How close they must be, and how they are stored.
 #[derive(Debug, Clone, Copy)]
 enum Close {
-    /// bfloat16, all together: the norm of the differences, relative to that of the values.
-    Norm(f64),
+    /// Of 16-bit elements all together: the norm of the differences, relative to that of the values.
+    Norm(Element, f64),
     /// float32, each; infinities exactly.
     Each(f64),
 }
@@ -81,11 +81,15 @@ impl Expected {
     fn check(&self, memory: &Memory) -> Result<(), String> {
         let Self { name, values, .. } = self;
         match self.close {
-            Close::Norm(most) => {
+            Close::Norm(element, most) => {
                 let got: Vec<u16> = memory.read(self.address, values.len());
                 let (mut wrong, mut all) = (0.0, 0.0);
                 for (&got, &value) in got.iter().zip(values) {
-                    wrong += (bf16::from_bits(got).to_f64() - value).powi(2);
+                    let got = match element {
+                        Element::F16 => f16::from_bits(got).to_f64(),
+                        _ => bf16::from_bits(got).to_f64(),
+                    };
+                    wrong += (got - value).powi(2);
                     all += value.powi(2);
                 }
                 // All zero, if so it must be; a NaN is not close.
@@ -137,8 +141,8 @@ impl Product {
         }
         let mut memory = Memory::new();
         let args = gemm::Args {
-            a: memory.alloc_with("a", &bits(&a)),
-            b: memory.alloc_with("b", &bits(&b)),
+            a: memory.alloc_with("a", &bits(&a, Element::Bf16)),
+            b: memory.alloc_with("b", &bits(&b, Element::Bf16)),
             c: memory.alloc("c", 2 * m * n),
             m: m as u32,
             n: n as u32,
@@ -155,7 +159,7 @@ impl Product {
                 name: "c",
                 address: args.c,
                 values,
-                close: Close::Norm(2.5e-3),
+                close: Close::Norm(Element::Bf16, 2.5e-3),
             }],
         }
     }
@@ -164,7 +168,7 @@ impl Product {
 /// Attention forward.
 #[derive(Debug, Clone)]
 pub struct Forward {
-    /// The kernel. Values are bfloat16 whatever it says of the element type.
+    /// The kernel.
     pub config: forward::Config,
     /// Batches.
     pub batch: usize,
@@ -237,7 +241,7 @@ impl Forward {
                     name: "the output",
                     address: args.out.address,
                     values: self.stored(&expected.out, self.heads, sizes.head_dim),
-                    close: Close::Norm(4e-3),
+                    close: Close::Norm(self.config.element, 4e-3),
                 },
                 Expected {
                     name: "lse",
@@ -268,7 +272,11 @@ impl Forward {
         };
         let mut put = |name: &str, x: &[bf16], heads: usize, tokens: usize| {
             let stored = self.stored(x, heads, sizes.head_dim);
-            tensor(memory.alloc_with(name, &bits(&stored)), heads, tokens)
+            tensor(
+                memory.alloc_with(name, &bits(&stored, self.config.element)),
+                heads,
+                tokens,
+            )
         };
         forward::Args {
             q: put("q", q, sizes.q_heads, sizes.q_len),
@@ -318,9 +326,14 @@ pub fn normal(seed: u64, count: usize) -> Vec<bf16> {
         .collect()
 }
 
-/// Their bits, as emulated memory holds them.
-fn bits(values: &[bf16]) -> Vec<u16> {
-    values.iter().map(|x| x.to_bits()).collect()
+/// Their bits as an element type has them. Numbers by chance are of few bits: float16 holds most of
+/// them, the others it rounds.
+pub fn bits(values: &[bf16], element: Element) -> Vec<u16> {
+    let bits = |x: &bf16| match element {
+        Element::F16 => f16::from_f32(x.to_f32()).to_bits(),
+        _ => x.to_bits(),
+    };
+    values.iter().map(bits).collect()
 }
 
 fn wide(values: &[bf16]) -> Vec<f64> {

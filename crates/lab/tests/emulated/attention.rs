@@ -203,10 +203,6 @@ fn every_config_on_random_masks() {
         (state >> 33) as usize % bound
     };
     for config in forward::Config::all() {
-        if config.element != Element::Bf16 {
-            // Of float16 but the products differ, and one problem shows them.
-            continue;
-        }
         let q_block = match config.rows {
             forward::Rows::Whole => 128 * (1 + below(2)),
             forward::Rows::Mixed => 16 * (1 + below(12)),
@@ -230,6 +226,6 @@ fn every_config_on_random_masks() {
             tokens_first: below(2) == 1,
             ..Forward::new(config, BlockMask::from_matrix(extents, matrix).unwrap())
         };
-        right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        right_in_all_ways(&problem.setup(), &Options::all(1)[2..3]);
     }
 }

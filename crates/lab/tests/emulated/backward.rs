@@ -1,16 +1,17 @@
 //! Attention backward, against gradients in float64.
 
-use flex_block_attn::{BlockMask, Extents, Plan, bf16};
+use flex_block_attn::{BlockMask, Extents, Plan, bf16, f16};
 use flex_block_attn_emulator::{Memory, Options};
 use flex_block_attn_kernels::backward::{Args, Config, Workspace, finish, prepare};
 use flex_block_attn_kernels::forward::Tensor;
 use flex_block_attn_kernels::{Element, Strides};
-use flex_block_attn_lab::emulated::normal;
+use flex_block_attn_lab::emulated::{bits, normal};
 use flex_block_attn_lab::reference::{Problem, Sizes};
 
 use crate::{Repeats, each_in_all_ways};
 
 struct Case {
+    element: Element,
     head_dim: usize,
     piece: u32,
     batch: usize,
@@ -23,6 +24,7 @@ struct Case {
 impl Case {
     fn new(head_dim: usize, piece: u32, mask: BlockMask) -> Self {
         Self {
+            element: Element::Bf16,
             head_dim,
             piece,
             batch: 1,
@@ -68,7 +70,7 @@ impl Case {
         let lse: Vec<f32> = attention.lse.iter().map(|&x| x as f32).collect();
         let workspace = Workspace::new(sizes.q_len);
         let plan = Plan::new(&self.mask);
-        let element = Element::Bf16;
+        let element = self.element;
         let head_dim = d as u32;
         let config = Config {
             element,
@@ -85,7 +87,7 @@ impl Case {
                     batch: (heads * tokens * d) as u64,
                 },
             };
-            let bits = |x: &[bf16]| -> Vec<u16> { x.iter().map(|x| x.to_bits()).collect() };
+            let bits = |x: &[bf16]| bits(x, element);
             let mut of_q = |name: &str, x: &[bf16]| {
                 tensor(memory.alloc_with(name, &bits(x)), self.heads, sizes.q_len)
             };
@@ -160,10 +162,17 @@ impl Case {
                 ("dv", dv, &expected.dv),
             ] {
                 let words: Vec<u16> = memory.read(tensor.address, expected.len());
-                let got: Vec<f64> = words.iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
+                let got: Vec<f64> = words.iter().map(|&x| from_bits(x, element)).collect();
                 close(name, &got, expected);
             }
         });
+    }
+}
+
+fn from_bits(bits: u16, element: Element) -> f64 {
+    match element {
+        Element::F16 => f16::from_bits(bits).to_f64(),
+        _ => bf16::from_bits(bits).to_f64(),
     }
 }
 
@@ -232,10 +241,13 @@ fn keys_of_several_blocks() {
     ] {
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let seen = |row: usize, column: usize| (row * 5 + column * 3) % 4 < 2 && column != 2;
-        let case = Case {
-            heads: 2,
-            ..Case::new(head_dim, piece, BlockMask::from_fn(extents, seen))
-        };
-        case.check(&Options::all(1));
+        for element in [Element::Bf16, Element::F16] {
+            let case = Case {
+                element,
+                heads: 2,
+                ..Case::new(head_dim, piece, BlockMask::from_fn(extents, seen))
+            };
+            case.check(&Options::all(1)[1..3]);
+        }
     }
 }
