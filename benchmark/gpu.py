@@ -3,7 +3,7 @@
 In: nothing (options below). Out: a table of TFLOP/s of the kept blocks and ratios; with ``--csv``
 every figure. Run as ``python -m benchmark.gpu --help``.
 
-Results are compared first. Then ours and the peers take turns, ``--rounds`` times; a turn is the
+Outputs are compared first. Then ours and the peers take turns, ``--rounds`` times; a turn is the
 median of some calls between events, a figure the median of turns. The card lowers its clock under
 load: only figures of one run go together.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from .peers import PEERS, Absent, Problem, ours
+from .peers import PEERS, Absent, Attention, Problem, ours
 
 # Name: heads, tokens, head dimension, tokens of a block, density.
 CASES: dict[str, tuple[int, int, int, int, float]] = {
@@ -50,33 +50,44 @@ def turn(call: Callable[[], object], milliseconds: float) -> float:
     return statistics.median(taken)
 
 
-def measure(problem: Problem, names: list[str], rounds: int, milliseconds: float) -> dict:
+def measure(
+    problem: Problem, names: list[str], backward: bool, rounds: int, milliseconds: float
+) -> dict:
     """TFLOP/s by name, ours first; or why a peer has none."""
-    calls, absent = {"ours": ours(problem)}, {}
-    expected = calls["ours"]()
+    dout = torch.randn_like(problem.q)
+
+    def prepare(attention: Attention) -> Callable[[], object]:
+        return attention.backward(dout) if backward else attention.forward()
+
+    mine = ours(problem)
+    expected = mine.output()
+    calls, absent = {"ours": prepare(mine)}, {}
     for name in names:
         try:
-            calls[name] = PEERS[name](problem)
-            error = (calls[name]() - expected).float().norm() / expected.float().norm()
+            attention = PEERS[name](problem)
+            error = (attention.output() - expected).float().norm() / expected.float().norm()
             if not error < 2e-2:
                 raise Absent(f"computes something else (relative difference {error:.1e})")
+            call = prepare(attention)
+            call()
+            calls[name] = call
         except Absent as reason:
-            calls.pop(name, None)
             absent[name] = str(reason)
         except Exception as error:  # a peer's own failure is a line of the table
-            calls.pop(name, None)
             absent[name] = f"fails: {type(error).__name__}: {error}".split("\n")[0][:200]
     del expected
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             turns[name].append(turn(call, milliseconds))
-    work = problem.operations / 1e9
+    # The backward pass makes five products where the forward makes two.
+    work = problem.operations / 1e9 * (2.5 if backward else 1)
     return {name: work / statistics.median(ms) for name, ms in turns.items()} | absent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backward", action="store_true", help="the backward pass alone")
     parser.add_argument("--rounds", type=int, default=5, help="how often they take turns")
     parser.add_argument("--turn", type=float, default=60, help="milliseconds of a turn")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
@@ -84,23 +95,29 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {', '.join(CASES)}")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.rounds} rounds")
+    direction = "backward" if args.backward else "forward"
+    device = torch.cuda.get_device_name()
+    print(f"{direction}, {device}, torch {torch.__version__}, {args.rounds} rounds")
     print(f"{'case':24} {'ours':>6} " + " ".join(f"{name:>6}" for name in args.peers) + "  best")
     rows, reasons = [], set()
     for case in args.cases or CASES:
-        figures = measure(Problem.random(*CASES[case]), args.peers, args.rounds, args.turn)
+        problem = Problem.random(*CASES[case])
+        figures = measure(problem, args.peers, args.backward, args.rounds, args.turn)
         rates = {name: x for name, x in figures.items() if isinstance(x, float)}
         reasons |= {f"{name} {x}" for name, x in figures.items() if isinstance(x, str)}
         best = max((rates[name] for name in args.peers if name in rates), default=float("nan"))
         cells = " ".join(f"{rates.get(name, float('nan')):6.0f}" for name in args.peers)
         print(f"{case:24} {rates['ours']:6.0f} {cells}  {rates['ours'] / best:.2f}", flush=True)
-        rows += [{"case": case, "impl": name, "tflops": rate} for name, rate in rates.items()]
+        rows += [
+            {"case": case, "pass": direction, "impl": name, "tflops": rate}
+            for name, rate in rates.items()
+        ]
         torch.cuda.empty_cache()
     for reason in sorted(reasons):
         print(reason, file=sys.stderr)
     if args.csv:
         with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["case", "impl", "tflops"])
+            writer = csv.DictWriter(file, ["case", "pass", "impl", "tflops"])
             writer.writeheader()
             writer.writerows(rows)
 

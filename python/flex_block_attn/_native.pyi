@@ -56,6 +56,16 @@ def forward_cuda(
     workspace: int,
     on: _Stream,
 ) -> None: ...
+def backward_workspace(q_shape: tuple[int, ...]) -> tuple[int, int]: ...
+def backward_cuda(
+    saved: tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor],
+    gradients: tuple[_Tensor, _Tensor | None],
+    plan: _Plan,
+    scale: float,
+    outputs: tuple[_Tensor, _Tensor, _Tensor],
+    workspace: tuple[int, int],
+    on: _Stream,
+) -> None: ...
 def plan_words(sizes: _Sizes) -> int: ...
 def write_plan(
     blocks: tuple[int, tuple[int, ...], tuple[int, ...]], sizes: _Sizes, to: tuple[int, int]

@@ -94,5 +94,5 @@ def _cache() -> list[str]:
 def _used(found: "_Report", torch_sees_gpu: bool) -> str:
     cpu = "CPU tensors: the CPU backend"
     if torch_sees_gpu and any(gpu["problem"] is None for gpu in found["gpus"]):
-        return f"{cpu}; CUDA tensors: our kernels (forward only, in this version)"
+        return f"{cpu}; CUDA tensors: our kernels"
     return cpu

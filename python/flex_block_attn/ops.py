@@ -218,11 +218,51 @@ def _backward_cpu(
 
 
 @torch.library.impl(f"{_LIBRARY}::backward", "CUDA")
-def _backward_cuda(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError(
-        "flex_block_attn has no backward pass on GPUs in this version: call it under "
-        "torch.no_grad(), or move q, k, v and the mask with .cpu()"
+def _backward_cuda(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if scale < 0:
+        # As the forward pass: the gradient of -q is less that of q.
+        q, scale, negated = -q, -scale, True
+    else:
+        negated = False
+    q, k, v, out, dout = (
+        _for_copies(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v, out, dout)
     )
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        gradients = dq.zero_(), dk.zero_(), dv.zero_()
+    else:
+        if dlse is not None:
+            dlse = dlse.contiguous()
+        rows, sums = (
+            q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(q.shape)
+        )
+        _native.backward_cuda(
+            (_raw(q), _raw(k), _raw(v), _raw(out), _raw(lse)),
+            (_raw(dout), None if dlse is None else _raw(dlse)),
+            _raw_plan(plan, q, k, q_block, kv_block),
+            scale,
+            (_raw(dq), _raw(dk), _raw(dv)),
+            (rows.data_ptr(), sums.data_ptr()),
+            _stream(q),
+        )
+        gradients = dq.neg_() if negated else dq, dk, dv
+    dq, dk, dv = (
+        x if wants else x.new_empty(0) for x, wants in zip(gradients, wanted, strict=True)
+    )
+    return dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

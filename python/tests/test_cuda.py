@@ -38,35 +38,79 @@ def tensor(shape, layout, dtype, generator):
     return x[:, :, 1].transpose(1, 2)
 
 
+class Random:
+    """A problem by chance: sizes, layouts, blocks, scale."""
+
+    def __init__(self, seed: int, longest: int):
+        chance = random.Random(seed)
+        generator = torch.Generator("cuda").manual_seed(seed)
+        dtype = chance.choice([torch.bfloat16, torch.float16])
+        dim = chance.choice([64, 128])
+        self.q_block = chance.choice([16, 48, 64, 96, 128, 192, 256, 384])
+        self.kv_block = chance.choice([16, 32, 48, 64, 96, 128, 192, 320, 384])
+        q_len, kv_len = chance.randint(1, longest), chance.randint(1, longest)
+        batch = chance.choice([1, 1, 2])
+        kv_heads = chance.choice([1, 2, 3])
+        heads = kv_heads * chance.choice([1, 1, 2, 4])
+        rows, columns = -(-q_len // self.q_block), -(-kv_len // self.kv_block)
+        masks = chance.choice([1, batch]), chance.choice([1, heads])
+        density = chance.choice([0.1, 0.3, 0.7, 1.0])
+        self.blocks = torch.rand(*masks, rows, columns, device="cuda", generator=generator)
+        self.blocks = self.blocks < density
+        layout = chance.choice(["heads first", "tokens first", "together"])
+        self.q = tensor((batch, heads, q_len, dim), layout, dtype, generator)
+        self.k, self.v = (
+            tensor((batch, kv_heads, kv_len, dim), layout, dtype, generator) for _ in range(2)
+        )
+        self.dout = tensor((batch, heads, q_len, dim), "heads first", dtype, generator)
+        self.dlse = torch.randn(batch, heads, q_len, device="cuda", generator=generator)
+        self.scale = chance.choice([dim**-0.5, 0.05, -0.1, 0.0])
+        self.mask = BlockMask(self.blocks, q_len, kv_len, self.q_block, self.kv_block)
+
+    def reference(self, q, k, v):
+        return attention(q, k, v, self.blocks, self.q_block, self.kv_block, self.scale)
+
+
 @pytest.mark.parametrize("seed", range(320))
 def test_random_problems(seed: int):
-    chance = random.Random(seed)
-    generator = torch.Generator("cuda").manual_seed(seed)
-    dtype = chance.choice([torch.bfloat16, torch.float16])
-    dim = chance.choice([64, 128])
-    q_block = chance.choice([16, 48, 64, 96, 128, 192, 256, 384])
-    kv_block = chance.choice([16, 32, 48, 64, 96, 128, 192, 320, 384])
-    q_len, kv_len = chance.randint(1, 1500), chance.randint(1, 1500)
-    batch = chance.choice([1, 1, 2])
-    kv_heads = chance.choice([1, 2, 3])
-    heads = kv_heads * chance.choice([1, 1, 2, 4])
-    rows, columns = -(-q_len // q_block), -(-kv_len // kv_block)
-    masks = chance.choice([1, batch]), chance.choice([1, heads])
-    density = chance.choice([0.1, 0.3, 0.7, 1.0])
-    blocks = torch.rand(*masks, rows, columns, device="cuda", generator=generator) < density
-    layout = chance.choice(["heads first", "tokens first", "together"])
-    q = tensor((batch, heads, q_len, dim), layout, dtype, generator)
-    k, v = (tensor((batch, kv_heads, kv_len, dim), layout, dtype, generator) for _ in range(2))
-    scale = chance.choice([dim**-0.5, 0.05, -0.1, 0.0])
-    mask = BlockMask(blocks, q_len, kv_len, q_block, kv_block)
+    x = Random(seed, 1500)
     with torch.no_grad():
-        out, lse = flex_block_attn(q, k, v, mask, scale=scale, return_lse=True)
-    expected, expected_lse = attention(q, k, v, blocks, q_block, kv_block, scale)
+        out, lse = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale, return_lse=True)
+    expected, expected_lse = x.reference(x.q, x.k, x.v)
     assert relative_error(out, expected) < 5e-3
     empty = expected_lse.isinf()
     assert torch.equal(lse.isinf(), empty)
     assert (out[empty] == 0).all()
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1320))
+def test_random_gradients(seed: int):
+    x = Random(seed, 1000)
+    gradients = []
+    for of in (
+        lambda q, k, v: flex_block_attn(q, k, v, x.mask, scale=x.scale, return_lse=True),
+        x.reference,
+    ):
+        inputs = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
+        out, lse = of(*inputs)
+        # A lse of -inf has no gradient.
+        dlse = x.dlse.masked_fill(lse.isinf(), 0).to(lse.dtype) if seed % 2 else None
+        outputs = [(out, x.dout.to(out.dtype))] + ([(lse, dlse)] if seed % 2 else [])
+        gradients.append(
+            torch.autograd.grad([y for y, _ in outputs], inputs, [dy for _, dy in outputs])
+        )
+    for got, expected in zip(*gradients, strict=True):
+        assert got.dtype == x.q.dtype
+        assert relative_error(got, expected) < 1e-2
+
+
+def test_gradients_of_some_inputs():
+    q, k, v, mask = problem()
+    wanted = torch.autograd.grad(flex_block_attn(q, k.requires_grad_(), v, mask).sum(), k)[0]
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    every = torch.autograd.grad(flex_block_attn(*inputs, mask).sum(), inputs)
+    assert relative_error(wanted, every[1]) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -189,6 +233,3 @@ def test_what_is_refused_is_named():
         flex_block_attn(q, k, v, mask.to("cpu"))
     with pytest.raises(ValueError, match="block_mask has 3 x 16 blocks"):
         flex_block_attn_func(q, k, v, 128, 128, mask.blocks[..., :3, :])
-    out = flex_block_attn(q.requires_grad_(), k, v, mask)
-    with pytest.raises(NotImplementedError, match="no backward pass on GPUs"):
-        out.sum().backward()

@@ -1,7 +1,7 @@
-//! Plans and forward on CUDA tensors: addresses and a stream to the library.
+//! Plans, forward and backward on CUDA tensors: addresses and a stream to the library.
 
-use flex_block_attn::gpu::{self, Mask, Plan, Stream};
-use flex_block_attn::{Options, PlanLayout};
+use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
+use flex_block_attn::{Gradients, Options, PlanLayout, Saved};
 use pyo3::prelude::*;
 
 use crate::attention::{RawPlan, Unbound};
@@ -84,6 +84,70 @@ pub fn forward_cuda(
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();
             gpu::forward(q, k, v, &plan, &options, out, lse, workspace, stream(on))
+        })
+    }
+    .map_err(python)
+}
+
+/// Numbers (float32) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape.
+#[pyfunction]
+pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
+    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape);
+    (rows, sums)
+}
+
+/// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;
+/// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn backward_cuda(
+    py: Python<'_>,
+    saved: (Raw, Raw, Raw, Raw, Raw),
+    gradients: (Raw, Option<Raw>),
+    plan: RawPlan,
+    scale: f64,
+    outputs: (Raw, Raw, Raw),
+    workspace: [u64; 2],
+    on: RawStream,
+) -> PyResult<()> {
+    let (address, layout) = plan.layout()?;
+    let plan = Plan {
+        layout,
+        address: address as u64,
+    };
+    let options = Options {
+        scale: Some(scale),
+        threads: None,
+    };
+    // SAFETY: as for `forward_cuda`.
+    unsafe {
+        let saved = Saved {
+            q: saved.0.read("q")?,
+            k: saved.1.read("k")?,
+            v: saved.2.read("v")?,
+            out: saved.3.read("out")?,
+            lse: saved.4.read("lse")?,
+        };
+        let dout = gradients.0.read("dout")?;
+        let dlse = gradients.1.map(|dlse| dlse.read("dlse")).transpose()?;
+        let gradients = Gradients {
+            dq: Some(outputs.0.write("dq")?),
+            dk: Some(outputs.1.write("dk")?),
+            dv: Some(outputs.2.write("dv")?),
+        };
+        let call = Unbound((saved, dout, dlse, gradients));
+        py.detach(move || {
+            let Unbound((saved, dout, dlse, gradients)) = call.whole();
+            gpu::backward(
+                &saved,
+                dout,
+                dlse,
+                &plan,
+                &options,
+                &gradients,
+                workspace,
+                stream(on),
+            )
         })
     }
     .map_err(python)

@@ -22,6 +22,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
     module.add(
         "FORWARD_WORKSPACE_BYTES",
         flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES,

@@ -112,6 +112,22 @@ impl Config {
         all
     }
 
+    /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
+    /// neither 64 nor 128, or blocks are no multiples of 16.
+    pub fn choose(element: Element, head_dim: u32, q_block: u32, kv_block: u32) -> Option<Self> {
+        let supported = matches!(head_dim, 64 | 128)
+            && [q_block, kv_block]
+                .iter()
+                .all(|&block| block > 0 && block.is_multiple_of(16));
+        let fits = |&piece: &u32| q_block.is_multiple_of(piece);
+        let piece = [64, 32, 16].into_iter().find(fits).filter(|_| supported)?;
+        Some(Self {
+            element,
+            head_dim,
+            piece,
+        })
+    }
+
     /// Pieces of a tile.
     fn pieces(self) -> u32 {
         QUERIES / self.piece

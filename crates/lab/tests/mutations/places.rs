@@ -7,27 +7,28 @@ use crate::edit::Which::{All, Nth};
 use crate::edit::{Side, change, descriptors, op};
 use crate::{Base, By, Mutation, Setup};
 
-// Arguments of attention, by their index, and those of the product.
-const Q: usize = 0;
-const K: usize = 1;
-const OUT: usize = 3;
-const LSE: usize = 4;
-const Q_LEN: usize = 6;
-const PLAN: usize = 8;
-const KV_LEN: usize = 9;
-const KV_BLOCK: usize = 10;
-const COUNTER: usize = 11;
-const TILES: usize = 12;
-const Q_BLOCK: usize = 14;
-const GROUP: usize = 15;
-const ORDER: usize = 16;
-const FIRST_LIST: usize = 17;
-const LIST_STRIDE: usize = 18;
-const HEAD_RECORD: usize = 19;
-const BATCH_RECORD: usize = 20;
-const A: usize = 0;
-const B: usize = 1;
-const C: usize = 2;
+// Arguments of attention, by their parameters' names, and those of the product.
+const Q: &str = "q";
+const K: &str = "k";
+const V: &str = "v";
+const OUT: &str = "out";
+const LSE: &str = "lse";
+const Q_LEN: &str = "q_len";
+const PLAN: &str = "plan";
+const KV_LEN: &str = "kv_len";
+const KV_BLOCK: &str = "kv_block";
+const COUNTER: &str = "counter";
+const TILES: &str = "tiles";
+const Q_BLOCK: &str = "q_block";
+const GROUP: &str = "group";
+const ORDER: &str = "order";
+const FIRST_LIST: &str = "first_list";
+const LIST_STRIDE: &str = "list_stride";
+const HEAD_RECORD: &str = "head_record";
+const BATCH_RECORD: &str = "batch_record";
+const A: &str = "a";
+const B: &str = "b";
+const C: &str = "c";
 
 /// Stride and swizzle of all descriptors, as the tile layer has them.
 const HIGH: u64 = 64 | 1 << 30;
@@ -48,9 +49,24 @@ fn high(s: &mut Setup, to: u64) -> usize {
     )
 }
 
+/// The argument of a parameter.
+pub(crate) fn argument<'s>(s: &'s mut Setup, name: &str) -> &'s mut Arg {
+    let index = place(s, name);
+    &mut s.launch_mut().args[index]
+}
+
+fn place(s: &Setup, name: &str) -> usize {
+    let place = s
+        .kernel()
+        .params
+        .iter()
+        .position(|param| param.name == name);
+    place.unwrap_or_else(|| panic!("no parameter {name}"))
+}
+
 /// Changes a tensor map.
-fn map(s: &mut Setup, arg: usize, f: impl Fn(&mut TensorMap)) -> usize {
-    match &mut s.launch_mut().args[arg] {
+fn map(s: &mut Setup, arg: &str, f: impl Fn(&mut TensorMap)) -> usize {
+    match argument(s, arg) {
         Arg::TensorMap(map) => {
             f(map);
             1
@@ -59,8 +75,8 @@ fn map(s: &mut Setup, arg: usize, f: impl Fn(&mut TensorMap)) -> usize {
     }
 }
 
-fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
-    match &mut s.launch_mut().args[arg] {
+fn wide(s: &mut Setup, arg: &str, f: impl Fn(u64) -> u64) -> usize {
+    match argument(s, arg) {
         Arg::U64(value) => {
             *value = f(*value);
             1
@@ -70,8 +86,8 @@ fn wide(s: &mut Setup, arg: usize, f: impl Fn(u64) -> u64) -> usize {
 }
 
 /// Changes a number.
-fn word(s: &mut Setup, arg: usize, f: impl Fn(u32) -> u32) -> usize {
-    match &mut s.launch_mut().args[arg] {
+fn word(s: &mut Setup, arg: &str, f: impl Fn(u32) -> u32) -> usize {
+    match argument(s, arg) {
         Arg::U32(value) => {
             *value = f(*value);
             1
@@ -81,8 +97,8 @@ fn word(s: &mut Setup, arg: usize, f: impl Fn(u32) -> u32) -> usize {
 }
 
 /// Overwrites a number in memory: the `nth` behind an address.
-fn number(s: &mut Setup, arg: usize, nth: u32, value: i32) -> usize {
-    match s.launch().args[arg] {
+fn number(s: &mut Setup, arg: &str, nth: u32, value: i32) -> usize {
+    match *argument(s, arg) {
         Arg::U64(address) => {
             s.memory.write(address + 4 * u64::from(nth), &[value]);
             1
@@ -91,10 +107,10 @@ fn number(s: &mut Setup, arg: usize, nth: u32, value: i32) -> usize {
     }
 }
 
-/// The word of a plan at which row 0's list starts.
-fn list(s: &Setup) -> u32 {
-    match s.launch().args[FIRST_LIST] {
-        Arg::U32(first) => first,
+/// Overwrites the first block in row 0's list.
+fn listed(s: &mut Setup, block: i32) -> usize {
+    match *argument(s, FIRST_LIST) {
+        Arg::U32(first) => number(s, PLAN, first, block),
         _ => 0,
     }
 }
@@ -291,7 +307,8 @@ fn copies() -> Vec<Mutation> {
             kind: "coordinates",
             base: Base::Wide,
             edit: |s| {
-                s.launch_mut().args.swap(K, K + 1);
+                let (k, v) = (place(s, K), place(s, V));
+                s.launch_mut().args.swap(k, v);
                 1
             },
             by: By::Result,
@@ -383,7 +400,7 @@ fn launches() -> Vec<Mutation> {
             name: "a block of keys that is not there, in a map that is too long",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| map(s, K, |map| map.dims[1] *= 2) + number(s, PLAN, list(s), 6),
+            edit: |s| map(s, K, |map| map.dims[1] *= 2) + listed(s, 6),
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
@@ -391,7 +408,7 @@ fn launches() -> Vec<Mutation> {
             name: "a block of keys that is not there",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| number(s, PLAN, list(s), 6),
+            edit: |s| listed(s, 6),
             by: By::Result,
         },
         Mutation {
@@ -434,8 +451,8 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Wide,
             edit: |s| {
-                let order = s.launch().args[ORDER];
-                s.launch_mut().args[FIRST_LIST] = order;
+                let order = *argument(s, ORDER);
+                *argument(s, FIRST_LIST) = order;
                 1
             },
             by: By::Result,

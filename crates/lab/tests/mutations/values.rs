@@ -9,10 +9,11 @@ use flex_block_attn_ptx::{Arg, Ty};
 
 use crate::edit::Which::{All, Nth};
 use crate::edit::{Which, all, change, only_threads, op, remove};
+use crate::places::argument;
 use crate::{Base, By, Mutation, Setup};
 
 /// The argument that scores are multiplied by.
-const SCALE: usize = 7;
+const SCALE: &str = "scale";
 
 /// Where the accumulators of the wgmma `nth` are set to zero.
 fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
@@ -317,7 +318,7 @@ fn numbers() -> Vec<Mutation> {
             name: "scores in other units than the maximum",
             kind: "softmax",
             base: Base::Wide,
-            edit: |s| match &mut s.launch_mut().args[SCALE] {
+            edit: |s| match argument(s, SCALE) {
                 Arg::F32(scale) => {
                     *scale *= std::f32::consts::LN_2;
                     1

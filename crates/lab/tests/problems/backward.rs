@@ -72,10 +72,16 @@ fn keys_of_several_blocks() {
     ] {
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let seen = |row: usize, column: usize| (row * 5 + column * 3) % 4 < 2 && column != 2;
-        let problem = Backward {
-            heads: 2,
-            ..Backward::new(config(head_dim, piece), BlockMask::from_fn(extents, seen))
-        };
-        right_in_all_ways(&problem.setup(), &Options::all(1));
+        for element in [Element::Bf16, Element::F16] {
+            let config = Config {
+                element,
+                ..config(head_dim, piece)
+            };
+            let problem = Backward {
+                heads: 2,
+                ..Backward::new(config, BlockMask::from_fn(extents, seen))
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        }
     }
 }

@@ -4,18 +4,28 @@
 //! on that stream; nothing is allocated, nothing waited for, so calls may be captured into graphs.
 //! Arguments are checked as on CPUs; what the kernels do not do comes back as [`Error::Gpu`].
 //!
-//! [`plan_steps`] and [`forward_step`] say as plain data what a call puts on the stream: what is
-//! launched is what the emulator runs in tests.
+//! [`plan_steps`], [`forward_step`] and [`backward_steps`] say as plain data what a call puts on the
+//! stream: what is launched is what the emulator runs in tests.
+//!
+//! - `forward`, `backward`: the two passes;
+//! - here: what they share, and plans.
+
+mod backward;
+mod forward;
 
 use std::collections::HashMap;
 use std::sync::{OnceLock, PoisonError, RwLock};
 
 use flex_block_attn_cuda::{self as cuda, Device, Function};
-use flex_block_attn_kernels::forward::{self, Config};
+use flex_block_attn_kernels::backward::{self as backward_kernels, finish, prepare};
+use flex_block_attn_kernels::forward as forward_kernels;
 use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, plan as planning};
 use flex_block_attn_mask::PlanLayout;
 
-use crate::{DType, Error, Options, Result, Tensor, TensorMut, check};
+pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
+pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
+
+use crate::{DType, Error, Options, Result, Tensor};
 
 /// A stream of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,16 +54,19 @@ pub struct Plan {
     pub address: u64,
 }
 
-/// Bytes that [`forward()`] needs besides, at a multiple of 4; their contents do not matter.
-pub const FORWARD_WORKSPACE_BYTES: usize = 4;
-
 /// A kernel that a call launches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
     /// A part of planning.
     Plan(planning::Config),
     /// Attention forward.
-    Forward(Config),
+    Forward(forward_kernels::Config),
+    /// What attention backward reads besides its inputs.
+    Prepare(prepare::Config),
+    /// Attention backward.
+    Backward(backward_kernels::Config),
+    /// The gradient of q, rounded.
+    Finish(finish::Config),
 }
 
 impl Step {
@@ -62,6 +75,9 @@ impl Step {
         match self {
             Self::Plan(config) => config.kernel(),
             Self::Forward(config) => config.kernel(),
+            Self::Prepare(config) => config.kernel(),
+            Self::Backward(config) => config.kernel(),
+            Self::Finish(config) => config.kernel(),
         }
     }
 }
@@ -110,121 +126,71 @@ pub unsafe fn plan(mask: &Mask, plan: &Plan, stream: Stream) -> Result<()> {
     Ok(())
 }
 
-/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries. The
-/// word at `workspace` must be 0 when it starts.
-///
-/// # Errors
-/// Arguments that do not go together, or that the kernels do not take.
-#[allow(clippy::too_many_arguments)]
-pub fn forward_step(
-    q: Tensor<'_>,
-    k: Tensor<'_>,
-    v: Tensor<'_>,
-    plan: &Plan,
-    options: &Options,
-    out: &TensorMut<'_>,
-    lse: &TensorMut<'_>,
-    workspace: u64,
-    multiprocessors: u32,
-) -> Result<Option<(Step, Launch)>> {
-    check::forward([&q, &k, &v], &plan.layout, options, out, lse)?;
-    let [batch, heads, _, head_dim] = q.shape;
-    if q.shape.contains(&0) {
-        return Ok(None);
-    }
-    let refused = |argument, got: String, allowed| Error::Gpu {
+fn refused(argument: &'static str, got: impl ToString, allowed: &'static str) -> Error {
+    Error::Gpu {
         argument,
-        got,
+        got: got.to_string(),
         allowed,
-    };
+    }
+}
+
+/// What kernels are chosen by.
+struct Choice {
+    element: Element,
+    head_dim: u32,
+    q_block: u32,
+    kv_block: u32,
+    scale: f32,
+}
+
+/// What both passes ask of q and the mask, whose shapes go together and are not empty.
+fn choice(q: &Tensor<'_>, plan: &Plan, options: &Options) -> Result<Choice> {
+    let [batch, heads, _, head_dim] = q.shape;
     let element = match q.dtype {
         DType::BF16 => Element::Bf16,
         DType::F16 => Element::F16,
-        other => return Err(refused("q", other.to_string(), "bfloat16 or float16")),
+        other => return Err(refused("q", other, "bfloat16 or float16")),
     };
-    let extents = plan.layout.extents;
-    let blocks = [extents.q_block(), extents.kv_block()].map(|block| block as u32);
-    let config = Config::choose(element, head_dim as u32, blocks[0], blocks[1])
-        .ok_or_else(|| refused("head_dim", head_dim.to_string(), "64 or 128"))?;
+    if !matches!(head_dim, 64 | 128) {
+        return Err(refused("head_dim", head_dim, "64 or 128"));
+    }
     for (argument, got) in [("q's batch", batch), ("q's number of heads", heads)] {
         if got > 65_535 {
-            return Err(refused(argument, got.to_string(), "at most 65535"));
+            return Err(refused(argument, got, "at most 65535"));
         }
     }
     let scale = options
         .scale
         .unwrap_or_else(|| (head_dim as f64).sqrt().recip());
     if scale < 0.0 {
-        return Err(refused("scale", scale.to_string(), "0 or more"));
+        return Err(refused("scale", scale, "0 or more"));
     }
+    let extents = plan.layout.extents;
     if extents.kv_len() == 0 {
-        return Err(refused("kv_len", "0".to_owned(), "at least 1"));
+        return Err(refused("kv_len", 0, "at least 1"));
     }
-    if lse.strides[..3] != dense_lse(lse.shape) {
-        return Err(refused(
-            "lse",
-            format!("strides {:?}", lse.strides),
-            "contiguous",
-        ));
-    }
-    let args = forward::Args {
-        q: in_memory("q", q.pointer as u64, q.shape, q.strides)?,
-        k: in_memory("k", k.pointer as u64, k.shape, k.strides)?,
-        v: in_memory("v", v.pointer as u64, v.shape, v.strides)?,
-        out: in_memory("out", out.pointer as u64, out.shape, out.strides)?,
-        lse: lse.pointer as u64,
-        plan: plan.address,
-        layout: plan.layout,
-        batch: batch as u32,
-        heads: heads as u32,
-        kv_heads: k.shape[1] as u32,
+    Ok(Choice {
+        element,
+        head_dim: head_dim as u32,
+        q_block: extents.q_block() as u32,
+        kv_block: extents.kv_block() as u32,
         scale: scale as f32,
-        counter: workspace,
-        blocks: multiprocessors,
-    };
-    Ok(Some((Step::Forward(config), config.launch(&args))))
+    })
 }
 
-/// [`crate::forward`] on a stream of a GPU: bfloat16 and float16, head_dim 64 and 128, blocks of any
-/// multiples of 16. `lse` is contiguous; addresses, and strides of dimensions longer than 1, are
-/// multiples of 16 bytes; a negative scale is refused. Bitwise repeatable.
-///
-/// # Errors
-/// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on
-/// the stream then.
-///
-/// # Safety
-/// All pointers and addresses are of the device's memory, as large as shapes and strides say, and
-/// `workspace` of [`FORWARD_WORKSPACE_BYTES`] bytes; nobody writes the inputs, or uses the outputs or
-/// the workspace, before the stream has come past this call. The stream is alive.
-#[allow(clippy::too_many_arguments)]
-pub unsafe fn forward(
-    q: Tensor<'_>,
-    k: Tensor<'_>,
-    v: Tensor<'_>,
-    plan: &Plan,
-    options: &Options,
-    out: TensorMut<'_>,
-    lse: TensorMut<'_>,
-    workspace: u64,
-    stream: Stream,
-) -> Result<()> {
-    let device = Device::get(stream.device)?;
-    let blocks = device.multiprocessors();
-    let step = forward_step(q, k, v, plan, options, &out, &lse, workspace, blocks)?;
-    if let Some((step, launch)) = step {
-        // SAFETY: the caller's word.
-        unsafe {
-            device.zero_words(workspace, 1, cuda::Stream(stream.handle))?;
-            put(step, &launch, stream)?;
-        }
+/// Refuses numbers of queries that are not contiguous.
+fn contiguous(argument: &'static str, shape: [usize; 4], strides: [isize; 4]) -> Result<()> {
+    let [_, heads, tokens, _] = shape;
+    let dense = [(heads * tokens) as isize, tokens as isize, 1];
+    let same = |dim: usize| shape[dim] <= 1 || strides[dim] == dense[dim];
+    if (0..3).all(same) {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// Strides of a contiguous lse, of all dimensions but the last.
-fn dense_lse([_, heads, tokens, _]: [usize; 4]) -> [isize; 3] {
-    [(heads * tokens) as isize, tokens as isize, 1]
+    Err(refused(
+        argument,
+        format!("strides {strides:?}"),
+        "contiguous",
+    ))
 }
 
 /// A tensor as kernels take it.
@@ -233,7 +199,7 @@ fn in_memory(
     address: u64,
     shape: [usize; 4],
     strides: [isize; 4],
-) -> Result<forward::Tensor> {
+) -> Result<forward_kernels::Tensor> {
     const BYTES: isize = 2;
     const COPIED: isize = 16;
     let refused = || Error::Gpu {
@@ -250,7 +216,7 @@ fn in_memory(
         (_, stride) if stride > 0 && stride * BYTES % COPIED == 0 => Ok(stride as u64),
         _ => Err(refused()),
     };
-    Ok(forward::Tensor {
+    Ok(forward_kernels::Tensor {
         address,
         strides: Strides {
             row: stride(2)?,

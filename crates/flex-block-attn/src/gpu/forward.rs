@@ -1,0 +1,99 @@
+//! The forward pass: arguments to a launch.
+
+use flex_block_attn_cuda::{self as cuda, Device};
+use flex_block_attn_kernels::Launch;
+use flex_block_attn_kernels::forward::{Args, Config};
+
+use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
+use crate::{Options, Result, Tensor, TensorMut, check};
+
+/// Bytes that [`forward()`] needs besides, at a multiple of 4; their contents do not matter.
+pub const FORWARD_WORKSPACE_BYTES: usize = 4;
+
+/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries. The
+/// word at `workspace` must be 0 when it starts.
+///
+/// # Errors
+/// Arguments that do not go together, or that the kernels do not take.
+#[allow(clippy::too_many_arguments)]
+pub fn forward_step(
+    q: Tensor<'_>,
+    k: Tensor<'_>,
+    v: Tensor<'_>,
+    plan: &Plan,
+    options: &Options,
+    out: &TensorMut<'_>,
+    lse: &TensorMut<'_>,
+    workspace: u64,
+    multiprocessors: u32,
+) -> Result<Option<(Step, Launch)>> {
+    check::forward([&q, &k, &v], &plan.layout, options, out, lse)?;
+    if q.shape.contains(&0) {
+        return Ok(None);
+    }
+    let choice = choice(&q, plan, options)?;
+    let Choice {
+        element,
+        head_dim,
+        q_block,
+        kv_block,
+        scale,
+    } = choice;
+    let config = Config::choose(element, head_dim, q_block, kv_block)
+        .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
+    contiguous("lse", lse.shape, lse.strides)?;
+    let [batch, heads, ..] = q.shape;
+    let args = Args {
+        q: in_memory("q", q.pointer as u64, q.shape, q.strides)?,
+        k: in_memory("k", k.pointer as u64, k.shape, k.strides)?,
+        v: in_memory("v", v.pointer as u64, v.shape, v.strides)?,
+        out: in_memory("out", out.pointer as u64, out.shape, out.strides)?,
+        lse: lse.pointer as u64,
+        plan: plan.address,
+        layout: plan.layout,
+        batch: batch as u32,
+        heads: heads as u32,
+        kv_heads: k.shape[1] as u32,
+        scale,
+        counter: workspace,
+        blocks: multiprocessors,
+    };
+    Ok(Some((Step::Forward(config), config.launch(&args))))
+}
+
+/// [`crate::forward`] on a stream of a GPU: bfloat16 and float16, head_dim 64 and 128, blocks of any
+/// multiples of 16. `lse` is contiguous; addresses, and strides of dimensions longer than 1, are
+/// multiples of 16 bytes; a negative scale is refused. Bitwise repeatable.
+///
+/// # Errors
+/// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on
+/// the stream then.
+///
+/// # Safety
+/// All pointers and addresses are of the device's memory, as large as shapes and strides say, and
+/// `workspace` of [`FORWARD_WORKSPACE_BYTES`] bytes; nobody writes the inputs, or uses the outputs or
+/// the workspace, before the stream has come past this call. The stream is alive.
+#[allow(clippy::too_many_arguments)]
+pub unsafe fn forward(
+    q: Tensor<'_>,
+    k: Tensor<'_>,
+    v: Tensor<'_>,
+    plan: &Plan,
+    options: &Options,
+    out: TensorMut<'_>,
+    lse: TensorMut<'_>,
+    workspace: u64,
+    stream: Stream,
+) -> Result<()> {
+    let device = Device::get(stream.device)?;
+    let blocks = device.multiprocessors();
+    let step = forward_step(q, k, v, plan, options, &out, &lse, workspace, blocks)?;
+    if let Some((step, launch)) = step {
+        // SAFETY: the caller's word.
+        unsafe {
+            device.zero_words(workspace, 1, cuda::Stream(stream.handle))?;
+            put(step, &launch, stream)?;
+        }
+    }
+    Ok(())
+}
