@@ -10,6 +10,7 @@ pub mod backward;
 mod chunk;
 pub mod forward;
 pub mod gemm;
+mod lists;
 mod merge;
 pub mod plan;
 pub mod pool;

@@ -169,6 +169,25 @@ fn choice(q: &Tensor<'_>, plan: &Plan, options: &Options) -> Result<Choice> {
     if extents.kv_len() == 0 {
         return Err(refused("kv_len", 0, "at least 1"));
     }
+    let words = plan.layout.words();
+    if u32::try_from(words).is_err() {
+        let got = format!("a plan of {words} words");
+        return Err(refused(
+            "block_mask",
+            got,
+            "a plan of fewer than 2^32 words",
+        ));
+    }
+    // Kernels count tiles of 128 queries, at most those of whole blocks, by 32 bits.
+    let queries = plan.layout.rows() as u128 * extents.q_block() as u128;
+    if queries.div_ceil(128) * (batch * heads) as u128 > u128::from(u32::MAX / 2) {
+        let got = format!("{batch} x {heads} x {}", extents.q_len());
+        return Err(refused(
+            "q",
+            got,
+            "of fewer than 2^38 queries in whole blocks",
+        ));
+    }
     Ok(Choice {
         element,
         head_dim: head_dim as u32,

@@ -20,6 +20,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::forward::Tensor;
+use crate::lists::{self, Call, panels, whole};
 
 /// Keys of a thread block.
 const KEYS: u32 = 128;
@@ -154,79 +155,48 @@ impl Config {
     /// # Panics
     /// If blocks are not multiples of the piece.
     pub fn launch(self, args: &Args) -> Launch {
-        let Args {
-            batch,
-            heads,
-            kv_heads,
+        let layout = args.layout;
+        let call = Call::new(
             layout,
-            ..
-        } = *args;
-        let extents = layout.extents;
-        let lengths = [
-            extents.q_len(),
-            extents.kv_len(),
-            extents.q_block(),
-            extents.kv_block(),
-        ];
-        let [q_len, kv_len, q_block, kv_block] =
-            lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
+            [args.batch, args.heads, args.kv_heads, self.head_dim],
+        );
         assert!(
-            kv_block.is_multiple_of(16) && q_block.is_multiple_of(self.piece),
+            call.kv_block.is_multiple_of(16) && call.q_block.is_multiple_of(self.piece),
             "blocks of {args:?} for {self:?}"
         );
-        assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
-        assert!(u32::try_from(layout.words()).is_ok(), "plan of {args:?}");
-        let workspace = Workspace::new(extents.q_len());
-        let of_q = [batch, heads, q_len, self.head_dim].map(u64::from);
-        let of_kv = [batch, kv_heads, kv_len, self.head_dim].map(u64::from);
-        let whole = |shape: Shape, tensor: Tensor, extents| {
-            Arg::TensorMap(shape.tensor_map(tensor.address, extents, tensor.strides))
-        };
-        let panels = |shape: Shape, tensor: Tensor, extents| {
-            Arg::TensorMap(shape.panel_map(tensor.address, extents, tensor.strides))
-        };
-        let columns = layout.side(Side::Columns);
-        // A mask's extent of 1 stands for all.
-        let record = |own: usize, words: usize| {
-            let words = if own == 1 { 0 } else { words };
-            Arg::U32(words as u32)
-        };
+        let workspace = Workspace::new(layout.extents.q_len());
+        let (of_q, of_kv) = (call.of_q(), call.of_kv());
         // A tile of keys of one block comes when its list's length says; others as they lie.
-        let ordered = kv_block.is_multiple_of(KEYS);
+        let ordered = call.kv_block.is_multiple_of(KEYS);
         let key_tiles = match ordered {
-            true => layout.columns() as u32 * (kv_block / KEYS),
-            false => kv_len.div_ceil(KEYS),
+            true => layout.columns() as u32 * (call.kv_block / KEYS),
+            false => call.kv_len.div_ceil(KEYS),
         };
+        let mut list = vec![
+            panels(self.piece_shape(), args.q, of_q),
+            whole(self.kv_shape(), args.k, of_kv),
+            whole(self.kv_shape(), args.v, of_kv),
+            panels(self.piece_shape(), args.dout, of_q),
+            panels(self.out_shape(), args.dk, of_kv),
+            panels(self.out_shape(), args.dv, of_kv),
+            Arg::U64(args.lse),
+            Arg::U64(args.delta),
+            Arg::U64(args.dq),
+            Arg::F32(args.scale),
+            Arg::U32(ordered.into()),
+            Arg::U32(call.q_len),
+            Arg::U32(call.kv_len),
+            Arg::U32(call.q_block),
+            Arg::U32(call.kv_block),
+            Arg::U32(call.heads),
+            Arg::U32(call.heads / call.kv_heads),
+            Arg::U32(workspace.line as u32),
+            Arg::U32(workspace.tiles as u32),
+        ];
+        list.extend(lists::args(args.plan, layout, Side::Columns));
         Launch {
-            grid: [key_tiles, kv_heads, batch],
-            args: vec![
-                panels(self.piece_shape(), args.q, of_q),
-                whole(self.kv_shape(), args.k, of_kv),
-                whole(self.kv_shape(), args.v, of_kv),
-                panels(self.piece_shape(), args.dout, of_q),
-                panels(self.out_shape(), args.dk, of_kv),
-                panels(self.out_shape(), args.dv, of_kv),
-                Arg::U64(args.lse),
-                Arg::U64(args.delta),
-                Arg::U64(args.dq),
-                Arg::F32(args.scale),
-                Arg::U64(args.plan),
-                Arg::U32(ordered.into()),
-                Arg::U32(q_len),
-                Arg::U32(kv_len),
-                Arg::U32(q_block),
-                Arg::U32(kv_block),
-                Arg::U32(heads),
-                Arg::U32(heads / kv_heads),
-                Arg::U32(workspace.line as u32),
-                Arg::U32(workspace.tiles as u32),
-                Arg::U32(columns.count(0) as u32),
-                Arg::U32(columns.order() as u32),
-                Arg::U32(columns.list(0) as u32),
-                Arg::U32(columns.stride as u32),
-                record(layout.heads, layout.record_words()),
-                record(layout.batch, layout.heads * layout.record_words()),
-            ],
+            grid: [key_tiles, call.kv_heads, call.batch],
+            args: list,
         }
     }
 

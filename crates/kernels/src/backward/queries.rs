@@ -4,6 +4,7 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, QUERIES};
+use crate::lists::Lists;
 use crate::merge::{Merge, NO_ENTRY};
 
 /// All parameters but the tensor maps.
@@ -13,7 +14,6 @@ pub(super) struct Problem<'k> {
     pub(super) delta: Reg<'k, u64>,
     pub(super) dq: Reg<'k, u64>,
     pub(super) scale: Reg<'k, f32>,
-    plan: Reg<'k, u64>,
     /// Whether tiles of keys are taken by the plan's order of columns: each is of one column then.
     ordered: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
@@ -27,14 +27,8 @@ pub(super) struct Problem<'k> {
     pub(super) line: Reg<'k, u32>,
     /// Tiles of a head in dq's sums.
     pub(super) tiles: Reg<'k, u32>,
-    /// Where a record of the plan has the counts, the order and the lists of its columns.
-    counts: Reg<'k, u32>,
-    order: Reg<'k, u32>,
-    lists: Reg<'k, u32>,
-    list_stride: Reg<'k, u32>,
-    /// Words from one record to the next.
-    head_record: Reg<'k, u32>,
-    batch_record: Reg<'k, u32>,
+    /// The plan's columns.
+    lists: Lists<'k>,
 }
 
 /// The keys of this thread block.
@@ -72,7 +66,6 @@ impl<'k> Problem<'k> {
             delta: k.param("delta"),
             dq: k.param("dq"),
             scale: k.param("scale"),
-            plan: k.param("plan"),
             ordered: k.param("ordered"),
             q_len: k.param("q_len"),
             kv_len: k.param("kv_len"),
@@ -82,22 +75,8 @@ impl<'k> Problem<'k> {
             group: k.param("group"),
             line: k.param("line"),
             tiles: k.param("tiles"),
-            counts: k.param("counts"),
-            order: k.param("order"),
-            lists: k.param("lists"),
-            list_stride: k.param("list_stride"),
-            head_record: k.param("head_record"),
-            batch_record: k.param("batch_record"),
+            lists: Lists::new(k),
         }
-    }
-
-    fn word(&self, at: Reg<'k, u32>) -> Reg<'k, u32> {
-        self.k.load_constant(self.plan + at.times_wide(4))
-    }
-
-    /// First word of the plan's record for a head.
-    fn record(&self, head: Reg<'k, u32>, batch: Reg<'k, u32>) -> Reg<'k, u32> {
-        head * self.head_record + batch * self.batch_record
     }
 
     /// The keys of this thread block: of a head the longest lists come first, where a tile has one.
@@ -108,8 +87,8 @@ impl<'k> Problem<'k> {
         let first = k.var(k.cta_x() * KEYS);
         k.if_(self.ordered.differs(0), || {
             let per_block = self.kv_block / KEYS;
-            let record = self.record(head * self.group, batch);
-            let column = self.word(record + self.order + k.cta_x() / per_block);
+            let record = self.lists.record(head * self.group, batch);
+            let column = self.lists.of_rank(record, k.cta_x() / per_block);
             first.set((column * per_block + k.cta_x() % per_block) * KEYS);
         });
         KeyTile { first, head, batch }
@@ -127,7 +106,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             keys,
             head: k.var(first - 1),
             last: first + (problem.group - 1),
-            lists: Merge::new(k, problem.plan),
+            lists: Merge::new(k, problem.lists.plan),
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
@@ -144,11 +123,11 @@ impl<'a, 'k> Walk<'a, 'k> {
             leave.when(self.head.equals(self.last));
             let Self { mut head, .. } = *self;
             head += 1;
-            let record = problem.record(head, self.keys.batch);
+            let lists = &problem.lists;
+            let record = lists.record(head, self.keys.batch);
             self.lists.start(self.keys.first, problem.kv_len, |key| {
                 let column = key / problem.kv_block;
-                let list = record + problem.lists + column * problem.list_stride;
-                (list, problem.word(record + problem.counts + column))
+                (lists.list(record, column), lists.count(record, column))
             });
         });
         some()

@@ -40,10 +40,10 @@ impl<'k> Start<'k> {
         let zero = || problem.k.var(0u32);
         let (tiles, columns) = (zero(), zero());
         let (block, left, missing) = (zero(), zero(), zero());
-        let count = problem.count(tile, row);
-        let entry = problem.list(tile, row) + count - 1;
+        let count = problem.lists.count(tile.record, row);
+        let entry = problem.lists.list(tile.record, row) + count - 1;
         problem.k.if_(count.gt(0), || {
-            block.set(problem.word(entry) * problem.kv_block);
+            block.set(problem.lists.word(entry) * problem.kv_block);
             let keys_of_last = problem.keys_of_block(block);
             let before = (count - 1) * problem.kv_block;
             left.set(rounded_up(keys_of_last, piece));
@@ -103,7 +103,7 @@ impl<'a, 'k> Keys<'a, 'k> {
         let problem = self.problem;
         problem.k.if_(left.equals(0), || {
             entry -= 1;
-            block.set(problem.word(entry) * problem.kv_block);
+            block.set(problem.lists.word(entry) * problem.kv_block);
             left.set(problem.kv_block);
         });
         left -= self.config.piece;

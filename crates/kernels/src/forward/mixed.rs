@@ -229,10 +229,11 @@ impl<'a, 'k> Pieces<'a, 'k> {
     /// Those of the blocks that the queries from `first` on are in.
     fn new(problem: &'a Problem<'k>, config: Config, tile: Tile<'k>, first: Reg<'k, u32>) -> Self {
         let k = problem.k;
-        let lists = Merge::new(k, problem.plan);
+        let lists = Merge::new(k, problem.lists.plan);
         lists.start(first, problem.q_len, |query| {
             let row = query / problem.q_block;
-            (problem.list(tile, row), problem.count(tile, row))
+            let lists = &problem.lists;
+            (lists.list(tile.record, row), lists.count(tile.record, row))
         });
         Self {
             problem,

@@ -39,6 +39,8 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
+use crate::lists::{self, Call, panels, whole};
+
 /// Queries of a thread block.
 const QUERIES: u32 = 128;
 /// Queries of a warpgroup.
@@ -174,91 +176,54 @@ impl Config {
     /// If blocks are not multiples of the tile of queries and the piece, or there is nothing to
     /// compute.
     pub fn launch(self, args: &Args) -> Launch {
-        let Args {
-            batch,
-            heads,
-            kv_heads,
+        let layout = args.layout;
+        let call = Call::new(
             layout,
-            ..
-        } = *args;
-        let extents = layout.extents;
-        let lengths = [
-            extents.q_len(),
-            extents.kv_len(),
-            extents.q_block(),
-            extents.kv_block(),
-        ];
-        let [q_len, kv_len, q_block, kv_block] =
-            lengths.map(|length| u32::try_from(length).expect("lengths below 2^31"));
+            [args.batch, args.heads, args.kv_heads, self.head_dim],
+        );
         let q_step = match self.rows {
             Rows::Whole => QUERIES,
             Rows::Mixed => 16,
         };
         assert!(
-            q_block.is_multiple_of(q_step) && kv_block.is_multiple_of(self.piece),
+            call.q_block.is_multiple_of(q_step) && call.kv_block.is_multiple_of(self.piece),
             "blocks of {args:?} for {self:?}"
         );
-        assert!(
-            (1..=0xffff).contains(&batch) && (1..=0xffff).contains(&heads),
-            "batch and heads of {args:?}"
-        );
-        assert!(q_len > 0 && kv_len > 0, "lengths of {args:?}");
-        assert!(heads.is_multiple_of(kv_heads), "key heads of {args:?}");
-        let shape = |heads: u32, tokens: u32| [batch, heads, tokens, self.head_dim].map(u64::from);
-        let (of_q, of_kv) = (shape(heads, q_len), shape(kv_heads, kv_len));
-        let whole = |shape: Shape, tensor: Tensor, extents| {
-            Arg::TensorMap(shape.tensor_map(tensor.address, extents, tensor.strides))
-        };
-        let panels = |shape: Shape, tensor: Tensor, extents| {
-            Arg::TensorMap(shape.panel_map(tensor.address, extents, tensor.strides))
-        };
         let kv = |tensor| {
             // A piece that is a whole tile comes by one copy.
             let one = self.pieces() == 1 && self.rows == Rows::Whole;
             let map = if one { whole } else { panels };
-            map(self.piece_shape(), tensor, of_kv)
-        };
-        let rows = layout.side(Side::Rows);
-        assert_eq!(rows.count(0), 0, "counts come first in a record");
-        assert!(u32::try_from(layout.words()).is_ok(), "plan of {args:?}");
-        // A mask's extent of 1 stands for all.
-        let record = |own: usize, words: usize| {
-            let words = if own == 1 { 0 } else { words };
-            Arg::U32(words as u32)
+            map(self.piece_shape(), tensor, call.of_kv())
         };
         let row_tiles = match self.rows {
-            Rows::Whole => layout.rows() as u32 * (q_block / QUERIES),
-            Rows::Mixed => q_len.div_ceil(QUERIES),
+            Rows::Whole => layout.rows() as u32 * (call.q_block / QUERIES),
+            Rows::Mixed => call.q_len.div_ceil(QUERIES),
         };
-        let tiles = batch * heads * row_tiles;
+        let tiles = call.batch * call.heads * row_tiles;
         // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
         // have the same weight.
         let scale = args.scale.max(f32::MIN_POSITIVE);
+        let mut list = vec![
+            whole(self.q_shape(), args.q, call.of_q()),
+            kv(args.k),
+            kv(args.v),
+            panels(self.out_shape(), args.out, call.of_q()),
+            Arg::U64(args.lse),
+            Arg::U32(call.heads),
+            Arg::U32(call.q_len),
+            Arg::F32(scale * std::f32::consts::LOG2_E),
+            Arg::U32(call.kv_len),
+            Arg::U32(call.kv_block),
+            Arg::U64(args.counter),
+            Arg::U32(tiles),
+            Arg::U32(row_tiles),
+            Arg::U32(call.q_block),
+            Arg::U32(call.heads / call.kv_heads),
+        ];
+        list.extend(lists::args(args.plan, layout, Side::Rows));
         Launch {
             grid: [tiles.min(args.blocks), 1, 1],
-            args: vec![
-                whole(self.q_shape(), args.q, of_q),
-                kv(args.k),
-                kv(args.v),
-                panels(self.out_shape(), args.out, of_q),
-                Arg::U64(args.lse),
-                Arg::U32(heads),
-                Arg::U32(q_len),
-                Arg::F32(scale * std::f32::consts::LOG2_E),
-                Arg::U64(args.plan),
-                Arg::U32(kv_len),
-                Arg::U32(kv_block),
-                Arg::U64(args.counter),
-                Arg::U32(tiles),
-                Arg::U32(row_tiles),
-                Arg::U32(q_block),
-                Arg::U32(heads / kv_heads),
-                Arg::U32(rows.order() as u32),
-                Arg::U32(rows.list(0) as u32),
-                Arg::U32(rows.stride as u32),
-                record(layout.heads, layout.record_words()),
-                record(layout.batch, layout.heads * layout.record_words()),
-            ],
+            args: list,
         }
     }
 

@@ -5,6 +5,7 @@ use flex_block_attn_tile::{RowPair, Warpgroup};
 
 use super::OWN;
 use super::queries::Note;
+use crate::lists::Lists;
 
 /// All parameters but the tensor maps.
 pub(super) struct Problem<'k> {
@@ -14,7 +15,6 @@ pub(super) struct Problem<'k> {
     pub(super) q_len: Reg<'k, u32>,
     /// Factor of the scores, in units of log2.
     pub(super) scale: Reg<'k, f32>,
-    pub(super) plan: Reg<'k, u64>,
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) kv_block: Reg<'k, u32>,
     counter: Reg<'k, u64>,
@@ -25,14 +25,8 @@ pub(super) struct Problem<'k> {
     pub(super) q_block: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
-    /// Where a record of the plan has the order of its rows; their counts are at its start.
-    order: Reg<'k, u32>,
-    /// Where it has their lists, and words from one list to the next.
-    first_list: Reg<'k, u32>,
-    list_stride: Reg<'k, u32>,
-    /// Words from one record to the next.
-    head_record: Reg<'k, u32>,
-    batch_record: Reg<'k, u32>,
+    /// The plan's rows.
+    pub(super) lists: Lists<'k>,
 }
 
 /// A tile of queries: which of its head's.
@@ -57,7 +51,6 @@ impl<'k> Problem<'k> {
             heads: k.param("heads"),
             q_len: k.param("q_len"),
             scale: k.param("scale"),
-            plan: k.param("plan"),
             kv_len: k.param("kv_len"),
             kv_block: k.param("kv_block"),
             counter: k.param("counter"),
@@ -65,11 +58,7 @@ impl<'k> Problem<'k> {
             row_tiles: k.param("row_tiles"),
             q_block: k.param("q_block"),
             group: k.param("group"),
-            order: k.param("order"),
-            first_list: k.param("first_list"),
-            list_stride: k.param("list_stride"),
-            head_record: k.param("head_record"),
-            batch_record: k.param("batch_record"),
+            lists: Lists::new(k),
         }
     }
 
@@ -100,7 +89,7 @@ impl<'k> Problem<'k> {
                 head,
                 batch,
                 kv_head: head / self.group,
-                record: head * self.head_record + batch * self.batch_record,
+                record: self.lists.record(head, batch),
                 number: tile % self.row_tiles,
             });
             tile.set(next());
@@ -110,27 +99,6 @@ impl<'k> Problem<'k> {
     /// A tile that nobody has taken yet.
     fn take(&self) -> Reg<'k, u32> {
         self.k.atomic_add_global(self.counter, 1) + self.k.grid_x()
-    }
-
-    /// A word of the plan. Words are counted by 32 bits from its start: addresses would take more
-    /// registers, of which the warps that load have few.
-    pub(super) fn word(&self, at: Reg<'k, u32>) -> Reg<'k, u32> {
-        self.k.load_constant(self.plan + at.times_wide(4))
-    }
-
-    /// The row of the mask that has the `rank`-th longest list.
-    pub(super) fn row_of_rank(&self, tile: Tile<'k>, rank: Reg<'k, u32>) -> Reg<'k, u32> {
-        self.word(tile.record + self.order + rank)
-    }
-
-    /// How many blocks a row of the mask keeps.
-    pub(super) fn count(&self, tile: Tile<'k>, row: Reg<'k, u32>) -> Reg<'k, u32> {
-        self.word(tile.record + row)
-    }
-
-    /// Where the row's list starts, as a word of the plan.
-    pub(super) fn list(&self, tile: Tile<'k>, row: Reg<'k, u32>) -> Reg<'k, u32> {
-        tile.record + self.first_list + row * self.list_stride
     }
 
     /// Keys of the block that starts at key `first`: the sequence's last may be short.

@@ -26,7 +26,7 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
     let emptied = Phases::new(k).waiter_ahead(jobs.empty);
     let q_tiles = problem.q_block / QUERIES;
     problem.each_tile(|tile| {
-        let row = problem.row_of_rank(tile, tile.number / q_tiles);
+        let row = problem.lists.of_rank(tile.record, tile.number / q_tiles);
         let first = (row * q_tiles + tile.number % q_tiles) * QUERIES;
         // The sequence may end within its last block.
         k.if_(first.lt(problem.q_len), || {
