@@ -66,6 +66,13 @@ def _stream(tensor: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
+def _check_devices(q: Tensor, *others: Tensor) -> None:
+    """torch comes to a CUDA implementation if any tensor is there; kernels would follow the address
+    of another device."""
+    if any(tensor.device != q.device for tensor in others):
+        raise ValueError("q, k, v, the plan and all else must be on one device")
+
+
 def _for_copies(tensor: Tensor) -> Tensor:
     """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
     torch makes is so; an odd slice or an expanded tensor becomes a copy."""
@@ -98,6 +105,9 @@ def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: i
 
 @torch.library.impl(f"{_LIBRARY}::plan", "CUDA")
 def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
+    if blocks.numel() == 0:
+        # There is nothing to launch for, but the plan's words are to be right.
+        return plan(blocks.cpu(), q_len, kv_len, q_block, kv_block).to(blocks.device)
     sizes = q_len, kv_len, q_block, kv_block
     words = _native.plan_words(sizes)
     result = blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
@@ -140,12 +150,12 @@ def _forward_cpu(
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(q, k, v, plan)
+    out, lse = _forward_outputs(q)
     if scale < 0:
         # Kernels look for the largest score before they scale.
         q, scale = -q, -scale
     q, k, v = _for_copies(q), _for_copies(k), _for_copies(v)
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     workspace = q.new_empty(_native.FORWARD_WORKSPACE_BYTES, dtype=torch.uint8)
@@ -232,6 +242,7 @@ def _backward_cuda(
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
     if scale < 0:
         # As the forward pass: the gradient of -q is less that of q.
         q, scale, negated = -q, -scale, True
