@@ -1,12 +1,12 @@
-"""Single kernels on a GPU beside torch's own, in one run.
+"""Single kernels on a GPU beside torch's own, in one run. (Attention: :mod:`benchmark.gpu`.)
 
 In: the developers' tool, built (``cargo build --release -p flex-block-attn-lab``). Out: a table of
 milliseconds, rates and ratios. Run as ``python -m benchmark.kernels --help``.
 
 Ours and torch's take turns, ``--rounds`` times, each round a process of the tool and then torch;
 a round's figure is the median of its calls by events, the table's the median of rounds. Matrix
-products and attention are compared in TFLOP/s; plans with the same lists made by torch's sums and
-sorts; what only moves memory with torch's copy, in TB/s read and written.
+products are compared in TFLOP/s; plans with the same lists made by torch's sums and sorts; what
+only moves memory with torch's copy, in TB/s read and written.
 """
 
 import argparse
@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass
@@ -52,13 +50,6 @@ def product(size: int) -> Figure:
     return Figure(timed(lambda: torch.matmul(a, b, out=out)), 2.0 * size**3)
 
 
-def attention(heads: int, tokens: int) -> Figure:
-    q, k, v = (numbers(1, heads, tokens, 128) for _ in range(3))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        ms = timed(lambda: scaled_dot_product_attention(q, k, v), repeats=20)
-    return Figure(ms, 4.0 * tokens**2 * 128 * heads)
-
-
 def lists(mask: torch.Tensor) -> list[torch.Tensor]:
     """Counts, order and lists of a mask's rows, by torch's own sums and sorts."""
     counts = mask.sum(-1, dtype=torch.int32)
@@ -87,9 +78,6 @@ PEERS: dict[str, tuple[str, Callable[[], Figure]]] = {
     "delta h24 s30720": ("copy", lambda: copy(256)),
     "pool h24 s30720 b64": ("copy", lambda: copy(256)),
     "pool h24 s30720 b384": ("copy", lambda: copy(256)),
-    "forward h24 s15360 kv128": ("cuDNN", lambda: attention(24, 15360)),
-    "forward h24 s15360 kv192": ("cuDNN", lambda: attention(24, 15360)),
-    "forward h24 s30720 kv192": ("cuDNN", lambda: attention(24, 30720)),
 }
 
 

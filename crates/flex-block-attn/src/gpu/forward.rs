@@ -31,14 +31,13 @@ pub fn forward_step(
     if q.shape.contains(&0) {
         return Ok(None);
     }
-    let choice = choice(&q, plan, options)?;
     let Choice {
         element,
         head_dim,
         q_block,
         kv_block,
         scale,
-    } = choice;
+    } = choice(&q, plan, options)?;
     let config = Config::choose(element, head_dim, q_block, kv_block)
         .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
