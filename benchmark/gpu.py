@@ -10,9 +10,11 @@ load: only figures of one run go together.
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -38,15 +40,22 @@ CASES: dict[str, tuple[int, int, int, int, float]] = {
 
 
 def turn(call: Callable[[], object], milliseconds: float) -> float:
-    """Median milliseconds of a call, over about so many of them."""
-    taken: list[float] = []
-    while sum(taken) < milliseconds or len(taken) < 3:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """Median milliseconds of a call on the GPU, over about so many of them; they are issued ahead of
+    it, so that it need not wait for the host."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    count = max(5, min(300, math.ceil(milliseconds / start.elapsed_time(end))))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
         call()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end))
+        mark.record()
+    marks[-1].synchronize()
+    # The first runs while the host is not ahead yet.
+    taken = [a.elapsed_time(b) for a, b in pairwise(marks)][1:]
     return statistics.median(taken)
 
 

@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+from torch import Tensor
+
 __version__: str
 
 class _Gpu(TypedDict):
@@ -23,12 +25,10 @@ class _Report(TypedDict):
     gpu_problem: str | None
     gpus: list[_Gpu]
 
-# (address, dtype, shape, strides), strides in elements.
-_Tensor = tuple[int, str, tuple[int, ...], tuple[int, ...]]
 # (q_len, kv_len, q_block, kv_block)
 _Sizes = tuple[int, int, int, int]
-# (address, words, batch, heads, sizes)
-_Plan = tuple[int, int, int, int, _Sizes]
+# (plan, q_block, kv_block)
+_Plan = tuple[Tensor, int, int]
 # (device ordinal, stream handle)
 _Stream = tuple[int, int]
 
@@ -36,33 +36,33 @@ _Stream = tuple[int, int]
 FORWARD_WORKSPACE_BYTES: int
 
 def forward(
-    inputs: tuple[_Tensor, _Tensor, _Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
     plan: _Plan,
     settings: tuple[float, int],
-    outputs: tuple[_Tensor, _Tensor],
+    outputs: tuple[Tensor, Tensor],
 ) -> None: ...
 def backward(
-    saved: tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor],
-    gradients: tuple[_Tensor, _Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor | None],
     plan: _Plan,
     settings: tuple[float, int],
-    outputs: tuple[_Tensor | None, _Tensor | None, _Tensor | None],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None: ...
 def forward_cuda(
-    inputs: tuple[_Tensor, _Tensor, _Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
     plan: _Plan,
     scale: float,
-    outputs: tuple[_Tensor, _Tensor],
+    outputs: tuple[Tensor, Tensor],
     workspace: int,
     on: _Stream,
 ) -> None: ...
 def backward_workspace(q_shape: tuple[int, ...]) -> tuple[int, int]: ...
 def backward_cuda(
-    saved: tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor],
-    gradients: tuple[_Tensor, _Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor | None],
     plan: _Plan,
     scale: float,
-    outputs: tuple[_Tensor, _Tensor, _Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
     workspace: tuple[int, int],
     on: _Stream,
 ) -> None: ...

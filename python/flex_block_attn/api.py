@@ -52,7 +52,7 @@ def flex_block_attn_func(
     blocks = as_blocks(block_mask)
     _same_device("block_mask", blocks, q)
     plan = ops.plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
-    out, _ = ops.forward(q, k, v, plan, q_block, kv_block, _default_scale(q))
+    out, _ = ops.attention(q, k, v, plan, q_block, kv_block, _default_scale(q))
     return out
 
 
@@ -94,12 +94,14 @@ def flex_block_attn(
             f"but the tensors have {q.shape[2]} and {k.shape[2]}"
         )
     scale = _default_scale(q) if scale is None else float(scale)
-    out, lse = ops.forward(q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale)
+    out, lse = ops.attention(q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale)
     return (out, lse) if return_lse else out
 
 
 def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors, cast where autocast asks for it; raises where they cannot be used together."""
+    if _are_ready(q, k, v):
+        return q, k, v
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -132,6 +134,21 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"q is {_name(q.dtype)}, but on a GPU only float16 and bfloat16 are supported"
         )
     return q, k, v
+
+
+def _are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there is nothing to do for :func:`_tensors`: most calls on a GPU, in little time."""
+    if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
+        return False
+    dtype, device = q.dtype, q.device
+    return (
+        dtype in _CUDA_DTYPES
+        and dtype == k.dtype == v.dtype
+        and device.type == "cuda"
+        and device == k.device == v.device
+        and q.dim() == k.dim() == v.dim() == 4
+        and not torch.is_autocast_enabled("cuda")
+    )
 
 
 def _default_scale(q: Tensor) -> float:

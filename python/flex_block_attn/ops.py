@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .direct import only_the_result
 
 _LIBRARY = "flex_block_attn"
-_NAMES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
 
 torch.library.define(
     f"{_LIBRARY}::plan",
@@ -45,17 +40,13 @@ forward = torch.ops.flex_block_attn.forward.default
 backward = torch.ops.flex_block_attn.backward.default
 
 
-def _raw(tensor: Tensor) -> tuple[int, str, torch.Size, tuple[int, ...]]:
-    """A tensor as the extension takes it."""
-    return tensor.data_ptr(), _NAMES[tensor.dtype], tensor.shape, tensor.stride()
-
-
-def _raw_plan(plan: Tensor, q: Tensor, k: Tensor, q_block: int, kv_block: int) -> tuple:
-    if plan.dtype != torch.int32 or plan.dim() != 3 or not plan.is_contiguous():
-        raise ValueError("plan must come from flex_block_attn::plan")
-    batch, heads, _ = plan.shape
-    sizes = q.shape[2], k.shape[2], q_block, kv_block
-    return plan.data_ptr(), plan.numel(), batch, heads, sizes
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What ``forward`` gives, for tensors of one device. On a GPU, if nothing but the result is
+    wanted, without torch's way to an operator, which takes longer than all else in the call."""
+    call = _forward_cuda if q.is_cuda and only_the_result(q, k, v, plan) else forward
+    return call(q, k, v, plan, q_block, kv_block, scale)
 
 
 def _stream(tensor: Tensor) -> tuple[int, int]:
@@ -76,12 +67,14 @@ def _check_devices(q: Tensor, *others: Tensor) -> None:
 def _for_copies(tensor: Tensor) -> Tensor:
     """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
     torch makes is so; an odd slice or an expanded tensor becomes a copy."""
+    aligned = tensor.data_ptr() % 16 == 0
+    if aligned and tensor.is_contiguous():
+        # Kernels take head dimensions of whole 16 bytes only.
+        return tensor
     step = 16 // tensor.element_size()
     shape, strides = tensor.shape, tensor.stride()
-    if strides[3] == 1 and (
-        tensor.data_ptr() % 16
-        or any(shape[i] > 1 and (strides[i] <= 0 or strides[i] % step) for i in range(3))
-    ):
+    odd = (shape[i] > 1 and (strides[i] <= 0 or strides[i] % step) for i in range(3))
+    if strides[3] == 1 and (not aligned or any(odd)):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -138,15 +131,14 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
     _native.forward(
-        (_raw(q), _raw(k), _raw(v)),
-        _raw_plan(plan, q, k, q_block, kv_block),
+        (q, k, v),
+        (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
-        (_raw(out), _raw(lse)),
+        (out, lse),
     )
     return out, lse
 
 
-@torch.library.impl(f"{_LIBRARY}::forward", "CUDA")
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -160,14 +152,17 @@ def _forward_cuda(
         return out.zero_(), lse.fill_(float("-inf"))
     workspace = q.new_empty(_native.FORWARD_WORKSPACE_BYTES, dtype=torch.uint8)
     _native.forward_cuda(
-        (_raw(q), _raw(k), _raw(v)),
-        _raw_plan(plan, q, k, q_block, kv_block),
+        (q, k, v),
+        (plan, q_block, kv_block),
         scale,
-        (_raw(out), _raw(lse)),
+        (out, lse),
         workspace.data_ptr(),
         _stream(q),
     )
     return out, lse
+
+
+torch.library.impl(f"{_LIBRARY}::forward", "CUDA", _forward_cuda)
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -218,11 +213,11 @@ def _backward_cpu(
         # As `out.sum().backward()` gives it: one number, expanded.
         dout = dout.contiguous()
     _native.backward(
-        (_raw(q), _raw(k), _raw(v), _raw(out), _raw(lse)),
-        (_raw(dout), None if dlse is None else _raw(dlse)),
-        _raw_plan(plan, q, k, q_block, kv_block),
+        (q, k, v, out, lse),
+        (dout, dlse),
+        (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
-        tuple(_raw(x) if wants else None for x, wants in zip(gradients, wanted, strict=True)),
+        tuple(x if wants else None for x, wants in zip(gradients, wanted, strict=True)),
     )
     return gradients
 
@@ -261,11 +256,11 @@ def _backward_cuda(
             q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(q.shape)
         )
         _native.backward_cuda(
-            (_raw(q), _raw(k), _raw(v), _raw(out), _raw(lse)),
-            (_raw(dout), None if dlse is None else _raw(dlse)),
-            _raw_plan(plan, q, k, q_block, kv_block),
+            (q, k, v, out, lse),
+            (dout, dlse),
+            (plan, q_block, kv_block),
             scale,
-            (_raw(dq), _raw(dk), _raw(dv)),
+            (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
             _stream(q),
         )

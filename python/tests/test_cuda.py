@@ -84,6 +84,8 @@ def test_random_problems(seed: int):
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
 
 
+# torch's thread for gradients says so when the reference's product is the first that it computes.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("seed", range(1000, 1320))
 def test_random_gradients(seed: int):
     x = Random(seed, 1000)

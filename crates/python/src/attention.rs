@@ -3,40 +3,49 @@
 use std::num::NonZeroUsize;
 
 use flex_block_attn::{Gradients, Options, PlanLayout, PlanView, Saved};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::error::{python, python_mask};
-use crate::mask::{RawExtents, extents};
-use crate::tensor::Raw;
+use crate::mask::extents;
+use crate::tensor::{Kind, Raw};
 
-/// A plan as it crosses: address and number of the words of an int32 tensor, the mask's batch and
-/// heads, and (q_len, kv_len, q_block, kv_block).
+/// A plan as it crosses: an int32 tensor (batch, heads, words), and tokens of the blocks of queries and
+/// of keys.
 #[derive(FromPyObject)]
-pub struct RawPlan(usize, usize, usize, usize, RawExtents);
+pub struct RawPlan(Raw, usize, usize);
 
 impl RawPlan {
-    /// Its address and its layout, by which it has as many words as it has.
-    pub fn layout(&self) -> PyResult<(usize, PlanLayout)> {
-        let &Self(address, words, batch, heads, sizes) = self;
+    /// Its address and its layout for these queries and keys, by which it has as many words as it has.
+    pub fn layout(&self, q: &Raw, k: &Raw) -> PyResult<(usize, PlanLayout)> {
+        let &Self(ref plan, q_block, kv_block) = self;
+        let [batch, heads, words, _] = plan.shape;
+        let dense = [(heads * words) as isize, words as isize, 1];
+        let contiguous = plan.shape.contains(&0)
+            || (0..3).all(|dim| plan.shape[dim] == 1 || plan.strides[dim] == dense[dim]);
+        if plan.kind != Kind::Int32 || plan.dimensions != 3 || !contiguous {
+            let text = "plan must come from flex_block_attn::plan";
+            return Err(PyValueError::new_err(text));
+        }
         let layout = PlanLayout {
-            extents: extents(sizes)?,
+            extents: extents((q.shape[2], k.shape[2], q_block, kv_block))?,
             batch,
             heads,
         };
-        layout.check_words(words).map_err(python_mask)?;
-        Ok((address, layout))
+        layout
+            .check_words(batch * heads * words)
+            .map_err(python_mask)?;
+        Ok((plan.address, layout))
     }
 
     /// # Safety
-    /// The tensor is alive, contiguous and not written during `'a`.
-    unsafe fn view<'a>(&self) -> PyResult<PlanView<'a>> {
-        let (address, layout) = self.layout()?;
-        let words = self.1;
-        let words: &[i32] = if words == 0 {
-            &[]
-        } else {
+    /// The tensor is alive and not written during `'a`.
+    unsafe fn view<'a>(&self, q: &Raw, k: &Raw) -> PyResult<PlanView<'a>> {
+        let (address, layout) = self.layout(q, k)?;
+        let words: &[i32] = match layout.words() {
+            0 => &[],
             // SAFETY: the caller's promise; torch aligns int32 tensors to their elements.
-            unsafe { std::slice::from_raw_parts(address as *const i32, words) }
+            words => unsafe { std::slice::from_raw_parts(address as *const i32, words) },
         };
         PlanView::new(layout, words).map_err(python_mask)
     }
@@ -67,7 +76,7 @@ pub fn forward(
             inputs.2.read("v")?,
         );
         let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
-        let plan = plan.view()?;
+        let plan = plan.view(&inputs.0, &inputs.1)?;
         let options = options(settings);
         let call = Unbound((q, k, v, plan, options, out, lse));
         py.detach(move || {
@@ -91,6 +100,7 @@ pub fn backward(
 ) -> PyResult<()> {
     // SAFETY: as for `forward`.
     unsafe {
+        let plan = plan.view(&saved.0, &saved.1)?;
         let saved = Saved {
             q: saved.0.read("q")?,
             k: saved.1.read("k")?,
@@ -106,7 +116,6 @@ pub fn backward(
             dk: write(outputs.1, "dk")?,
             dv: write(outputs.2, "dv")?,
         };
-        let plan = plan.view()?;
         let options = options(settings);
         let call = Unbound((saved, dout, dlse, plan, options, gradients));
         py.detach(move || {

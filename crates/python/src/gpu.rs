@@ -61,7 +61,7 @@ pub fn forward_cuda(
     workspace: u64,
     on: RawStream,
 ) -> PyResult<()> {
-    let (address, layout) = plan.layout()?;
+    let (address, layout) = plan.layout(&inputs.0, &inputs.1)?;
     let plan = Plan {
         layout,
         address: address as u64,
@@ -110,7 +110,7 @@ pub fn backward_cuda(
     workspace: [u64; 2],
     on: RawStream,
 ) -> PyResult<()> {
-    let (address, layout) = plan.layout()?;
+    let (address, layout) = plan.layout(&saved.0, &saved.1)?;
     let plan = Plan {
         layout,
         address: address as u64,

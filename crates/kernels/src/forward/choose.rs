@@ -12,8 +12,9 @@ impl Config {
             && [q_block, kv_block]
                 .iter()
                 .all(|&block| block > 0 && block.is_multiple_of(16));
-        // Wide tiles cost the fewest instructions a key; pieces are as large as blocks allow.
-        let whole = [(192, 192), (128, 128), (192, 64), (128, 32), (128, 16)];
+        // Wide tiles cost the fewest instructions a key, even if put together from pieces; pieces are
+        // as large as blocks allow.
+        let whole = [(192, 192), (192, 64), (128, 32), (128, 16)];
         let mixed = [(64, 64), (64, 32), (64, 16)];
         let (rows, tiles) = if q_block.is_multiple_of(QUERIES) {
             (Rows::Whole, &whole[..])

@@ -187,7 +187,7 @@ impl Config {
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
         k.loop_(|leave| {
             filled.wait();
-            let note = stores.queries.note(k);
+            let note = stores.queries.note(wg);
             leave.when(note.is_end());
             let tiles = note.tiles;
             softmax.reset();
@@ -235,8 +235,10 @@ impl Config {
             });
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            problem.store_lse(wg, stores.queries.note(k), log_sum);
-            stores.queries.store(k, wg, out, &output, pair);
+            // Read again: registers are worth more than this.
+            let note = stores.queries.note(wg);
+            problem.store_lse(wg, note, log_sum);
+            stores.queries.store(k, wg, note, out, &output, pair);
         });
     }
 }

@@ -178,16 +178,13 @@ impl Config {
 
         k.loop_(|leave| {
             filled.wait();
-            let note = stores.queries.note(k);
+            let note = stores.queries.note(wg);
             leave.when(note.is_end());
             softmax.reset();
             output.fill(0.0);
             in_turn(k, |leave, stage| {
                 let tile = pairs.wait(stage);
-                let want = |i| {
-                    let at = stores.wants[stage].at(4 * i);
-                    k.load_shared::<u32>(at).uniform()
-                };
+                let want = |i| wg.read(stores.wants[stage].at(4 * i));
                 let first = want(0);
                 let end = first.equals(END);
                 k.if_(end, || pairs.release(stage));
@@ -219,8 +216,10 @@ impl Config {
             });
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            problem.store_lse(wg, stores.queries.note(k), log_sum);
-            stores.queries.store(k, wg, out, &output, pair);
+            // Read again: registers are worth more than this.
+            let note = stores.queries.note(wg);
+            problem.store_lse(wg, note, log_sum);
+            stores.queries.store(k, wg, note, out, &output, pair);
         });
     }
 }

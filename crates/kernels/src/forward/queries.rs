@@ -9,6 +9,7 @@ use flex_block_attn_tile::{
 
 use super::problem::Tile;
 use super::{OWN, QUERIES};
+use crate::merge::WARPS;
 
 /// Warpgroups that multiply.
 pub(super) const CONSUMERS: u32 = 2;
@@ -24,7 +25,7 @@ pub(super) struct Queries<'k> {
     note: Address<'k, u32>,
     /// Tile and note are there.
     full: Barrier<'k>,
-    /// Each consumer has stored its output.
+    /// Each consumer has stored its output, and each of its warps has read the note for the last time.
     empty: Barrier<'k>,
 }
 
@@ -47,7 +48,7 @@ impl<'k> Queries<'k> {
             tile: shared.tile(shape),
             note: shared.bytes(16, 16),
             full: shared.barrier(1),
-            empty: shared.barrier(CONSUMERS),
+            empty: shared.barrier(WARPS),
         }
     }
 
@@ -81,14 +82,8 @@ impl<'k> Queries<'k> {
     }
 
     /// The note, which has been waited for.
-    pub(super) fn note(&self, k: &'k Builder) -> Note<'k> {
-        let note = Note::from_words(k.load_shareds(self.note));
-        // The same in all lanes, and known to be: products are issued inside of loops over them.
-        Note {
-            tiles: note.tiles.uniform(),
-            columns: note.columns.uniform(),
-            ..note
-        }
+    pub(super) fn note(&self, wg: Warpgroup<'k>) -> Note<'k> {
+        Note::from_words(std::array::from_fn(|i| wg.read(self.note.at(4 * i as u32))))
     }
 
     /// Puts this warpgroup's output in its queries' place, stores it, and gives the place back.
@@ -96,6 +91,7 @@ impl<'k> Queries<'k> {
         &self,
         k: &'k Builder,
         wg: Warpgroup<'k>,
+        note: Note<'k>,
         map: Reg<'k, u64>,
         output: &RegTile<'k>,
         pair: Pair,
@@ -106,13 +102,12 @@ impl<'k> Queries<'k> {
         wg.store(output, pair, own);
         wg.sync(wg.index + OWN_SYNC);
         k.if_(wg.first_thread, || {
-            let note = Note::from_words(k.load_shareds(self.note));
             let place = Place::rows(note.first + wg.index * OWN, note.head(), note.batch());
             own.store(map, (0..own.shape.panels()).map(|panel| place.panel(panel)));
             k.bulk_commit();
             k.bulk_wait_read(0);
-            self.empty.arrive();
         });
+        k.where_(wg.leader, || self.empty.arrive());
     }
 }
 
