@@ -40,7 +40,7 @@ CASES: dict[str, tuple[int, int, int, int, float]] = {
 
 
 def turn(call: Callable[[], object], milliseconds: float) -> float:
-    """Median milliseconds of a call on the GPU, over about so many of them; they are issued ahead of
+    """Median milliseconds of a call on the GPU, over about so many of them, issued ahead of
     it, so that it need not wait for the host."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

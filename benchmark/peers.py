@@ -108,7 +108,7 @@ class Problem:
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and columns of each row, int32."""
     counts = blocks.sum(-1, dtype=torch.int32)
-    columns = blocks.to(torch.int8).argsort(-1, descending=True, stable=True)
+    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return counts, columns.to(torch.int32).contiguous()
 
 

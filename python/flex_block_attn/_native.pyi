@@ -52,8 +52,8 @@ def forward_cuda(
     inputs: tuple[Tensor, Tensor, Tensor],
     plan: _Plan,
     scale: float,
-    outputs: tuple[Tensor, Tensor],
-    workspace: int,
+    out: Tensor,
+    rows: int,
     on: _Stream,
 ) -> None: ...
 def backward_workspace(q_shape: tuple[int, ...]) -> tuple[int, int]: ...

@@ -51,7 +51,7 @@ def flex_block_attn_func(
     kv_block = as_size("kv_block_size", kv_block_size)
     blocks = as_blocks(block_mask)
     _same_device("block_mask", blocks, q)
-    plan = ops.plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
+    plan = ops.make_plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
     out, _ = ops.attention(q, k, v, plan, q_block, kv_block, _default_scale(q))
     return out
 
@@ -94,7 +94,9 @@ def flex_block_attn(
             f"but the tensors have {q.shape[2]} and {k.shape[2]}"
         )
     scale = _default_scale(q) if scale is None else float(scale)
-    out, lse = ops.attention(q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale)
+    out, lse = ops.attention(
+        q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale, return_lse
+    )
     return (out, lse) if return_lse else out
 
 

@@ -108,7 +108,7 @@ class BlockMask:
         self.blocks = as_blocks(blocks).clone()
         sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         self.q_len, self.kv_len, self.q_block_size, self.kv_block_size = sizes
-        self.plan = ops.plan(self.blocks, *self._sizes)
+        self.plan = ops.make_plan(self.blocks, *self._sizes)
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:

@@ -40,13 +40,29 @@ forward = torch.ops.flex_block_attn.forward.default
 backward = torch.ops.flex_block_attn.backward.default
 
 
+def make_plan(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
+    """What ``plan`` gives, as :func:`attention` what ``forward`` does."""
+    call = _plan_cuda if blocks.is_cuda and only_the_result(blocks) else plan
+    return call(blocks, q_len, kv_len, q_block, kv_block)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What ``forward`` gives, for tensors of one device. On a GPU, if nothing but the result is
-    wanted, without torch's way to an operator, which takes longer than all else in the call."""
-    call = _forward_cuda if q.is_cuda and only_the_result(q, k, v, plan) else forward
-    return call(q, k, v, plan, q_block, kv_block, scale)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``forward`` gives, for tensors of one device; no lse, perhaps, where none is asked for.
+    On a GPU, if nothing but the result is wanted, without torch's way to an operator, which takes
+    longer than all else in the call."""
+    if not (q.is_cuda and only_the_result(q, k, v, plan)):
+        return forward(q, k, v, plan, q_block, kv_block, scale)
+    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
+    return out, _lse(rows, q) if return_lse else None
 
 
 def _stream(tensor: Tensor) -> tuple[int, int]:
@@ -96,7 +112,6 @@ def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: i
     return result
 
 
-@torch.library.impl(f"{_LIBRARY}::plan", "CUDA")
 def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
     if blocks.numel() == 0:
         # There is nothing to launch for, but the plan's words are to be right.
@@ -107,6 +122,9 @@ def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: 
     raw = blocks.data_ptr(), blocks.shape, blocks.stride()
     _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), _stream(blocks))
     return result
+
+
+torch.library.impl(f"{_LIBRARY}::plan", "CUDA", _plan_cuda)
 
 
 @torch.library.register_fake(f"{_LIBRARY}::plan")
@@ -139,27 +157,46 @@ def _forward_cpu(
     return out, lse
 
 
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and memory that starts with the lse, see :func:`_lse`."""
+    out = torch.empty_like(q)
+    batch, heads, tokens, _ = q.shape
+    # One piece of memory for two: each costs the host as much as a launch.
+    count = batch * heads * tokens + _WORKSPACE
+    rows = torch.empty_strided((count,), (1,), dtype=torch.float32, device=q.device)
+    if scale < 0:
+        # Kernels look for the largest score before they scale.
+        q, scale = -q, -scale
+    if k.shape[2] == 0:
+        return out.zero_(), rows.fill_(float("-inf"))
+    _native.forward_cuda(
+        (_for_copies(q), _for_copies(k), _for_copies(v)),
+        (plan, q_block, kv_block),
+        scale,
+        out,
+        rows.data_ptr(),
+        _stream(q),
+    )
+    return out, rows
+
+
+# Numbers of memory that the kernel needs behind the lse.
+_WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
+
+
+def _lse(rows: Tensor, q: Tensor) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    return rows.as_strided((batch, heads, tokens), (heads * tokens, tokens, 1))
+
+
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     _check_devices(q, k, v, plan)
-    out, lse = _forward_outputs(q)
-    if scale < 0:
-        # Kernels look for the largest score before they scale.
-        q, scale = -q, -scale
-    q, k, v = _for_copies(q), _for_copies(k), _for_copies(v)
-    if k.shape[2] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    workspace = q.new_empty(_native.FORWARD_WORKSPACE_BYTES, dtype=torch.uint8)
-    _native.forward_cuda(
-        (q, k, v),
-        (plan, q_block, kv_block),
-        scale,
-        (out, lse),
-        workspace.data_ptr(),
-        _stream(q),
-    )
-    return out, lse
+    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
+    return out, _lse(rows, q)
 
 
 torch.library.impl(f"{_LIBRARY}::forward", "CUDA", _forward_cuda)

@@ -1,7 +1,9 @@
 //! Plans, forward and backward on CUDA tensors: addresses and a stream to the library.
 
+use std::ffi::c_void;
+
 use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
-use flex_block_attn::{Gradients, Options, PlanLayout, Saved};
+use flex_block_attn::{DType, Gradients, Options, PlanLayout, Saved, TensorMut};
 use pyo3::prelude::*;
 
 use crate::attention::{RawPlan, Unbound};
@@ -49,16 +51,16 @@ pub fn plan_cuda(
         .map_err(python)
 }
 
-/// Attention forward on a GPU: writes `out` and `lse`. `workspace` is the address of
-/// [`gpu::FORWARD_WORKSPACE_BYTES`] bytes.
+/// Attention forward on a GPU: writes `out`, and the lse at address `rows`: contiguous numbers, behind
+/// which the workspace lies, of [`gpu::FORWARD_WORKSPACE_BYTES`] bytes.
 #[pyfunction]
 pub fn forward_cuda(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
     plan: RawPlan,
     scale: f64,
-    outputs: (Raw, Raw),
-    workspace: u64,
+    out: Raw,
+    rows: u64,
     on: RawStream,
 ) -> PyResult<()> {
     let (address, layout) = plan.layout(&inputs.0, &inputs.1)?;
@@ -79,7 +81,15 @@ pub fn forward_cuda(
             inputs.1.read("k")?,
             inputs.2.read("v")?,
         );
-        let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
+        let [batch, heads, tokens, _] = inputs.0.shape;
+        let lse = TensorMut::from_raw(
+            rows as *mut c_void,
+            DType::F32,
+            [batch, heads, tokens, 1],
+            [(heads * tokens) as isize, tokens as isize, 1, 1],
+        );
+        let workspace = rows + 4 * (batch * heads * tokens) as u64;
+        let out = out.write("out")?;
         let call = Unbound((q, k, v, out, lse));
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();

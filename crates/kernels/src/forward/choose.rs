@@ -2,7 +2,7 @@
 
 use flex_block_attn_ptx::Element;
 
-use super::{Config, QUERIES, Rows};
+use super::{Config, Rows};
 
 impl Config {
     /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
@@ -16,10 +16,12 @@ impl Config {
         // as large as blocks allow.
         let whole = [(192, 192), (192, 64), (128, 32), (128, 16)];
         let mixed = [(64, 64), (64, 32), (64, 16)];
-        let (rows, tiles) = if q_block.is_multiple_of(QUERIES) {
-            (Rows::Whole, &whole[..])
-        } else {
-            (Rows::Mixed, &mixed[..])
+        // Short heads leave so much of the softmax to hide that two warpgroups are too few.
+        let tall = [(128, 128), (128, 64), (128, 32), (128, 16)];
+        let (rows, tiles) = match head_dim {
+            64 if q_block.is_multiple_of(192) => (Rows::Whole(192), &tall[..]),
+            _ if q_block.is_multiple_of(128) => (Rows::Whole(128), &whole[..]),
+            _ => (Rows::Mixed, &mixed[..]),
         };
         let fits = |&&(_, piece): &&(u32, u32)| kv_block.is_multiple_of(piece);
         let &(kv_tile, piece) = tiles.iter().find(fits).filter(|_| supported)?;

@@ -1,4 +1,4 @@
-//! The forward kernel itself: what a thread block's producer and its two consumers do.
+//! The forward kernel itself: what a thread block's producer and its consumers do.
 
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
@@ -13,13 +13,12 @@ use super::softmax::Softmax;
 use super::work::{Jobs, plan};
 use super::{Config, OWN};
 use crate::gemm::pair;
-use crate::merge::WARPS;
 
 /// Stages of k and of v.
 const STAGES: usize = 2;
 /// The thread that plans, in another warp than the loader, which is thread 0.
 const PLANNER: u32 = 32;
-/// Named barriers: warpgroup `w` waits at `TURN + w` for its turn.
+/// Named barriers: consumer `w` of at most three waits at `TURN + w` for its turn.
 const TURN: u32 = 2;
 
 /// The tensor maps.
@@ -61,10 +60,11 @@ impl Config {
 
         let shared = Shared::new(k);
         // Tiles first: they are aligned to more than all else.
+        let ring = || Ring::new(&shared, STAGES, self.kv_shape(), 4 * self.consumers());
         let stores = Stores {
             queries: Queries::new(&shared, self.q_shape()),
-            keys: Ring::new(&shared, STAGES, self.kv_shape(), WARPS),
-            values: Ring::new(&shared, STAGES, self.kv_shape(), WARPS),
+            keys: ring(),
+            values: ring(),
             jobs: Jobs::new(&shared),
             rows: (0..STAGES)
                 .map(|_| shared.bytes(4 * self.pieces(), 4))
@@ -183,7 +183,9 @@ impl Config {
         let output = RegTile::uninit(k, self.head_dim);
         let softmax = Softmax::new(k, problem.scale);
 
-        // The first warpgroup goes first.
+        // Turns are in a circle, and the first warpgroup goes first.
+        let last = wg.index.equals(self.consumers() - 1);
+        let next = last.select(0u32, wg.index + 1);
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
         k.loop_(|leave| {
             filled.wait();
@@ -215,7 +217,7 @@ impl Config {
                     let v_tile = values.wait(before);
                     wg.fence();
                     wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
-                    k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+                    k.barrier_arrive(next + TURN, 2 * WARPGROUP);
                     wg.wait(1);
                     keys.release(stage);
                     softmax.step(&scores);

@@ -19,10 +19,12 @@ use super::kernel::Maps;
 use super::problem::{Problem, Tile, rounded_up};
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
-use super::{Config, OWN, QUERIES};
+use super::{Config, OWN};
 use crate::gemm::pair;
 use crate::merge::{Merge, NO_ENTRY, WARPS};
 
+/// Queries of a tile.
+pub(super) const QUERIES: u32 = 128;
 /// Tiles of k, each with its tile of v, that may be under way.
 const STAGES: usize = 6;
 /// Warps of a warpgroup.

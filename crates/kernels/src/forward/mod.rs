@@ -1,7 +1,7 @@
 //! Attention forward: `out = softmax(scale q k^T) v` over the key blocks that a plan lists for each
 //! block of queries, and the logarithm of each row's sum.
 //!
-//! A thread block has 128 queries at a time, two warpgroups of 64 with all of their softmax in
+//! A thread block has 128 or 192 queries at a time, warpgroups of 64 with all of their softmax in
 //! registers, and a producer that streams tiles of k and v. Of each warpgroup one product is always
 //! in flight while it computes the softmax of the one before (FlashAttention-3, arXiv 2407.08608):
 //! the product with v trails that with k by one tile. Named barriers let the warpgroups take turns
@@ -41,8 +41,6 @@ use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
 use crate::lists::{self, Call, panels, whole};
 
-/// Queries of a thread block.
-const QUERIES: u32 = 128;
 /// Queries of a warpgroup.
 const OWN: u32 = 64;
 
@@ -53,7 +51,7 @@ pub struct Config {
     pub element: Element,
     /// Columns of q, k and v: 64 or 128.
     pub head_dim: u32,
-    /// Whether a tile's queries are of one block.
+    /// A tile's queries, and whether they are of one block.
     pub rows: Rows,
     /// Keys of a tile: 128 or 192; for mixed rows 64.
     pub kv_tile: u32,
@@ -64,9 +62,9 @@ pub struct Config {
 /// What blocks of queries the tiles of queries are made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Rows {
-    /// Multiples of 128: a tile is in one block.
-    Whole,
-    /// Any multiples of 16: a tile is of several blocks.
+    /// Multiples of a tile, of so many queries, 128 or 192: it is in one block.
+    Whole(u32),
+    /// Any multiples of 16: a tile, of 128 queries, is of several blocks.
     Mixed,
 }
 
@@ -115,20 +113,22 @@ impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
         let shapes = [
-            (Rows::Whole, 192, 192),
-            (Rows::Whole, 192, 64),
-            (Rows::Whole, 128, 128),
-            (Rows::Whole, 128, 64),
-            (Rows::Whole, 128, 32),
-            (Rows::Whole, 128, 16),
+            (Rows::Whole(128), 192, 192),
+            (Rows::Whole(128), 192, 64),
+            (Rows::Whole(128), 128, 128),
+            (Rows::Whole(128), 128, 64),
+            (Rows::Whole(128), 128, 32),
+            (Rows::Whole(128), 128, 16),
             (Rows::Mixed, 64, 64),
             (Rows::Mixed, 64, 32),
             (Rows::Mixed, 64, 16),
         ];
+        // Three warpgroups have registers for short heads only.
+        let tall = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
-            for head_dim in [64, 128] {
-                all.extend(shapes.map(|(rows, kv_tile, piece)| Self {
+            for (head_dim, more) in [(64, &tall[..]), (128, &[])] {
+                all.extend(shapes.iter().chain(more).map(|&(rows, kv_tile, piece)| Self {
                     element,
                     head_dim,
                     rows,
@@ -140,8 +140,21 @@ impl Config {
         all
     }
 
+    /// Queries of a tile.
+    fn queries(self) -> u32 {
+        match self.rows {
+            Rows::Whole(queries) => queries,
+            Rows::Mixed => mixed::QUERIES,
+        }
+    }
+
+    /// Warpgroups that multiply.
+    fn consumers(self) -> u32 {
+        self.queries() / OWN
+    }
+
     fn q_shape(self) -> Shape {
-        Shape::new(QUERIES, self.head_dim, self.element)
+        Shape::new(self.queries(), self.head_dim, self.element)
     }
 
     fn kv_shape(self) -> Shape {
@@ -161,12 +174,13 @@ impl Config {
         self.kv_tile / self.piece
     }
 
-    /// Registers that producer and consumers have: `2 consumers + producer` is at most 504.
+    /// Registers that the producer and each of the consumers have: together at most 504 with two
+    /// consumers, 512 with three.
     fn registers(self) -> (u32, u32) {
-        if self.kv_tile == 192 && self.head_dim == 128 {
-            (24, 240)
-        } else {
-            (40, 232)
+        match self.consumers() {
+            3 => (32, 160),
+            _ if self.kv_tile == 192 && self.head_dim == 128 => (24, 240),
+            _ => (40, 232),
         }
     }
 
@@ -182,7 +196,7 @@ impl Config {
             [args.batch, args.heads, args.kv_heads, self.head_dim],
         );
         let q_step = match self.rows {
-            Rows::Whole => QUERIES,
+            Rows::Whole(queries) => queries,
             Rows::Mixed => 16,
         };
         assert!(
@@ -191,13 +205,13 @@ impl Config {
         );
         let kv = |tensor| {
             // A piece that is a whole tile comes by one copy.
-            let one = self.pieces() == 1 && self.rows == Rows::Whole;
+            let one = self.pieces() == 1 && self.rows != Rows::Mixed;
             let map = if one { whole } else { panels };
             map(self.piece_shape(), tensor, call.of_kv())
         };
         let row_tiles = match self.rows {
-            Rows::Whole => layout.rows() as u32 * (call.q_block / QUERIES),
-            Rows::Mixed => call.q_len.div_ceil(QUERIES),
+            Rows::Whole(queries) => layout.rows() as u32 * (call.q_block / queries),
+            Rows::Mixed => call.q_len.div_ceil(self.queries()),
         };
         let tiles = call.batch * call.heads * row_tiles;
         // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
@@ -237,12 +251,13 @@ impl Config {
             piece,
         } = self;
         let tile = match rows {
-            Rows::Whole => format!("kv{kv_tile}"),
+            Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
             Rows::Mixed => "mixed".to_owned(),
         };
         let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}").to_lowercase();
-        Builder::kernel(name, 3 * WARPGROUP, |k| match rows {
-            Rows::Whole => self.body(k),
+        let threads = (1 + self.consumers()) * WARPGROUP;
+        Builder::kernel(name, threads, |k| match rows {
+            Rows::Whole(_) => self.body(k),
             Rows::Mixed => self.mixed_body(k),
         })
     }

@@ -8,15 +8,12 @@ use flex_block_attn_tile::{
 };
 
 use super::problem::Tile;
-use super::{OWN, QUERIES};
-use crate::merge::WARPS;
+use super::OWN;
 
-/// Warpgroups that multiply.
-pub(super) const CONSUMERS: u32 = 2;
 /// In a note's place of tiles: there are no more queries.
 const END: u32 = u32::MAX;
 /// Named barriers: warpgroup `w` waits for its own threads at `OWN_SYNC + w`.
-const OWN_SYNC: u32 = 4;
+const OWN_SYNC: u32 = 5;
 
 /// The tile, its barriers, and the note.
 #[derive(Clone, Copy)]
@@ -48,7 +45,7 @@ impl<'k> Queries<'k> {
             tile: shared.tile(shape),
             note: shared.bytes(16, 16),
             full: shared.barrier(1),
-            empty: shared.barrier(WARPS),
+            empty: shared.barrier(shape.rows / 16),
         }
     }
 
@@ -148,5 +145,3 @@ impl<'k> Note<'k> {
         }
     }
 }
-
-const _: () = assert!(QUERIES == CONSUMERS * OWN);

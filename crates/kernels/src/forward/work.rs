@@ -9,7 +9,7 @@ use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 use super::keys::Start;
 use super::problem::Problem;
 use super::queries::Note;
-use super::{Config, QUERIES};
+use super::Config;
 
 /// A tile of queries, and where its keys start.
 struct Job<'k> {
@@ -24,10 +24,11 @@ struct Job<'k> {
 pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
     let k = problem.k;
     let emptied = Phases::new(k).waiter_ahead(jobs.empty);
-    let q_tiles = problem.q_block / QUERIES;
+    let queries = config.queries();
+    let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
         let row = problem.lists.of_rank(tile.record, tile.number / q_tiles);
-        let first = (row * q_tiles + tile.number % q_tiles) * QUERIES;
+        let first = (row * q_tiles + tile.number % q_tiles) * queries;
         // The sequence may end within its last block.
         k.if_(first.lt(problem.q_len), || {
             let (tiles, columns, start) = Start::look_up(problem, config, tile, row);

@@ -25,7 +25,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
     let config = forward::Config {
         element: Element::Bf16,
         head_dim: 128,
-        rows: forward::Rows::Whole,
+        rows: forward::Rows::Whole(128),
         kv_tile: 128,
         piece: 128,
     };

@@ -44,19 +44,26 @@ fn cases() -> Vec<Case> {
         cases.push((format!("gemm {size}"), Box::new(case)));
     }
     for (name, heads, tokens, head_dim, block, density) in MASKS {
-        for (kv_tile, piece) in [(192, 192), (192, 64), (128, 128), (128, 64)] {
-            if block % piece != 0 {
+        let tall = (forward::Rows::Whole(192), 128, 128);
+        let rest = [(192, 192), (192, 64), (128, 128), (128, 64)]
+            .map(|(kv_tile, piece)| (forward::Rows::Whole(128), kv_tile, piece));
+        for (rows, kv_tile, piece) in std::iter::once(tall).chain(rest) {
+            let no_registers = rows == tall.0 && (head_dim != 64 || block % 192 != 0);
+            if block % piece != 0 || no_registers {
                 continue;
             }
             let config = forward::Config {
                 element: Element::Bf16,
                 head_dim,
-                rows: forward::Rows::Whole,
+                rows,
                 kv_tile,
                 piece,
             };
             let case = move |gpu: &mut Gpu| attention(gpu, config, heads, tokens, block, density);
-            cases.push((format!("{name} kv{kv_tile} p{piece}"), Box::new(case)));
+            let forward::Rows::Whole(queries) = rows else {
+                continue;
+            };
+            cases.push((format!("{name} q{queries} kv{kv_tile} p{piece}"), Box::new(case)));
         }
     }
     for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {

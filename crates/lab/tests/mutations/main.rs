@@ -58,7 +58,7 @@ impl Base {
         let config = |head_dim, kv_tile, piece| forward::Config {
             element: Element::Bf16,
             head_dim,
-            rows: forward::Rows::Whole,
+            rows: forward::Rows::Whole(128),
             kv_tile,
             piece,
         };

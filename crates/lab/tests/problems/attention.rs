@@ -11,7 +11,7 @@ fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
     forward::Config {
         element: Element::Bf16,
         head_dim,
-        rows: forward::Rows::Whole,
+        rows: forward::Rows::Whole(128),
         kv_tile,
         piece,
     }
@@ -204,7 +204,7 @@ fn every_config_on_random_masks() {
     };
     for config in forward::Config::all() {
         let q_block = match config.rows {
-            forward::Rows::Whole => 128 * (1 + below(2)),
+            forward::Rows::Whole(queries) => queries as usize * (1 + below(2)),
             forward::Rows::Mixed => 16 * (1 + below(12)),
         };
         let kv_block = config.piece as usize * (1 + below(3));

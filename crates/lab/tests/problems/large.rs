@@ -59,7 +59,7 @@ fn forward_by(element: Element, block: usize) {
             let config = forward::Config {
                 element,
                 head_dim,
-                rows: forward::Rows::Whole,
+                rows: forward::Rows::Whole(128),
                 kv_tile,
                 piece: piece(kv_tile),
             };
