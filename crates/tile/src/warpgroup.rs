@@ -1,6 +1,6 @@
 //! [`Warpgroup`]: four warps that multiply together, each thread knowing its place.
 
-use flex_block_attn_ptx::builder::{Address, Pair};
+use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 
@@ -52,16 +52,6 @@ impl<'k> Warpgroup<'k> {
     #[track_caller]
     pub fn row(self) -> Reg<'k, u32> {
         self.warp * 16 + (self.lane >> 2)
-    }
-
-    /// The word at an address in shared memory. One lane of each warp reads it: when that lane arrives
-    /// at a barrier, the word may be written again, whatever the others do.
-    #[track_caller]
-    pub fn read(self, address: Address<'k, u32>) -> Reg<'k, u32> {
-        let word = self.k.var(0u32);
-        self.k
-            .where_(self.leader, || word.set(self.k.load_shared(address)));
-        word.uniform()
     }
 
     /// Gives up registers until `count` are left for each thread.

@@ -189,7 +189,7 @@ impl Config {
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
         k.loop_(|leave| {
             filled.wait();
-            let note = stores.queries.note(wg);
+            let note = stores.queries.note(k);
             leave.when(note.is_end());
             let tiles = note.tiles;
             softmax.reset();
@@ -238,7 +238,7 @@ impl Config {
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
             // Read again: registers are worth more than this.
-            let note = stores.queries.note(wg);
+            let note = stores.queries.note(k);
             problem.store_lse(wg, note, log_sum);
             stores.queries.store(k, wg, note, out, &output, pair);
         });

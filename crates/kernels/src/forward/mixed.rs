@@ -180,13 +180,13 @@ impl Config {
 
         k.loop_(|leave| {
             filled.wait();
-            let note = stores.queries.note(wg);
+            let note = stores.queries.note(k);
             leave.when(note.is_end());
             softmax.reset();
             output.fill(0.0);
             in_turn(k, |leave, stage| {
                 let tile = pairs.wait(stage);
-                let want = |i| wg.read(stores.wants[stage].at(4 * i));
+                let want = |i| k.load_shared_uniform(stores.wants[stage].at(4 * i));
                 let first = want(0);
                 let end = first.equals(END);
                 k.if_(end, || pairs.release(stage));
@@ -219,7 +219,7 @@ impl Config {
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
             // Read again: registers are worth more than this.
-            let note = stores.queries.note(wg);
+            let note = stores.queries.note(k);
             problem.store_lse(wg, note, log_sum);
             stores.queries.store(k, wg, note, out, &output, pair);
         });

@@ -128,13 +128,18 @@ impl Config {
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
             for (head_dim, more) in [(64, &tall[..]), (128, &[])] {
-                all.extend(shapes.iter().chain(more).map(|&(rows, kv_tile, piece)| Self {
-                    element,
-                    head_dim,
-                    rows,
-                    kv_tile,
-                    piece,
-                }));
+                all.extend(
+                    shapes
+                        .iter()
+                        .chain(more)
+                        .map(|&(rows, kv_tile, piece)| Self {
+                            element,
+                            head_dim,
+                            rows,
+                            kv_tile,
+                            piece,
+                        }),
+                );
             }
         }
         all

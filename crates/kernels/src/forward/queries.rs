@@ -7,8 +7,8 @@ use flex_block_attn_tile::{
     Barrier, Phases, Place, RegTile, Shape, Shared, SharedTile, Waiter, Warpgroup,
 };
 
-use super::problem::Tile;
 use super::OWN;
+use super::problem::Tile;
 
 /// In a note's place of tiles: there are no more queries.
 const END: u32 = u32::MAX;
@@ -79,8 +79,8 @@ impl<'k> Queries<'k> {
     }
 
     /// The note, which has been waited for.
-    pub(super) fn note(&self, wg: Warpgroup<'k>) -> Note<'k> {
-        Note::from_words(std::array::from_fn(|i| wg.read(self.note.at(4 * i as u32))))
+    pub(super) fn note(&self, k: &'k Builder) -> Note<'k> {
+        Note::from_words([0, 1, 2, 3].map(|i| k.load_shared_uniform(self.note.at(4 * i))))
     }
 
     /// Puts this warpgroup's output in its queries' place, stores it, and gives the place back.

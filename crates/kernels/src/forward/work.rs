@@ -6,10 +6,10 @@ use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
+use super::Config;
 use super::keys::Start;
 use super::problem::Problem;
 use super::queries::Note;
-use super::Config;
 
 /// A tile of queries, and where its keys start.
 struct Job<'k> {

@@ -126,7 +126,7 @@ impl<'k> Mask<'k> {
                 let bits = shared + column * COLUMN_BYTES;
                 let list = columns.list(strip + column);
                 k.if_(first.gt(0), || {
-                    list.count.set(k.load_shared::<u32>(bits.at(COUNT)));
+                    list.count.set(k.load_shared_uniform(bits.at(COUNT)));
                 });
                 k.for_(0, chunks, 4, |chunk| {
                     let words = k.load_shareds::<u32, 4>(bits + (chunk << 2));

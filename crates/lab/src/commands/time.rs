@@ -63,7 +63,10 @@ fn cases() -> Vec<Case> {
             let forward::Rows::Whole(queries) = rows else {
                 continue;
             };
-            cases.push((format!("{name} q{queries} kv{kv_tile} p{piece}"), Box::new(case)));
+            cases.push((
+                format!("{name} q{queries} kv{kv_tile} p{piece}"),
+                Box::new(case),
+            ));
         }
     }
     for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {

@@ -222,10 +222,10 @@ fn queries() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
         },
         Mutation {
-            name: "queries' place is given back while the output is stored from it",
+            name: "queries' place is given back before the output lies in it",
             kind: "early release",
             base: Base::Short,
-            edit: |s| earlier(s, Q_EMPTY, op!(Op::BulkWait { .. })),
+            edit: |s| earlier(s, Q_EMPTY, op!(Op::BarrierSync { .. })),
             by: By::Emulator(&["Race"]),
         },
         Mutation {

@@ -17,7 +17,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     // Who does not ask for more registers must do with fewer: ptxas would see to it.
     ("gemm_bf16", "setmaxnreg.inc.sync.aligned.u32", 1),
     (
-        "forward_bf16_d128_kv128_p128",
+        "forward_bf16_d128_q128_kv128_p128",
         "setmaxnreg.inc.sync.aligned.u32",
         1,
     ),

@@ -31,7 +31,7 @@ fn a_race_is_told_in_full() {
         },
         "emulator: Race",
         &[
-            "kernel forward_bf16_d128_kv128_p128, block [",
+            "kernel forward_bf16_d128_q128_kv128_p128, block [",
             "warp ",
             // Where it is noticed, by what instruction, on which byte.
             "crates/kernels/src/forward/kernel.rs:",
@@ -55,7 +55,7 @@ fn a_deadlock_is_told_in_full() {
         },
         "emulator: Deadlock",
         &[
-            "kernel forward_bf16_d128_kv128_p128, block [0, 0, 0], warp 0: deadlock",
+            "kernel forward_bf16_d128_q128_kv128_p128, block [0, 0, 0], warp 0: deadlock",
             "block [0, 0, 0], warp 0 waits for parity 0 of the mbarrier at shared memory of",
             "(address 0x",
             "it is in phase 0 (parity 0): 8 of 8 arrivals and 0 bytes are missing",

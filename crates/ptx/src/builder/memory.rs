@@ -286,6 +286,18 @@ impl Builder {
         self.load_vector(Space::Shared, Cache::Default, address.address())
     }
 
+    /// Loads a word in lane 0, and gives it to all lanes, see [`Reg::uniform`]. When lane 0 then arrives
+    /// at a barrier, or itself stores another word there, that does not race with the loads of the
+    /// others: they have none.
+    #[track_caller]
+    pub fn load_shared_uniform(&self, address: impl AddressOf<u32>) -> Reg<'_, u32> {
+        let word = self.var(0u32);
+        self.where_(self.lane().equals(0), || {
+            word.set(self.load_shared(address))
+        });
+        word.uniform()
+    }
+
     /// Stores a `T`.
     #[track_caller]
     pub fn store_shared<T: Scalar>(&self, address: impl AddressOf<u32>, value: Reg<'_, T>) {
