@@ -8,30 +8,45 @@ impl Config {
     /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
     /// neither 64 nor 128, or blocks are no multiples of 16.
     pub fn choose(element: Element, head_dim: u32, q_block: u32, kv_block: u32) -> Option<Self> {
-        let supported = matches!(head_dim, 64 | 128)
-            && [q_block, kv_block]
-                .iter()
-                .all(|&block| block > 0 && block.is_multiple_of(16));
-        // Wide tiles cost the fewest instructions a key, even if put together from pieces; pieces are
-        // as large as blocks allow.
-        let whole = [(192, 192), (192, 64), (128, 32), (128, 16)];
-        let mixed = [(64, 64), (64, 32), (64, 16)];
-        // Short heads leave so much of the softmax to hide that two warpgroups are too few.
-        let tall = [(128, 128), (128, 64), (128, 32), (128, 16)];
-        let (rows, tiles) = match head_dim {
-            64 if q_block.is_multiple_of(192) => (Rows::Whole(192), &tall[..]),
-            _ if q_block.is_multiple_of(128) => (Rows::Whole(128), &whole[..]),
-            _ => (Rows::Mixed, &mixed[..]),
+        // As measured by `benchmark.tune`. Wide tiles cost the fewest instructions a key, even if put
+        // together from pieces; pieces are as large as blocks allow. Short heads leave so much of the
+        // softmax to hide that two warpgroups are too few.
+        let tall = (
+            Rows::Whole(192),
+            [(128, 128), (128, 64), (128, 32), (128, 16)],
+        );
+        let wide = (
+            Rows::Whole(128),
+            [(192, 192), (192, 64), (128, 32), (128, 16)],
+        );
+        let mixed = (Rows::Mixed, [(64, 64), (64, 64), (64, 32), (64, 16)]);
+        let order: &[_] = match head_dim {
+            64 => &[tall, wide, mixed],
+            128 => &[wide, mixed],
+            _ => return None,
         };
-        let fits = |&&(_, piece): &&(u32, u32)| kv_block.is_multiple_of(piece);
-        let &(kv_tile, piece) = tiles.iter().find(fits).filter(|_| supported)?;
-        Some(Self {
-            element,
-            head_dim,
-            rows,
-            kv_tile,
-            piece,
-        })
+        let configs = order.iter().flat_map(|(rows, tiles)| {
+            tiles.iter().map(|&(kv_tile, piece)| Self {
+                element,
+                head_dim,
+                rows: *rows,
+                kv_tile,
+                piece,
+            })
+        });
+        let mut configs = configs.filter(|config| config.takes(q_block, kv_block));
+        configs.next()
+    }
+
+    /// Whether it can compute masks of blocks of so many queries and keys.
+    pub fn takes(self, q_block: u32, kv_block: u32) -> bool {
+        let queries = match self.rows {
+            Rows::Whole(queries) => queries,
+            Rows::Mixed => 16,
+        };
+        [(q_block, queries), (kv_block, self.piece)]
+            .iter()
+            .all(|&(block, part)| block > 0 && block.is_multiple_of(part))
     }
 }
 

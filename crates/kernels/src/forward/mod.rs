@@ -200,12 +200,8 @@ impl Config {
             layout,
             [args.batch, args.heads, args.kv_heads, self.head_dim],
         );
-        let q_step = match self.rows {
-            Rows::Whole(queries) => queries,
-            Rows::Mixed => 16,
-        };
         assert!(
-            call.q_block.is_multiple_of(q_step) && call.kv_block.is_multiple_of(self.piece),
+            self.takes(call.q_block, call.kv_block),
             "blocks of {args:?} for {self:?}"
         );
         let kv = |tensor| {

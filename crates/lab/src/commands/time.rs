@@ -25,16 +25,21 @@ struct Measured {
 type Case = (String, Box<dyn Fn(&mut Gpu) -> Result<Measured>>);
 
 /// Masks for attention: name, heads, tokens, head dimension, tokens of a block, density.
-const MASKS: [(&str, u32, usize, u32, u32, f64); 9] = [
+const MASKS: [(&str, u32, usize, u32, u32, f64); 14] = [
     ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
     ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
     ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
     ("random384 0.2 h24 s30720", 24, 30_720, 128, 384, 0.2),
     ("random128 0.2 h24 s30720", 24, 30_720, 128, 128, 0.2),
+    ("random64 0.2 h24 s30720", 24, 30_720, 128, 64, 0.2),
+    ("random32 0.2 h24 s15360", 24, 15_360, 128, 32, 0.2),
     ("dense h1 s11520", 1, 11_520, 128, 384, 1.0),
     ("random384 0.6 h1 s11520", 1, 11_520, 128, 384, 0.6),
     ("dense h1 s61440", 1, 61_440, 128, 384, 1.0),
     ("dense h24 s15360 d64", 24, 15_360, 64, 384, 1.0),
+    ("random384 0.2 h24 s30720 d64", 24, 30_720, 64, 384, 0.2),
+    ("random128 0.2 h24 s30720 d64", 24, 30_720, 64, 128, 0.2),
+    ("random64 0.2 h24 s30720 d64", 24, 30_720, 64, 64, 0.2),
 ];
 
 fn cases() -> Vec<Case> {
@@ -44,29 +49,20 @@ fn cases() -> Vec<Case> {
         cases.push((format!("gemm {size}"), Box::new(case)));
     }
     for (name, heads, tokens, head_dim, block, density) in MASKS {
-        let tall = (forward::Rows::Whole(192), 128, 128);
-        let rest = [(192, 192), (192, 64), (128, 128), (128, 64)]
-            .map(|(kv_tile, piece)| (forward::Rows::Whole(128), kv_tile, piece));
-        for (rows, kv_tile, piece) in std::iter::once(tall).chain(rest) {
-            let no_registers = rows == tall.0 && (head_dim != 64 || block % 192 != 0);
-            if block % piece != 0 || no_registers {
-                continue;
-            }
-            let config = forward::Config {
-                element: Element::Bf16,
-                head_dim,
-                rows,
-                kv_tile,
-                piece,
+        let chosen = forward::Config::choose(Element::Bf16, head_dim, block, block);
+        let fits = |config: &forward::Config| {
+            (config.element, config.head_dim) == (Element::Bf16, head_dim)
+                && config.takes(block, block)
+        };
+        for config in forward::Config::all().into_iter().filter(fits) {
+            let mark = if Some(config) == chosen {
+                ", chosen"
+            } else {
+                ""
             };
             let case = move |gpu: &mut Gpu| attention(gpu, config, heads, tokens, block, density);
-            let forward::Rows::Whole(queries) = rows else {
-                continue;
-            };
-            cases.push((
-                format!("{name} q{queries} kv{kv_tile} p{piece}"),
-                Box::new(case),
-            ));
+            let kernel = config.kernel().name;
+            cases.push((format!("{name}, {kernel}{mark}"), Box::new(case)));
         }
     }
     for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
