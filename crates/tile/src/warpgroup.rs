@@ -1,7 +1,7 @@
 //! [`Warpgroup`]: four warps that multiply together, each thread knowing its place.
 
 use flex_block_attn_ptx::builder::Pair;
-use flex_block_attn_ptx::ir::Fence;
+use flex_block_attn_ptx::ir::{Fence, Op};
 use flex_block_attn_ptx::{Builder, Reg};
 
 use crate::{Fragments, Left, RegTile, Right, SharedTile, mma};
@@ -92,6 +92,24 @@ impl<'k> Warpgroup<'k> {
     #[track_caller]
     pub fn wait(self, pending: u32) {
         self.k.wgmma_wait(pending);
+    }
+
+    /// Has numbers that are never negative made before what follows: the compiler else moves their
+    /// making behind the next wait, and nothing is left to run under the products waited for. It
+    /// cannot know that the trap is never reached.
+    #[track_caller]
+    pub fn settle(self, numbers: &RegTile<'k>) {
+        const OR: u8 = 0b1111_1110;
+        let bits = |register: &Reg<'k, f32>| register.to_bits();
+        // Two chains, three operands at a time.
+        let [even, odd] = [0, 1].map(|chain| {
+            let mut own = numbers.registers().chunks_exact(2).skip(chain).step_by(2);
+            let first = own.next().expect("a tile has columns");
+            let first = bits(&first[0]) | bits(&first[1]);
+            own.fold(first, |or, two| or.lop3(bits(&two[0]), bits(&two[1]), OR))
+        });
+        let negative = (even | odd).as_i32().lt(0).any();
+        self.k.if_(negative, || self.k.emit(Op::Trap));
     }
 
     /// Waits for all threads of the warpgroup, at named barrier `id`.

@@ -3,7 +3,7 @@
 use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
 use flex_block_attn_kernels::Element;
-use flex_block_attn_kernels::backward::Config;
+use flex_block_attn_kernels::backward::{Config, Order};
 use flex_block_attn_lab::problems::Backward;
 
 use crate::right_in_all_ways;
@@ -13,6 +13,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         element: Element::Bf16,
         head_dim,
         piece,
+        order: Order::CHOSEN,
     }
 }
 
