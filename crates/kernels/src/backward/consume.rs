@@ -206,7 +206,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             score.set(score.fma(self.scale, -lse).exp2());
         });
         if self.config.order.settled {
-            wg.settle(&self.scores);
+            wg.settle(&self.scores, lse);
         }
         wg.wait(0);
         // A step of 16 queries at a time: registers of its weights and gradients are free after it.

@@ -169,7 +169,8 @@ impl Config {
             stores.values.load(maps.v, place, stores.keys_full, options);
         });
         let walk = Walk::new(problem, self, keys);
-        // Tiles go into the stages in turn, whatever head they are of.
+        // Tiles go into the stages in turn, whatever head they are of. Lane i has a tile's piece i.
+        let copies = k.lane().lt(self.pieces());
         in_turn(k, |leave, stage| {
             let some = walk.seek();
             let (tile, full) = queries.wait(stage);
@@ -179,53 +180,39 @@ impl Config {
                 full.arrive();
             });
             leave.when(!some);
-            k.where_(leader, || k.store_shared(note, walk.line()));
+            let (row, want) = (k.var(0u32), k.var(0u32));
             for i in 0..self.pieces() {
-                let (row, want) = walk.next_piece();
-                k.where_(leader, || {
-                    k.store_shared(note.at(4 + 8 * i), row);
-                    k.store_shared(note.at(8 + 8 * i), want);
-                });
+                let next = walk.next_piece();
+                let own = k.lane().equals(i);
+                row.set(own.select(next.0, row));
+                want.set(own.select(next.1, want));
             }
-            let load = |tile, full, map, numbers: Address<'k, u32>, from| {
-                self.load_tile(problem, tile, full, map, note, |row| {
-                    (Place::rows(row, walk.head(), keys.batch), numbers, from)
-                });
-            };
-            k.if_(leader, || {
-                load(tile, full, maps.q, stores.lse[stage], problem.lse);
+            let (line, own) = (walk.line(), note.plus(k.lane() * 8));
+            k.where_(leader, || k.store_shared(note, line));
+            k.where_(copies, || {
+                k.store_shared(own.at(4), row);
+                k.store_shared(own.at(8), want);
             });
+            let load =
+                |tile: SharedTile<'k>, full: Barrier<'k>, map, to: Address<'k, u32>, from| {
+                    // Behind the notes, and before the copies that it expects.
+                    k.warp_sync();
+                    let bytes = tile.shape.bytes() + self.numbers_bytes();
+                    k.if_(leader, || full.arrive_expect(bytes));
+                    k.warp_sync();
+                    k.if_(copies, || {
+                        let place = Place::rows(row, walk.head(), keys.batch);
+                        let part = tile.part(k.lane(), self.piece);
+                        part.load_panels(map, place, full, options);
+                        let number = walk.line().times_wide(problem.line) + row.to_u64();
+                        let bytes = 4 * self.piece;
+                        full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
+                    });
+                };
+            load(tile, full, maps.q, stores.lse[stage], problem.lse);
             let (tile, full) = douts.wait(stage);
-            k.if_(leader, || {
-                load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
-            });
+            load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
         });
-    }
-
-    /// Has a tile filled with the pieces that a note tells, and their numbers with it: `what` says,
-    /// for a first query, where a piece lies, where its numbers go, and where the array of them
-    /// starts.
-    fn load_tile<'k>(
-        self,
-        problem: &Problem<'k>,
-        tile: SharedTile<'k>,
-        full: Barrier<'k>,
-        map: Reg<'k, u64>,
-        note: Address<'k, u32>,
-        what: impl Fn(Reg<'k, u32>) -> (Place, Address<'k, u32>, Reg<'k, u64>),
-    ) {
-        let k = problem.k;
-        full.arrive_expect(tile.shape.bytes() + self.numbers_bytes());
-        for i in 0..self.pieces() {
-            let row = k.load_shared::<u32>(note.at(4 + 8 * i));
-            let (place, numbers, from) = what(row);
-            let part = tile.row_range(i * self.piece, self.piece);
-            part.load_panels(map, place, full, TmaOptions::default());
-            let line = k.load_shared::<u32>(note);
-            let at = line.times_wide(problem.line) + row.to_u64();
-            let bytes = 4 * self.piece;
-            full.load_bytes(numbers.at(i * bytes), from + at * 4, bytes);
-        }
     }
 }
 

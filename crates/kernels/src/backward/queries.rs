@@ -52,9 +52,8 @@ pub(super) struct Walk<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
     keys: KeyTile<'k>,
-    /// Twice the head at hand, and one more in the second part of its lists; and the last such.
+    /// Twice the head at hand, and one more in the second part of its lists.
     at: Reg<'k, u32>,
-    last: Reg<'k, u32>,
     lists: Merge<'k>,
     /// First query that is still to come of the block at hand, how many are, in whole pieces, and the
     /// warps whose keys they see.
@@ -126,13 +125,11 @@ impl<'a, 'k> Walk<'a, 'k> {
     /// A walk that has yet to find its first list.
     pub(super) fn new(problem: &'a Problem<'k>, config: Config, keys: KeyTile<'k>) -> Self {
         let k = problem.k;
-        let first = keys.head * problem.group;
         Self {
             problem,
             config,
             keys,
-            at: k.var(first * 2 - 1),
-            last: (first + problem.group) * 2 - 1,
+            at: k.var(keys.head * problem.group * 2 - 1),
             lists: Merge::new(k, problem.lists.plan),
             query: k.var(0u32),
             left: k.var(0u32),
@@ -146,9 +143,11 @@ impl<'a, 'k> Walk<'a, 'k> {
         let some = || self.left.gt(0) | self.lists.some();
         problem.k.loop_(|leave| {
             leave.when(some());
-            // Compared as equal: before the first head stands -1.
-            leave.when(self.at.equals(self.last));
+            // Compared as equal: before the first head stands -1. The last is not kept: the loader has
+            // few registers.
+            let last = (self.keys.head + 1) * problem.group * 2 - 1;
             let Self { mut at, .. } = *self;
+            leave.when(at.equals(last));
             at += 1;
             let lists = &problem.lists;
             let record = lists.record(self.head(), self.keys.batch);

@@ -86,3 +86,27 @@ fn keys_of_several_blocks() {
         }
     }
 }
+
+#[test]
+fn orders() {
+    // Of 18 blocks of queries the second column has all, and starts somewhere among them.
+    let seen = |row: usize, column: usize| column == 1 || (row + column) % 3 == 0;
+    let extents = Extents::new(18 * 64, 384, 64, 128).unwrap();
+    for order in Order::all() {
+        for head_dim in [64, 128] {
+            if order.outgoing == 2 && head_dim == 64 {
+                continue;
+            }
+            let config = Config {
+                order,
+                ..config(head_dim, 64)
+            };
+            let problem = Backward {
+                heads: 2,
+                kv_heads: 1,
+                ..Backward::new(config, BlockMask::from_fn(extents, seen))
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        }
+    }
+}
