@@ -199,8 +199,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
             Right::Transposed(dout),
         );
         k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        let wants = self.wants(stage);
         wg.wait(1);
-        self.hide(stage);
+        self.hide(&wants);
         let lse = self.stores.lse[stage];
         each_column(k, wg, lse, &self.scores, |_, score, lse| {
             score.set(score.fma(self.scale, -lse).exp2());
@@ -238,13 +239,22 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
     }
 
-    /// Makes scores -inf that do not count.
-    fn hide(&self, stage: usize) {
+    /// Whether this warp's keys see each of a tile's pieces.
+    fn wants(&self, stage: usize) -> Vec<Reg<'k, bool>> {
+        let note = self.stores.notes[stage];
+        let want = |i| {
+            let warps = self.k.load_shared::<u32>(note.at(8 + 8 * i));
+            (warps.uniform() & self.hidden.warp).differs(0)
+        };
+        (0..self.config.pieces()).map(want).collect()
+    }
+
+    /// Makes scores -inf that do not count: in pieces not wanted, and of keys behind the last.
+    fn hide(&self, wants: &[Reg<'k, bool>]) {
         let Self { k, ref hidden, .. } = *self;
         let piece = self.config.piece;
-        for i in 0..self.config.pieces() {
-            let want = k.load_shared::<u32>(self.stores.notes[stage].at(8 + 8 * i));
-            k.if_((want.uniform() & hidden.warp).equals(0), || {
+        for (i, &want) in (0..).zip(wants) {
+            k.if_not(want, || {
                 let columns = i * piece..(i + 1) * piece;
                 self.scores.set_columns(columns, f32::NEG_INFINITY);
             });
