@@ -141,23 +141,23 @@ impl Gpu {
         unsafe { function.launch(launch, Stream::DEFAULT) }
     }
 
-    /// Has a 32-bit word set to 0 on the default stream.
+    /// Has 32-bit words set to 0 on the default stream.
     ///
     /// # Errors
     /// What the driver says.
     ///
     /// # Panics
-    /// If the address is not in memory of this.
-    pub fn zero_word(&self, address: u64) -> Result<(), Error> {
-        let inside = |(range, _): &(Range<u64>, Buffer)| {
-            range.contains(&address) && range.contains(&(address + 3))
-        };
+    /// If they are not in memory of this.
+    pub fn zero_words(&self, address: u64, words: usize) -> Result<(), Error> {
+        let end = address + 4 * words as u64;
+        let inside =
+            |(range, _): &(Range<u64>, Buffer)| range.contains(&address) && end <= range.end;
         assert!(
             self.buffers.iter().any(inside),
             "{address:#x} is not in our memory"
         );
         // SAFETY: the memory is this one's, and the default stream is always there.
-        unsafe { self.device.zero_words(address, 1, Stream::DEFAULT) }
+        unsafe { self.device.zero_words(address, words, Stream::DEFAULT) }
     }
 
     /// Runs kernels one after the other as the emulator would, on a copy of its memory, which gets the

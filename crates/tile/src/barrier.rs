@@ -1,10 +1,13 @@
-//! [`Barrier`]: an mbarrier in shared memory; [`Phases`] and [`Waiter`]: who keeps count of its
-//! phases.
+//! [`Barrier`]: an mbarrier in shared memory, [`Barriers`]: some of a kind; [`Phases`] and [`Waiter`]:
+//! who keeps count of their phases.
 
 use std::cell::Cell;
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
+
+/// Bytes of a barrier.
+pub(crate) const BARRIER_BYTES: u32 = 8;
 
 /// An mbarrier. A phase is complete after its count of arrivals and all bytes expected by them.
 #[derive(Debug, Clone, Copy)]
@@ -12,6 +15,13 @@ pub struct Barrier<'k> {
     k: &'k Builder,
     address: Address<'k, u32>,
     count: u32,
+}
+
+/// Barriers side by side, one of which is chosen at run time.
+#[derive(Debug, Clone, Copy)]
+pub struct Barriers<'k> {
+    first: Barrier<'k>,
+    number: u32,
 }
 
 /// A role's view of its barriers: how often it has waited at each, by parity, up to 32 of them in
@@ -105,6 +115,32 @@ impl<'k> Barrier<'k> {
 
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
+    }
+}
+
+impl<'k> Barriers<'k> {
+    pub(crate) fn new(first: Barrier<'k>, number: u32) -> Self {
+        Self { first, number }
+    }
+
+    /// Makes them ready, see [`Barrier::init`].
+    #[track_caller]
+    pub fn init(self) {
+        let first = self.first;
+        for i in 0..self.number {
+            let address = first.address.at(i * BARRIER_BYTES);
+            Barrier { address, ..first }.init();
+        }
+    }
+
+    /// The `index`-th.
+    #[track_caller]
+    pub fn at(self, index: Reg<'k, u32>) -> Barrier<'k> {
+        let first = self.first;
+        Barrier {
+            address: first.address.plus(index * BARRIER_BYTES),
+            ..first
+        }
     }
 }
 

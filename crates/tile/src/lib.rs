@@ -11,7 +11,7 @@
 //! - [`SharedTile`]: a swizzled tile; loaded and stored by TMA, an operand of products;
 //! - [`RegTile`], [`Fragments`]: tiles in the registers of a warpgroup;
 //! - [`Warpgroup`]: who computes;
-//! - [`Barrier`], [`Phases`], [`Ring`]: how producers and consumers hand tiles over.
+//! - [`Barrier`], [`Barriers`], [`Phases`], [`Ring`]: how producers and consumers hand tiles over.
 //!
 //! ThunderKittens (Spector et al., arXiv 2410.20399) is the model for the vocabulary.
 #![forbid(unsafe_code)]
@@ -24,7 +24,7 @@ mod shape;
 mod shared;
 mod warpgroup;
 
-pub use barrier::{Barrier, Phases, Waiter};
+pub use barrier::{Barrier, Barriers, Phases, Waiter};
 pub use flex_block_attn_ptx::Builder;
 pub use mma::{Left, Right};
 pub use registers::{Fragments, RegTile, RowPair, quad_sum};

@@ -50,6 +50,21 @@ impl<'k> RegTile<'k> {
         &self.registers
     }
 
+    /// Some of its columns.
+    ///
+    /// # Panics
+    /// If they are not whole groups of 8.
+    pub fn part(&self, columns: std::ops::Range<u32>) -> Self {
+        assert!(
+            columns.start.is_multiple_of(8) && columns.end.is_multiple_of(8),
+            "columns {columns:?}"
+        );
+        let registers = columns.start as usize / 2..columns.end as usize / 2;
+        Self {
+            registers: self.registers[registers].to_vec(),
+        }
+    }
+
     /// Each register with which of the two rows it is in.
     pub fn elements(&self) -> impl Iterator<Item = (Reg<'k, f32>, usize)> + '_ {
         self.registers
@@ -64,12 +79,7 @@ impl<'k> RegTile<'k> {
     /// If they are not whole groups of 8.
     #[track_caller]
     pub fn set_columns(&self, columns: std::ops::Range<u32>, value: f32) {
-        assert!(
-            columns.start.is_multiple_of(8) && columns.end.is_multiple_of(8),
-            "columns {columns:?}"
-        );
-        let registers = columns.start as usize / 2..columns.end as usize / 2;
-        for register in &self.registers[registers] {
+        for register in self.part(columns).registers {
             register.set(value);
         }
     }
@@ -187,6 +197,11 @@ impl<'k> Fragments<'k> {
     /// The four registers of a step.
     pub fn step(&self, step: usize) -> [Reg<'k, u32>; 4] {
         self.registers[step]
+    }
+
+    /// One step.
+    pub fn part(&self, step: usize) -> Self {
+        Self::from_steps(vec![self.step(step)])
     }
 
     /// Fragments of registers that are there already.

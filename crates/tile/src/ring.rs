@@ -1,4 +1,4 @@
-//! [`Ring`]: tiles that a producer fills by TMA and consumers use up, in turn.
+//! [`Ring`]: tiles that producers fill, by TMA or by stores, and consumers use up, in turn.
 //!
 //! Stages are known when the kernel is built: loops over tiles are unrolled by the number of
 //! stages, so that descriptors and addresses are constants. Each side keeps a parity for each
@@ -25,14 +25,26 @@ struct Stage<'k> {
 }
 
 impl<'k> Ring<'k> {
-    /// `stages` tiles; each is empty after `releases` arrivals: one by each consumer's warp.
+    /// `stages` tiles, filled by one thread's copies; each is empty after `releases` arrivals: one by
+    /// each consumer's warp.
     pub fn new(shared: &Shared<'k>, stages: usize, shape: Shape, releases: u32) -> Self {
+        Self::stored(shared, stages, shape, 1, releases)
+    }
+
+    /// The same, each being full after `fills` arrivals: one by each warp that stores a part of it.
+    pub fn stored(
+        shared: &Shared<'k>,
+        stages: usize,
+        shape: Shape,
+        fills: u32,
+        releases: u32,
+    ) -> Self {
         let tiles: Vec<_> = (0..stages).map(|_| shared.tile(shape)).collect();
         let stages = tiles
             .into_iter()
             .map(|tile| Stage {
                 tile,
-                full: shared.barrier(1),
+                full: shared.barrier(fills),
                 empty: shared.barrier(releases),
             })
             .collect();
@@ -48,7 +60,7 @@ impl<'k> Ring<'k> {
         }
     }
 
-    /// The side that fills: one thread.
+    /// The side that fills.
     #[track_caller]
     pub fn producer(&self, phases: &Phases<'k>) -> Producer<'k> {
         let side = |&stage: &Stage<'k>| (stage, phases.waiter_ahead(stage.empty));
@@ -92,7 +104,8 @@ impl<'k> Producer<'k> {
     }
 
     /// Waits until the stage is empty. Who wants to say more than that it is full writes it
-    /// somewhere, then arrives at the barrier that is given, then copies.
+    /// somewhere, then arrives at the barrier that is given, then copies. Who stores arrives after
+    /// that.
     #[track_caller]
     pub fn wait(&self, stage: usize) -> (SharedTile<'k>, Barrier<'k>) {
         let (Stage { tile, full, .. }, empty) = self.stages[stage];

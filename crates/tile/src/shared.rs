@@ -6,8 +6,9 @@ use std::cell::Cell;
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 
+use crate::barrier::BARRIER_BYTES;
 use crate::shape::PANEL_ROW;
-use crate::{Barrier, Place, Shape};
+use crate::{Barrier, Barriers, Place, Shape};
 
 /// The swizzle's pattern repeats every 8 rows of 128 bytes; tiles start at a multiple of it.
 const ATOM: u32 = 8 * PANEL_ROW;
@@ -73,7 +74,13 @@ impl<'k> Shared<'k> {
 
     /// A barrier whose phases take `count` arrivals. One thread must [`Barrier::init`] it.
     pub fn barrier(&self, count: u32) -> Barrier<'k> {
-        Barrier::new(self.k, self.bytes(8, 8), count)
+        Barrier::new(self.k, self.bytes(BARRIER_BYTES, BARRIER_BYTES), count)
+    }
+
+    /// `number` such barriers.
+    pub fn barriers(&self, number: u32, count: u32) -> Barriers<'k> {
+        let address = self.bytes(number * BARRIER_BYTES, BARRIER_BYTES);
+        Barriers::new(Barrier::new(self.k, address, count), number)
     }
 
     /// `bytes` bytes at a multiple of `alignment`.

@@ -13,17 +13,17 @@ use crate::{Gradients, Options, Result, Saved, Tensor, check};
 pub struct BackwardWorkspace {
     /// Numbers of the first.
     pub rows: usize,
-    /// Numbers of the second: as many as q has, in whole tiles of queries.
+    /// Numbers of the second: as many as q has, in whole units of 64 queries.
     pub sums: usize,
 }
 
 impl BackwardWorkspace {
     /// For a q of this shape.
     pub fn new([batch, heads, q_len, head_dim]: [usize; 4]) -> Self {
-        let Workspace { line, tiles } = Workspace::new(q_len);
+        let Workspace { line, units } = Workspace::new(q_len);
         Self {
             rows: 2 * batch * heads * line,
-            sums: batch * heads * tiles * 64 * head_dim,
+            sums: batch * heads * units * 64 * head_dim,
         }
     }
 }

@@ -6,7 +6,7 @@
 use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
-use super::Workspace;
+use super::{ROW_BYTES, UNIT, UNIT_BYTES, Workspace};
 use crate::chunk::{self, Rows};
 use crate::forward::Tensor;
 use crate::gemm::pair;
@@ -16,8 +16,6 @@ const THREADS: u32 = 256;
 const GROUP: u32 = 16;
 /// Columns of a lane's store.
 const EIGHT: u32 = 8;
-/// Numbers of a group's 64 columns.
-const HALF: u32 = GROUP * 64;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,7 +29,7 @@ pub struct Config {
 /// What a launch gives it.
 #[derive(Debug, Clone, Copy)]
 pub struct Args {
-    /// Address of the sums, for each head [`Workspace::tiles`] of 64 rows, see `kernel`.
+    /// Address of the sums, for each head [`Workspace::units`] of 64 rows.
     pub sums: u64,
     /// Gradient of q, to be written.
     pub dq: Tensor,
@@ -60,12 +58,12 @@ impl Config {
     /// If there are no queries, or dq's address or strides are not multiples of 16 bytes.
     pub fn launch(self, args: &Args) -> Launch {
         assert!(args.q_len > 0, "{args:?}");
-        let tiles = Workspace::new(args.q_len as usize).tiles as u32;
+        let units = Workspace::new(args.q_len as usize).units as u32;
         let mut list = Vec::from(chunk::args(args.dq));
         list.extend([
             Arg::U64(args.sums),
             Arg::U32(args.q_len),
-            Arg::U32(tiles),
+            Arg::U32(units),
             Arg::U32(args.heads),
             Arg::F32(args.scale),
         ]);
@@ -89,25 +87,26 @@ impl Config {
     fn body(self, k: &Builder) {
         let dq = Rows::new(k, "dq");
         let sums = k.param::<u64>("sums");
-        let (q_len, tiles) = (k.param::<u32>("q_len"), k.param::<u32>("tiles"));
+        let (q_len, units) = (k.param::<u32>("q_len"), k.param::<u32>("units"));
         let heads = k.param::<u32>("heads");
         let scale = k.param::<f32>("scale");
 
         let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
         let (row, odd) = (k.lane() % GROUP, k.lane() / GROUP);
         let line = k.cta_z() * heads + k.cta_y();
-        // A group's numbers, and of them those of this lane's row in the first 8 columns.
-        let groups = line.times_wide(tiles * (64 / GROUP)) + group.to_u64();
+        // The first panel's numbers: those of this lane's row in the group's first 8 columns.
+        let panels = self.head_dim / UNIT;
+        let row_of_panel = (line * panels).times_wide(units * UNIT) + (group * GROUP).to_u64();
         let own = (row & 7) * 16 + (row >> 3) * 2;
-        let from = sums + groups * u64::from(4 * GROUP * self.head_dim) + own.times_wide(4);
+        let first = sums + row_of_panel * u64::from(ROW_BYTES) + own.times_wide(4);
+        let panel_bytes = (units * UNIT_BYTES).to_u64();
         let query = group * GROUP + row;
         k.if_(query.lt(q_len), || {
             // Two lanes of a row take turns at its eights of columns.
             for i in 0..self.head_dim / EIGHT / 2 {
                 let eight = odd + 2 * i;
-                let half = eight >> 3;
-                let at = half * HALF + (eight & 7) * (GROUP * EIGHT);
-                let at = from + at.times_wide(4);
+                let at = (eight & 7) * (4 * GROUP * EIGHT);
+                let at = first + panel_bytes * u64::from(2 * i / (UNIT / EIGHT)) + at.to_u64();
                 let words = [0, 1, 2, 3].map(|two| {
                     let [a, b]: [Reg<'_, f32>; 2] = k.load_constants(at.at(16 * two));
                     (a * scale).pack(b * scale, self.pair())

@@ -1,96 +1,86 @@
-//! The main kernel: what a thread block's loader, its reducers and its two consumers do.
+//! The main kernel: what is in a thread block's shared memory, who does what, and the loader.
 //!
-//! A warpgroup has 64 of the keys: scores are made transposed, so that they, rounded, are left
-//! operands of the products that make dk and dv. The scores' gradients go to shared memory besides,
-//! for dq. Of 128 columns of it each warpgroup makes 64, of all keys; of 64, each makes its own keys'
-//! part of the sum.
-//!
-//! dq's sums lie as the products leave them: of each 16 rows first those of the first 64 columns, as a
-//! warp has them, then those of the others, if there are. A warp's are eight times 32 lanes times four.
+//! A thread block has 128 keys; two consumers, 64 each. The loader walks the queries that see them and
+//! fills tiles, the consumers multiply, and for each of them a reducer has its part of dq added to
+//! memory.
 
 use flex_block_attn_ptx::builder::{Address, Leave, TmaOptions};
-use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Barrier, Fragments, Left, Phases, Place, RegTile, Right, Ring, Shape, Shared, SharedTile,
-    WARPGROUP, Warpgroup,
+    Barrier, Barriers, Phases, Place, Ring, Shape, Shared, SharedTile, Warpgroup,
 };
 
+use super::consume::Consumer;
 use super::queries::{KeyTile, Problem, Walk};
-use super::{Config, KEYS, OWN, QUERIES};
-use crate::gemm::pair;
+use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
 use crate::merge::WARPS;
 
-/// Stages of q and of dout.
-const STAGES: usize = 2;
+/// Stages of q, of dout and of the scores' gradients.
+pub(super) const STAGES: usize = 2;
 /// Warpgroups that multiply.
-const CONSUMERS: u32 = 2;
-/// Bytes of a tile's lse, or of its deltas.
-const ROW_BYTES: u32 = 4 * QUERIES;
-/// Columns of dq that a consumer makes, and bytes of a warp's part of it.
-const DQ_COLUMNS: u32 = 64;
-const DQ_WARP_BYTES: u32 = 4 * 16 * DQ_COLUMNS;
-/// The thread that reduces, in another warp than the loader, which is warp 0.
-const REDUCER: u32 = 32;
+pub(super) const CONSUMERS: u32 = 2;
 /// In a note's place of a line: there are no more queries.
-const END: u32 = u32::MAX;
-/// Named barriers: all consumers; a consumer's own threads at `OWN_SYNC + w`.
-const BOTH: u32 = 1;
-const OWN_SYNC: u32 = 2;
+pub(super) const END: u32 = u32::MAX;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
-struct Maps<'k> {
+pub(super) struct Maps<'k> {
     q: Reg<'k, u64>,
     k: Reg<'k, u64>,
     v: Reg<'k, u64>,
     dout: Reg<'k, u64>,
-    dk: Reg<'k, u64>,
-    dv: Reg<'k, u64>,
+    pub(super) dk: Reg<'k, u64>,
+    pub(super) dv: Reg<'k, u64>,
 }
 
 /// What is in shared memory.
-struct Stores<'k> {
-    keys: SharedTile<'k>,
-    values: SharedTile<'k>,
+pub(super) struct Stores<'k> {
+    pub(super) keys: SharedTile<'k>,
+    pub(super) values: SharedTile<'k>,
     /// K and V are there.
-    keys_full: Barrier<'k>,
-    queries: Ring<'k>,
-    douts: Ring<'k>,
+    pub(super) keys_full: Barrier<'k>,
+    pub(super) queries: Ring<'k>,
+    pub(super) douts: Ring<'k>,
     /// Gradients of the scores, queries by keys: what consumers tell each other.
-    gradients: Vec<SharedTile<'k>>,
-    /// dq on its way out; whether it is there, and gone again.
-    dq: Address<'k, u32>,
-    dq_full: Barrier<'k>,
-    dq_empty: Barrier<'k>,
+    pub(super) gradients: Ring<'k>,
+    /// dq on its way out.
+    pub(super) dq: Vec<Outgoing<'k>>,
     /// For each stage: lse and deltas of its queries.
-    lse: Vec<Address<'k, u32>>,
-    deltas: Vec<Address<'k, u32>>,
+    pub(super) lse: Vec<Address<'k, u32>>,
+    pub(super) deltas: Vec<Address<'k, u32>>,
     /// For each stage a note: the line of the workspace that is the queries' head's, then for each
     /// piece its first query, and a bit for each warp whose keys it sees.
-    notes: Vec<Address<'k, u32>>,
+    pub(super) notes: Vec<Address<'k, u32>>,
 }
 
-/// How consumers share the making of dq, and where their parts lie on the way out.
+/// What the consumers have made of a tile's dq: of each a unit, and whether it is there, and gone
+/// again.
+pub(super) struct Outgoing<'k> {
+    pub(super) units: Address<'k, u32>,
+    pub(super) full: Barriers<'k>,
+    pub(super) empty: Barriers<'k>,
+}
+
+/// How consumers share the making of a tile's dq, a unit each.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Share {
-    /// Each makes half of the columns: of 16 rows first one's, then the other's.
+pub(super) enum Share {
+    /// Half of the columns.
     Columns,
-    /// Each makes its keys' part of the sum: first one's part, then the other's.
-    Keys,
+    /// Half of the queries.
+    Rows,
 }
 
 impl Config {
-    fn share(self) -> Share {
+    pub(super) fn share(self) -> Share {
         match self.head_dim {
-            DQ_COLUMNS => Share::Keys,
+            UNIT => Share::Rows,
             _ => Share::Columns,
         }
     }
 
-    /// Bytes of 16 rows of dq.
-    fn dq_rows_bytes(self) -> u32 {
-        4 * 16 * self.head_dim
+    /// Bytes of a tile's lse, or of its deltas.
+    fn numbers_bytes(self) -> u32 {
+        4 * self.queries()
     }
 
     pub(super) fn body(self, k: &Builder) {
@@ -105,29 +95,36 @@ impl Config {
         let problem = Problem::new(k);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
-        let gradient = Shape::new(QUERIES, CONSUMERS * OWN, self.element);
+        let gradient = Shape::new(self.queries(), KEYS, self.element);
+        let outgoing = |_| Outgoing {
+            units: shared.bytes(CONSUMERS * UNIT_BYTES, 128),
+            full: shared.barriers(CONSUMERS, WARPS / CONSUMERS),
+            empty: shared.barriers(CONSUMERS, 1),
+        };
+        // What is small lies behind the barriers of a ring: the next one's tiles are aligned.
         let stores = Stores {
             keys: shared.tile(self.kv_shape()),
             values: shared.tile(self.kv_shape()),
-            // The reducer reads the notes of these.
-            queries: Ring::new(&shared, STAGES, self.q_shape(), WARPS + 1),
-            douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
-            gradients: (0..STAGES).map(|_| shared.tile(gradient)).collect(),
-            dq: shared.bytes(WARPS * DQ_WARP_BYTES, 128),
-            keys_full: shared.barrier(1),
-            dq_full: shared.barrier(WARPS),
-            dq_empty: shared.barrier(1),
-            lse: each(ROW_BYTES),
-            deltas: each(ROW_BYTES),
+            // The reducers read the notes of these.
+            queries: Ring::new(&shared, STAGES, self.q_shape(), WARPS + CONSUMERS),
+            lse: each(self.numbers_bytes()),
             notes: each(4 + 8 * self.pieces()),
+            douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
+            deltas: each(self.numbers_bytes()),
+            gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
+            dq: (0..self.order.outgoing).map(outgoing).collect(),
+            keys_full: shared.barrier(1),
         };
         shared.finish();
         k.if_(k.tid().equals(0), || {
             stores.keys_full.init();
             stores.queries.init();
             stores.douts.init();
-            stores.dq_full.init();
-            stores.dq_empty.init();
+            stores.gradients.init();
+            for out in &stores.dq {
+                out.full.init();
+                out.empty.init();
+            }
             k.mbarrier_init_fence();
         });
         k.sync_threads();
@@ -138,11 +135,15 @@ impl Config {
             || {
                 Warpgroup::release_registers(k, 24);
                 k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
-                k.if_(k.tid().equals(REDUCER), || self.reduce(&problem, &stores));
+                // The warps behind the loader's.
+                let reducer = (k.tid() >> 5) - 1;
+                k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
+                    reduce::reduce(self, &problem, reducer, &stores);
+                });
             },
             || {
                 Warpgroup::acquire_registers(k, 240);
-                self.consume(maps, &problem, keys, &stores);
+                Consumer::new(self, &problem, keys, &stores).run(maps);
             },
         );
     }
@@ -168,7 +169,8 @@ impl Config {
             stores.values.load(maps.v, place, stores.keys_full, options);
         });
         let walk = Walk::new(problem, self, keys);
-        // Tiles go into the stages in turn, whatever head they are of.
+        // Tiles go into the stages in turn, whatever head they are of. Lane i has a tile's piece i.
+        let copies = k.lane().lt(self.pieces());
         in_turn(k, |leave, stage| {
             let some = walk.seek();
             let (tile, full) = queries.wait(stage);
@@ -178,243 +180,39 @@ impl Config {
                 full.arrive();
             });
             leave.when(!some);
-            k.where_(leader, || k.store_shared(note, walk.line()));
+            let (row, want) = (k.var(0u32), k.var(0u32));
             for i in 0..self.pieces() {
-                let (row, want) = walk.next_piece();
-                k.where_(leader, || {
-                    k.store_shared(note.at(4 + 8 * i), row);
-                    k.store_shared(note.at(8 + 8 * i), want);
-                });
+                let next = walk.next_piece();
+                let own = k.lane().equals(i);
+                row.set(own.select(next.0, row));
+                want.set(own.select(next.1, want));
             }
-            let load = |tile, full, map, numbers: Address<'k, u32>, from| {
-                self.load_tile(problem, tile, full, map, note, |row| {
-                    (Place::rows(row, walk.head, keys.batch), numbers, from)
-                });
-            };
-            k.if_(leader, || {
-                load(tile, full, maps.q, stores.lse[stage], problem.lse);
+            let (line, own) = (walk.line(), note.plus(k.lane() * 8));
+            k.where_(leader, || k.store_shared(note, line));
+            k.where_(copies, || {
+                k.store_shared(own.at(4), row);
+                k.store_shared(own.at(8), want);
             });
+            let load =
+                |tile: SharedTile<'k>, full: Barrier<'k>, map, to: Address<'k, u32>, from| {
+                    // Behind the notes, and before the copies that it expects.
+                    k.warp_sync();
+                    let bytes = tile.shape.bytes() + self.numbers_bytes();
+                    k.if_(leader, || full.arrive_expect(bytes));
+                    k.warp_sync();
+                    k.if_(copies, || {
+                        let place = Place::rows(row, walk.head(), keys.batch);
+                        let part = tile.part(k.lane(), self.piece);
+                        part.load_panels(map, place, full, options);
+                        let number = walk.line().times_wide(problem.line) + row.to_u64();
+                        let bytes = 4 * self.piece;
+                        full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
+                    });
+                };
+            load(tile, full, maps.q, stores.lse[stage], problem.lse);
             let (tile, full) = douts.wait(stage);
-            k.if_(leader, || {
-                load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
-            });
+            load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
         });
-    }
-
-    /// Has a tile filled with the pieces that a note tells, and their numbers with it: `what` says,
-    /// for a first query, where a piece lies, where its numbers go, and where the array of them
-    /// starts.
-    fn load_tile<'k>(
-        self,
-        problem: &Problem<'k>,
-        tile: SharedTile<'k>,
-        full: Barrier<'k>,
-        map: Reg<'k, u64>,
-        note: Address<'k, u32>,
-        what: impl Fn(Reg<'k, u32>) -> (Place, Address<'k, u32>, Reg<'k, u64>),
-    ) {
-        let k = problem.k;
-        full.arrive_expect(tile.shape.bytes() + ROW_BYTES);
-        for i in 0..self.pieces() {
-            let row = k.load_shared::<u32>(note.at(4 + 8 * i));
-            let (place, numbers, from) = what(row);
-            let part = tile.row_range(i * self.piece, self.piece);
-            part.load_panels(map, place, full, TmaOptions::default());
-            let line = k.load_shared::<u32>(note);
-            let at = line.times_wide(problem.line) + row.to_u64();
-            let bytes = 4 * self.piece;
-            full.load_bytes(numbers.at(i * bytes), from + at * 4, bytes);
-        }
-    }
-
-    /// Has dq added to memory, tile by tile.
-    fn reduce(self, problem: &Problem<'_>, stores: &Stores<'_>) {
-        let k = problem.k;
-        let phases = Phases::new(k);
-        let queries = stores.queries.consumer(k.lane().equals(0), &phases);
-        let full = phases.waiter(stores.dq_full);
-        in_turn(k, |leave, stage| {
-            queries.wait(stage);
-            let note = stores.notes[stage];
-            let line = k.load_shared::<u32>(note);
-            leave.when(line.equals(END));
-            let rows: Vec<Reg<'_, u32>> = (0..self.pieces())
-                .map(|i| k.load_shared(note.at(4 + 8 * i)))
-                .collect();
-            queries.release(stage);
-            full.wait();
-            let bytes = self.piece / 16 * self.dq_rows_bytes();
-            // Where parts of the same rows lie.
-            let parts = match self.share() {
-                Share::Columns => 0..1,
-                Share::Keys => 0..CONSUMERS,
-            };
-            for (i, &row) in (0..).zip(&rows) {
-                // What only fills the tile up is not wanted.
-                k.if_(row.lt(problem.tiles * QUERIES), || {
-                    let first = line.times_wide(problem.tiles * QUERIES) + row.to_u64();
-                    let to = problem.dq + first * u64::from(4 * self.head_dim);
-                    for part in parts.clone() {
-                        let from = stores.dq.at(part * (4 * DQ_WARP_BYTES) + i * bytes);
-                        k.bulk_reduce_add(to, from, bytes);
-                    }
-                });
-            }
-            k.bulk_commit();
-            k.bulk_wait_read(0);
-            stores.dq_empty.arrive();
-        });
-        k.bulk_wait(0);
-    }
-
-    fn consume<'k>(
-        self,
-        maps: Maps<'k>,
-        problem: &Problem<'k>,
-        keys: KeyTile<'k>,
-        stores: &Stores<'k>,
-    ) {
-        let k = problem.k;
-        let wg = Warpgroup::new(k, 1);
-        let pair = pair(self.element);
-        let phases = Phases::new(k);
-        let queries = stores.queries.consumer(wg.leader, &phases);
-        let douts = stores.douts.consumer(wg.leader, &phases);
-        let dq_empty = phases.waiter_ahead(stores.dq_empty);
-        let part = match self.share() {
-            Share::Columns => wg.warp * CONSUMERS + wg.index,
-            Share::Keys => wg.index * 4 + wg.warp,
-        };
-        let dq_to = stores.dq.plus(part * DQ_WARP_BYTES + wg.lane * 16);
-        let own_keys = stores.keys.part(wg.index, OWN);
-        let own_values = stores.values.part(wg.index, OWN);
-        let scores = RegTile::uninit(k, QUERIES);
-        let gradients = RegTile::uninit(k, QUERIES);
-        let weights = Fragments::uninit(k, QUERIES / 16);
-        let rounded = Fragments::uninit(k, QUERIES / 16);
-        let dq = RegTile::uninit(k, DQ_COLUMNS);
-        let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, self.head_dim));
-        dk.fill(0.0);
-        dv.fill(0.0);
-        // Masked scores are -inf, of which 0 times would be NaN.
-        let scale = problem.scale.max(f32::MIN_POSITIVE) * std::f32::consts::LOG2_E;
-        // This warp's bit of a want.
-        let mine = k.var(1u32) << (wg.index * 4 + wg.warp);
-        // The sequence may end among these keys.
-        let own = keys.first + wg.index * OWN + wg.row();
-        let inside = [0, 8].map(|row| (own + row).lt(problem.kv_len));
-        let cut = (keys.first + KEYS).gt(problem.kv_len);
-
-        phases.waiter(stores.keys_full).wait();
-        in_turn(k, |leave, stage| {
-            let q = queries.wait(stage);
-            let line = k.load_shared::<u32>(stores.notes[stage]).uniform();
-            leave.when(line.equals(END));
-            wg.fence();
-            wg.product(&scores, Left::Tile(own_keys), Right::Transposed(q));
-            let dout = douts.wait(stage);
-            wg.fence();
-            wg.product(&gradients, Left::Tile(own_values), Right::Transposed(dout));
-            wg.wait(1);
-            for i in 0..self.pieces() {
-                let want = k.load_shared::<u32>(stores.notes[stage].at(8 + 8 * i));
-                k.if_((want.uniform() & mine).equals(0), || {
-                    let columns = i * self.piece..(i + 1) * self.piece;
-                    scores.set_columns(columns, f32::NEG_INFINITY);
-                });
-            }
-            k.if_(cut, || {
-                for (score, row) in scores.elements() {
-                    score.set(inside[row].select(score, f32::NEG_INFINITY));
-                }
-            });
-            each_column(k, wg, stores.lse[stage], &scores, |score, lse| {
-                score.set(score.fma(scale, -lse).exp2());
-            });
-            wg.wait(0);
-            scores.round_to(&weights, pair);
-            let weight = scores.registers();
-            let mut i = 0;
-            each_column(
-                k,
-                wg,
-                stores.deltas[stage],
-                &gradients,
-                |gradient, delta| {
-                    gradient.set((gradient - delta) * weight[i]);
-                    i += 1;
-                },
-            );
-            gradients.round_to(&rounded, pair);
-            let exchange = stores.gradients[stage];
-            wg.store_transposed(&rounded, exchange.panel_at(wg.index));
-            wg.fence();
-            wg.add_product(&dv, Left::Fragments(&weights), Right::Tile(dout));
-            let (gradients_of, keys_of) = match self.share() {
-                Share::Columns => {
-                    // Both warpgroups' gradients are there.
-                    k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
-                    (exchange, stores.keys.panel_at(wg.index))
-                }
-                Share::Keys => {
-                    wg.sync(wg.index + OWN_SYNC);
-                    (exchange.panel_at(wg.index), own_keys)
-                }
-            };
-            wg.fence();
-            wg.product(&dq, Left::Tile(gradients_of), Right::Tile(keys_of));
-            wg.wait(1);
-            douts.release(stage);
-            wg.fence();
-            wg.add_product(&dk, Left::Fragments(&rounded), Right::Tile(q));
-            wg.wait(1);
-            dq_empty.wait();
-            for (i, numbers) in (0..).zip(dq.registers().chunks_exact(4)) {
-                let numbers: [Reg<'k, f32>; 4] = std::array::from_fn(|j| numbers[j]);
-                k.store_shareds(dq_to.at(4 * 128 * i), numbers);
-            }
-            k.fence(Fence::ProxyAsyncShared);
-            k.warp_sync();
-            k.where_(wg.leader, || stores.dq_full.arrive());
-            wg.wait(0);
-            queries.release(stage);
-        });
-
-        for mut register in dk.registers().iter().copied() {
-            register *= problem.scale;
-        }
-        // Both have done with K and V, whose places the gradients take.
-        k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
-        wg.store(&dv, pair, own_values);
-        wg.store(&dk, pair, own_keys);
-        wg.sync(wg.index + OWN_SYNC);
-        k.if_(wg.first_thread, || {
-            let place = Place::rows(keys.first + wg.index * OWN, keys.head, keys.batch);
-            let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
-            own_keys.store(maps.dk, panels());
-            own_values.store(maps.dv, panels());
-            k.bulk_commit();
-            k.bulk_wait(0);
-        });
-    }
-}
-
-/// Does `body(element, number)` for each element of a tile of keys by queries: `numbers` has one for
-/// each query.
-fn each_column<'k>(
-    k: &'k Builder,
-    wg: Warpgroup<'k>,
-    numbers: Address<'k, u32>,
-    tile: &RegTile<'k>,
-    mut body: impl FnMut(Reg<'k, f32>, Reg<'k, f32>),
-) {
-    // Of every 8 columns a thread has two, in both of its rows.
-    let own = numbers.plus((wg.lane & 3) * 8);
-    for (i, four) in (0..).zip(tile.registers().chunks_exact(4)) {
-        let two: [Reg<'k, f32>; 2] = k.load_shareds(own.at(32 * i));
-        for (j, &element) in four.iter().enumerate() {
-            body(element, two[j % 2]);
-        }
     }
 }
 

@@ -6,14 +6,17 @@
 //! [`finish`] rounds dq. The workspace is made of three arrays, see [`Workspace`].
 //!
 //! - [`prepare`], [`finish`]: what comes before and after;
-//! - `kernel`: what the main kernel's loader, reducer and consumers do;
+//! - `kernel`: what is in the main kernel's shared memory, and its loader;
+//! - `consume`, `reduce`: what its consumers and its reducers do;
 //! - `queries`: the pieces of the lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+mod consume;
 pub mod finish;
 mod kernel;
 pub mod prepare;
 mod queries;
+mod reduce;
 
 use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
@@ -26,8 +29,15 @@ use crate::lists::{self, Call, panels, whole};
 const KEYS: u32 = 128;
 /// Keys of a warpgroup.
 const OWN: u32 = 64;
-/// Queries of a tile.
-const QUERIES: u32 = 64;
+/// Queries and columns of a unit: what a consumer makes of a tile's dq, and what the sums are made of.
+const UNIT: u32 = 64;
+/// Bytes of a unit's row, and of the whole.
+const ROW_BYTES: u32 = 4 * UNIT;
+const UNIT_BYTES: u32 = UNIT * ROW_BYTES;
+
+/// Entries of a list at least that thread blocks start at different places of.
+const FEWEST_SPREAD: u32 = 16;
+
 /// What the main kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -37,24 +47,41 @@ pub struct Config {
     pub head_dim: u32,
     /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
     pub piece: u32,
+    /// When things are done.
+    pub order: Order,
+}
+
+/// What results do not depend on, but for the order of dq's sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Order {
+    /// Whether weights are made before their gradients are waited for.
+    pub settled: bool,
+    /// Tiles of dq on their way out: 1 or 2.
+    pub outgoing: u32,
+    /// Whether thread blocks start at different places of lists that have all queries: else all add to
+    /// the same part of dq at once.
+    pub spread: bool,
 }
 
 /// The arrays between the three launches: float32, each (batch, heads, ...), contiguous.
+///
+/// dq's sums lie in panels of 64 columns, and in them as the products leave them: of each 16 rows eight
+/// times a warp's 32 lanes times four.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workspace {
-    /// Numbers of a line of the first two: queries in whole tiles, and one tile more.
+    /// Numbers of a line of the first two: queries in whole units, and one unit more.
     pub line: usize,
-    /// Tiles of queries in a line of the third.
-    pub tiles: usize,
+    /// Units of 64 queries in a line of the third.
+    pub units: usize,
 }
 
 impl Workspace {
     /// For so many queries.
     pub fn new(q_len: usize) -> Self {
-        let tiles = q_len.div_ceil(QUERIES as usize);
+        let units = q_len.div_ceil(UNIT as usize);
         Self {
-            line: (tiles + 1) * QUERIES as usize,
-            tiles,
+            line: (units + 1) * UNIT as usize,
+            units,
         }
     }
 }
@@ -79,8 +106,7 @@ pub struct Args {
     pub lse: u64,
     /// Address of the queries' deltas, likewise; 0 for those.
     pub delta: u64,
-    /// Address of dq's sums, for each head [`Workspace::tiles`] of 64 x head_dim: zeros, added to. See
-    /// `kernel` for their order.
+    /// Address of dq's sums, for each head [`Workspace::units`] of 64 x head_dim: zeros, added to.
     pub dq: u64,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
@@ -97,6 +123,33 @@ pub struct Args {
     pub scale: f32,
 }
 
+impl Order {
+    /// What is chosen.
+    pub const CHOSEN: Self = Self {
+        settled: true,
+        outgoing: 1,
+        spread: true,
+    };
+
+    /// All that are compared.
+    pub fn all() -> [Self; 4] {
+        let chosen = Self::CHOSEN;
+        let unsettled = Self {
+            settled: false,
+            ..chosen
+        };
+        let outgoing = Self {
+            outgoing: 2,
+            ..chosen
+        };
+        let sorted = Self {
+            spread: false,
+            ..chosen
+        };
+        [chosen, unsettled, outgoing, sorted]
+    }
+}
+
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
@@ -107,8 +160,21 @@ impl Config {
                     element,
                     head_dim,
                     piece,
+                    order: Order::CHOSEN,
                 }));
             }
+        }
+        // To be compared, for one element and piece each.
+        for head_dim in [64, 128] {
+            // Two tiles of dq on their way out do not fit beside 128 queries.
+            let fits = |order: &Order| order.outgoing == 1 || head_dim == 128;
+            let unlike = |order: &Order| order.spread && *order != Order::CHOSEN && fits(order);
+            all.extend(Order::all().into_iter().filter(unlike).map(|order| Self {
+                element: Element::Bf16,
+                head_dim,
+                piece: 64,
+                order,
+            }));
         }
         all
     }
@@ -126,12 +192,18 @@ impl Config {
             element,
             head_dim,
             piece,
+            order: Order::CHOSEN,
         })
+    }
+
+    /// Queries of a tile: each consumer makes a unit of its dq.
+    fn queries(self) -> u32 {
+        2 * UNIT * UNIT / self.head_dim
     }
 
     /// Pieces of a tile.
     fn pieces(self) -> u32 {
-        QUERIES / self.piece
+        self.queries() / self.piece
     }
 
     fn kv_shape(self) -> Shape {
@@ -139,7 +211,7 @@ impl Config {
     }
 
     fn q_shape(self) -> Shape {
-        Shape::new(QUERIES, self.head_dim, self.element)
+        Shape::new(self.queries(), self.head_dim, self.element)
     }
 
     fn piece_shape(self) -> Shape {
@@ -172,6 +244,8 @@ impl Config {
             true => layout.columns() as u32 * (call.kv_block / KEYS),
             false => call.kv_len.div_ceil(KEYS),
         };
+        let rows = layout.rows() as u32;
+        let spread = self.order.spread && ordered && rows >= FEWEST_SPREAD;
         let mut list = vec![
             panels(self.piece_shape(), args.q, of_q),
             whole(self.kv_shape(), args.k, of_kv),
@@ -191,7 +265,8 @@ impl Config {
             Arg::U32(call.heads),
             Arg::U32(call.heads / call.kv_heads),
             Arg::U32(workspace.line as u32),
-            Arg::U32(workspace.tiles as u32),
+            Arg::U32(workspace.units as u32),
+            Arg::U32(if spread { rows } else { 0 }),
         ];
         list.extend(lists::args(args.plan, layout, Side::Columns));
         Launch {
@@ -206,8 +281,15 @@ impl Config {
             element,
             head_dim,
             piece,
+            order,
         } = self;
-        let name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        if !order.settled {
+            name += "_unsettled";
+        }
+        if order.outgoing > 1 {
+            name += "_out2";
+        }
         Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
     }
 }

@@ -3,9 +3,12 @@
 
 use flex_block_attn_ptx::{Builder, Reg};
 
-use super::{Config, KEYS, QUERIES};
+use super::{Config, KEYS, UNIT};
 use crate::lists::Lists;
 use crate::merge::{Merge, NO_ENTRY};
+
+/// The golden ratio's part behind the point, times 2^32.
+const GOLDEN: u32 = 0x9E37_79B9;
 
 /// All parameters but the tensor maps.
 pub(super) struct Problem<'k> {
@@ -25,8 +28,11 @@ pub(super) struct Problem<'k> {
     group: Reg<'k, u32>,
     /// Numbers of a head in the arrays of lse and delta.
     pub(super) line: Reg<'k, u32>,
-    /// Tiles of a head in dq's sums.
-    pub(super) tiles: Reg<'k, u32>,
+    /// Units of a head's panel of dq's sums.
+    units: Reg<'k, u32>,
+    /// Entries of a list that thread blocks start at different places of: of one that has all queries.
+    /// 0 for none.
+    spread: Reg<'k, u32>,
     /// The plan's columns.
     lists: Lists<'k>,
 }
@@ -46,9 +52,8 @@ pub(super) struct Walk<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
     keys: KeyTile<'k>,
-    /// The head at hand, and the last.
-    pub(super) head: Reg<'k, u32>,
-    last: Reg<'k, u32>,
+    /// Twice the head at hand, and one more in the second part of its lists.
+    at: Reg<'k, u32>,
     lists: Merge<'k>,
     /// First query that is still to come of the block at hand, how many are, in whole pieces, and the
     /// warps whose keys they see.
@@ -74,9 +79,15 @@ impl<'k> Problem<'k> {
             heads: k.param("heads"),
             group: k.param("group"),
             line: k.param("line"),
-            tiles: k.param("tiles"),
+            units: k.param("units"),
+            spread: k.param("spread"),
             lists: Lists::new(k),
         }
+    }
+
+    /// Queries of a head, in whole units.
+    pub(super) fn padded(&self) -> Reg<'k, u32> {
+        self.units * UNIT
     }
 
     /// The keys of this thread block: of a head the longest lists come first, where a tile has one.
@@ -93,19 +104,32 @@ impl<'k> Problem<'k> {
         });
         KeyTile { first, head, batch }
     }
+
+    /// Where in a list of so many entries its walk starts; what lies before comes in the end. Of lists
+    /// with all queries each thread block starts somewhere else, or all would add to the same tile of
+    /// dq at the same time. Others are walked as they lie: thread blocks then read the same queries at
+    /// about the same time.
+    fn start(&self, keys: KeyTile<'k>, count: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = self.k;
+        let start = k.var(0u32);
+        k.if_(count.equals(self.spread), || {
+            // Multiples of the golden ratio, less their whole part, are spread evenly.
+            let part = keys.first / KEYS * GOLDEN;
+            start.set((part.times_wide(count) >> 32).to_u32());
+        });
+        start
+    }
 }
 
 impl<'a, 'k> Walk<'a, 'k> {
     /// A walk that has yet to find its first list.
     pub(super) fn new(problem: &'a Problem<'k>, config: Config, keys: KeyTile<'k>) -> Self {
         let k = problem.k;
-        let first = keys.head * problem.group;
         Self {
             problem,
             config,
             keys,
-            head: k.var(first - 1),
-            last: first + (problem.group - 1),
+            at: k.var(keys.head * problem.group * 2 - 1),
             lists: Merge::new(k, problem.lists.plan),
             query: k.var(0u32),
             left: k.var(0u32),
@@ -119,27 +143,40 @@ impl<'a, 'k> Walk<'a, 'k> {
         let some = || self.left.gt(0) | self.lists.some();
         problem.k.loop_(|leave| {
             leave.when(some());
-            // Compared as equal: before the first head stands -1.
-            leave.when(self.head.equals(self.last));
-            let Self { mut head, .. } = *self;
-            head += 1;
+            // Compared as equal: before the first head stands -1. The last is not kept: the loader has
+            // few registers.
+            let last = (self.keys.head + 1) * problem.group * 2 - 1;
+            let Self { mut at, .. } = *self;
+            leave.when(at.equals(last));
+            at += 1;
             let lists = &problem.lists;
-            let record = lists.record(head, self.keys.batch);
+            let record = lists.record(self.head(), self.keys.batch);
             self.lists.start(self.keys.first, problem.kv_len, |key| {
                 let column = key / problem.kv_block;
-                (lists.list(record, column), lists.count(record, column))
+                let (list, count) = (lists.list(record, column), lists.count(record, column));
+                let start = problem.start(self.keys, count);
+                let second = (at & 1).equals(1);
+                (
+                    second.select(list, list + start),
+                    second.select(start, count - start),
+                )
             });
         });
         some()
     }
 
+    /// The head at hand.
+    pub(super) fn head(&self) -> Reg<'k, u32> {
+        self.at >> 1
+    }
+
     /// Which line of the workspace is the head's.
     pub(super) fn line(&self) -> Reg<'k, u32> {
-        self.keys.batch * self.problem.heads + self.head
+        self.keys.batch * self.problem.heads + self.head()
     }
 
     /// The first query of the head's next piece, and the warps whose keys it sees. If there is none,
-    /// the query lies in the line's last tile, behind the sequence, and sees no keys.
+    /// the query lies in the line's last unit, behind the sequence, and sees no keys.
     pub(super) fn next_piece(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
         let (problem, piece) = (self.problem, self.config.piece);
         let Self {
@@ -158,7 +195,7 @@ impl<'a, 'k> Walk<'a, 'k> {
                 left.set((queries + (piece - 1)) & !(piece - 1));
             });
         });
-        let (row, want) = (k.var(problem.tiles * QUERIES), k.var(0u32));
+        let (row, want) = (k.var(problem.padded()), k.var(0u32));
         k.if_(left.gt(0), || {
             row.set(query);
             want.set(self.warps);

@@ -1,5 +1,7 @@
 //! `lab time`: how long kernels take on a GPU, on random data.
 
+mod backward;
+
 use std::error::Error;
 
 use flex_block_attn::{Extents, Plan, PlanLayout, builders};
@@ -22,10 +24,17 @@ struct Measured {
     work: f64,
 }
 
-type Case = (String, Box<dyn Fn(&mut Gpu) -> Result<Measured>>);
+/// Gives measurements, each with what its name has besides the case's.
+type Case = (
+    String,
+    Box<dyn Fn(&mut Gpu) -> Result<Vec<(String, Measured)>>>,
+);
 
-/// Masks for attention: name, heads, tokens, head dimension, tokens of a block, density.
-const MASKS: [(&str, u32, usize, u32, u32, f64); 14] = [
+/// Name, heads, tokens, head dimension, tokens of a block, density.
+type Mask = (&'static str, u32, usize, u32, u32, f64);
+
+/// Masks for the forward pass.
+const MASKS: [Mask; 14] = [
     ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
     ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
     ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
@@ -42,11 +51,29 @@ const MASKS: [(&str, u32, usize, u32, u32, f64); 14] = [
     ("random64 0.2 h24 s30720 d64", 24, 30_720, 64, 64, 0.2),
 ];
 
+/// Masks for the backward pass.
+const BACKWARD_MASKS: [Mask; 8] = [
+    ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
+    ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
+    ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
+    ("random384 0.2 h24 s30720", 24, 30_720, 128, 384, 0.2),
+    ("random128 0.2 h24 s30720", 24, 30_720, 128, 128, 0.2),
+    ("random64 0.2 h24 s30720", 24, 30_720, 128, 64, 0.2),
+    ("dense h24 s15360 d64", 24, 15_360, 64, 384, 1.0),
+    ("random384 0.2 h24 s30720 d64", 24, 30_720, 64, 384, 0.2),
+];
+
+/// A case of one measurement.
+fn case(name: String, measure: impl Fn(&mut Gpu) -> Result<Measured> + 'static) -> Case {
+    let one = move |gpu: &mut Gpu| Ok(vec![(String::new(), measure(gpu)?)]);
+    (name, Box::new(one))
+}
+
 fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     for size in [4096, 8192] {
-        let case = move |gpu: &mut Gpu| product(gpu, size);
-        cases.push((format!("gemm {size}"), Box::new(case)));
+        let name = format!("gemm {size}");
+        cases.push(case(name, move |gpu| product(gpu, size)));
     }
     for (name, heads, tokens, head_dim, block, density) in MASKS {
         let chosen = forward::Config::choose(Element::Bf16, head_dim, block, block);
@@ -60,19 +87,24 @@ fn cases() -> Vec<Case> {
             } else {
                 ""
             };
-            let case = move |gpu: &mut Gpu| attention(gpu, config, heads, tokens, block, density);
-            let kernel = config.kernel().name;
-            cases.push((format!("{name}, {kernel}{mark}"), Box::new(case)));
+            let name = format!("{name}, {}{mark}", config.kernel().name);
+            cases.push(case(name, move |gpu| {
+                attention(gpu, config, heads, tokens, block, density)
+            }));
         }
     }
-    for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
-        let case = move |gpu: &mut Gpu| plan(gpu, heads, rows, columns);
-        cases.push((format!("plan h{heads} {rows}x{columns}"), Box::new(case)));
+    for mask in BACKWARD_MASKS {
+        let measure = move |gpu: &mut Gpu| backward::backward(gpu, mask);
+        cases.push((format!("backward {}", mask.0), Box::new(measure)));
     }
-    cases.push(("delta h24 s30720".to_owned(), Box::new(rows_of_products)));
+    for (heads, rows, columns) in [(24, 240, 240), (16, 361, 361)] {
+        let name = format!("plan h{heads} {rows}x{columns}");
+        cases.push(case(name, move |gpu| plan(gpu, heads, rows, columns)));
+    }
+    cases.push(case("delta h24 s30720".to_owned(), rows_of_products));
     for block in [64, 384] {
-        let case = move |gpu: &mut Gpu| means(gpu, block);
-        cases.push((format!("pool h24 s30720 b{block}"), Box::new(case)));
+        let name = format!("pool h24 s30720 b{block}");
+        cases.push(case(name, move |gpu| means(gpu, block)));
     }
     cases
 }
@@ -89,9 +121,11 @@ pub fn run(words: &[String]) -> Result<()> {
     }
     for (name, case) in chosen {
         // Memory of a case is freed with its GPU.
-        let Measured { times, work } = case(&mut Gpu::find()?)?;
-        let Times { median, min, max } = times;
-        println!("{name}\t{median:.5}\t{min:.5}\t{max:.5}\t{work:e}");
+        for (what, Measured { times, work }) in case(&mut Gpu::find()?)? {
+            let Times { median, min, max } = times;
+            let name = format!("{name} {what}");
+            println!("{}\t{median:.5}\t{min:.5}\t{max:.5}\t{work:e}", name.trim());
+        }
     }
     Ok(())
 }
@@ -254,7 +288,7 @@ fn attention(
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
     let times = gpu.time(1, 20, || {
-        gpu.zero_word(args.counter)?;
+        gpu.zero_words(args.counter, 1)?;
         gpu.launch(function, &launch)
     })?;
     let pairs = (tokens as f64).powi(2) * mask.density();

@@ -283,7 +283,7 @@ impl Workspace {
         let workspace = backward::Workspace::new(sizes.q_len);
         Self {
             numbers: lines * workspace.line,
-            sums: lines * workspace.tiles * 64 * sizes.head_dim,
+            sums: lines * workspace.units * 64 * sizes.head_dim,
         }
     }
 }

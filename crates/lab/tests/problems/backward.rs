@@ -3,7 +3,7 @@
 use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
 use flex_block_attn_kernels::Element;
-use flex_block_attn_kernels::backward::Config;
+use flex_block_attn_kernels::backward::{Config, Order};
 use flex_block_attn_lab::problems::Backward;
 
 use crate::right_in_all_ways;
@@ -13,6 +13,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         element: Element::Bf16,
         head_dim,
         piece,
+        order: Order::CHOSEN,
     }
 }
 
@@ -79,6 +80,30 @@ fn keys_of_several_blocks() {
             };
             let problem = Backward {
                 heads: 2,
+                ..Backward::new(config, BlockMask::from_fn(extents, seen))
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        }
+    }
+}
+
+#[test]
+fn orders() {
+    // Of 18 blocks of queries the second column has all, and starts somewhere among them.
+    let seen = |row: usize, column: usize| column == 1 || (row + column) % 3 < 1;
+    let extents = Extents::new(18 * 64, 384, 64, 128).unwrap();
+    for order in Order::all() {
+        for head_dim in [64, 128] {
+            if order.outgoing == 2 && head_dim == 64 {
+                continue;
+            }
+            let config = Config {
+                order,
+                ..config(head_dim, 64)
+            };
+            let problem = Backward {
+                heads: 2,
+                kv_heads: 1,
                 ..Backward::new(config, BlockMask::from_fn(extents, seen))
             };
             right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);

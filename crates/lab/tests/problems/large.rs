@@ -121,6 +121,7 @@ fn gradients() {
             let config = backward::Config {
                 element,
                 head_dim,
+                order: backward::Order::CHOSEN,
                 piece: 64,
             };
             let problem = Backward {

@@ -1,0 +1,363 @@
+//! [`Consumer`]: a warpgroup that has 64 of the keys, with their dk and dv in registers.
+//!
+//! Scores are made transposed, so that they, rounded, are left operands of the products that make dk
+//! and dv. The scores' gradients go to shared memory besides: dq's products want those of all keys,
+//! which both consumers have a half of. So that neither waits for the other's, dq trails by a tile.
+//!
+//! The consumers take turns at the tensor cores: while one's products run, the other makes weights and
+//! gradients. A turn is all products of a tile, from dv to the gradients of the next one's weights.
+
+use flex_block_attn_ptx::builder::Address;
+use flex_block_attn_ptx::ir::Fence;
+use flex_block_attn_ptx::{Builder, Reg};
+use flex_block_attn_tile::{
+    Consumer as Taker, Fragments, Left, Phases, Place, Producer as Giver, RegTile, Right,
+    SharedTile, WARPGROUP, Waiter, Warpgroup,
+};
+
+use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
+use super::queries::{KeyTile, Problem};
+use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
+use crate::gemm::pair;
+
+/// Named barriers: all consumers; a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits
+/// for its turn, `TURN + w`.
+const BOTH: u32 = 1;
+const OWN_SYNC: u32 = 2;
+const TURN: u32 = 4;
+
+/// What a consumer works with.
+pub(super) struct Consumer<'a, 'k> {
+    k: &'k Builder,
+    config: Config,
+    problem: &'a Problem<'k>,
+    stores: &'a Stores<'k>,
+    keys: KeyTile<'k>,
+    wg: Warpgroup<'k>,
+    keys_full: Waiter<'k>,
+    queries: Taker<'k>,
+    douts: Taker<'k>,
+    /// Both sides of the exchange of gradients.
+    given: Giver<'k>,
+    taken: Taker<'k>,
+    dq_empty: Vec<Waiter<'k>>,
+    own_keys: SharedTile<'k>,
+    own_values: SharedTile<'k>,
+    /// Of a tile, keys by queries: scores, then weights; the weights' gradients, then the scores'; and
+    /// both rounded.
+    scores: RegTile<'k>,
+    gradients: RegTile<'k>,
+    weights: Fragments<'k>,
+    rounded: Fragments<'k>,
+    dq: RegTile<'k>,
+    dk: RegTile<'k>,
+    dv: RegTile<'k>,
+    hidden: Hidden<'k>,
+    /// What scores are multiplied by.
+    scale: Reg<'k, f32>,
+}
+
+/// Which of a tile's scores are hidden from a thread.
+struct Hidden<'k> {
+    /// The bit of this thread's warp in a note.
+    warp: Reg<'k, u32>,
+    /// Whether each of the thread's keys lies in the sequence, and whether all keys of the thread
+    /// block do not.
+    inside: [Reg<'k, bool>; 2],
+    cut: Reg<'k, bool>,
+}
+
+impl<'a, 'k> Consumer<'a, 'k> {
+    pub(super) fn new(
+        config: Config,
+        problem: &'a Problem<'k>,
+        keys: KeyTile<'k>,
+        stores: &'a Stores<'k>,
+    ) -> Self {
+        let k = problem.k;
+        let wg = Warpgroup::new(k, 1);
+        let phases = Phases::new(k);
+        let own = keys.first + wg.index * OWN + wg.row();
+        let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
+        let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
+        let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
+        let empty = |out: &Outgoing<'k>| phases.waiter_ahead(out.empty.at(wg.index));
+        Self {
+            k,
+            config,
+            problem,
+            stores,
+            keys,
+            wg,
+            keys_full: phases.waiter(stores.keys_full),
+            queries: stores.queries.consumer(wg.leader, &phases),
+            douts: stores.douts.consumer(wg.leader, &phases),
+            given: stores.gradients.producer(&phases),
+            taken: stores.gradients.consumer(wg.leader, &phases),
+            dq_empty: stores.dq.iter().map(empty).collect(),
+            own_keys: stores.keys.part(wg.index, OWN),
+            own_values: stores.values.part(wg.index, OWN),
+            scores,
+            gradients,
+            weights,
+            rounded,
+            dq: RegTile::uninit(k, UNIT),
+            dk,
+            dv,
+            hidden: Hidden {
+                warp: k.var(1u32) << (wg.index * 4 + wg.warp),
+                inside: [0, 8].map(|row| (own + row).lt(problem.kv_len)),
+                cut: (keys.first + KEYS).gt(problem.kv_len),
+            },
+            // Masked scores are -inf, of which 0 times would be NaN.
+            scale: problem.scale.max(f32::MIN_POSITIVE) * std::f32::consts::LOG2_E,
+        }
+    }
+
+    /// Walks the tiles of queries, then stores dk and dv.
+    pub(super) fn run(&self, maps: Maps<'k>) {
+        let Self { k, wg, .. } = *self;
+        self.dk.fill(0.0);
+        self.dv.fill(0.0);
+        self.keys_full.wait();
+        // The first consumer goes first.
+        k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
+        k.if_(self.seek(0), || {
+            self.wait_for_turn();
+            self.issue_scores(0);
+            self.weigh(0);
+            self.issue_dv(0);
+            self.issue_dk(0);
+            wg.wait(1);
+            self.douts.release(0);
+            let rest = || {
+                self.next_scores(0, 1);
+                self.each_after_first();
+            };
+            k.if_else(self.seek(1), rest, || self.finish_dq(0));
+        });
+        self.store(maps);
+    }
+
+    /// Does all tiles but the first; dq's of the last, too.
+    fn each_after_first(&self) {
+        let Self { k, wg, .. } = *self;
+        k.loop_(|leave| {
+            for (stage, other) in [(1, 0), (0, 1)] {
+                self.weigh(stage);
+                self.issue_dv(stage);
+                self.issue_dq(other);
+                self.issue_dk(stage);
+                wg.wait(1);
+                self.douts.release(stage);
+                self.taken.release(other);
+                self.give_dq(other);
+                k.if_not(self.seek(other), || {
+                    self.finish_dq(stage);
+                    leave.now();
+                });
+                self.next_scores(stage, other);
+            }
+        });
+    }
+
+    /// Waits for the next tile, which goes into a stage; says whether there is one.
+    fn seek(&self, stage: usize) -> Reg<'k, bool> {
+        self.queries.wait(stage);
+        let line = self.k.load_shared::<u32>(self.stores.notes[stage]);
+        line.uniform().differs(END)
+    }
+
+    /// Scores of the next tile, while dk of the one before is under way.
+    fn next_scores(&self, before: usize, stage: usize) {
+        self.issue_scores(stage);
+        self.wg.wait(1);
+        self.queries.release(before);
+    }
+
+    fn issue_scores(&self, stage: usize) {
+        let q = self.queries.tile(stage);
+        self.wg.fence();
+        self.wg.product(
+            &self.scores,
+            Left::Tile(self.own_keys),
+            Right::Transposed(q),
+        );
+    }
+
+    /// Makes weights, their gradients and the scores' gradients of the tile whose scores are under
+    /// way, and gives the last to both consumers. The turn at the tensor cores is the other's
+    /// meanwhile.
+    fn weigh(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
+        let pair = pair(self.config.element);
+        let dout = self.douts.wait(stage);
+        wg.fence();
+        wg.product(
+            &self.gradients,
+            Left::Tile(self.own_values),
+            Right::Transposed(dout),
+        );
+        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        let wants = self.wants(stage);
+        wg.wait(1);
+        self.hide(&wants);
+        let lse = self.stores.lse[stage];
+        each_column(k, wg, lse, &self.scores, |_, score, lse| {
+            score.set(score.fma(self.scale, -lse).exp2());
+        });
+        if self.config.order.settled {
+            wg.settle(&self.scores, lse);
+        }
+        wg.wait(0);
+        // A step of 16 queries at a time: registers of its weights and gradients are free after it.
+        let deltas = self.stores.deltas[stage];
+        for step in 0..self.weights.steps() {
+            let columns = 16 * step as u32..16 * (step as u32 + 1);
+            let [weights, gradients] =
+                [&self.scores, &self.gradients].map(|tile| tile.part(columns.clone()));
+            weights.round_to(&self.weights.part(step), pair);
+            each_column(
+                k,
+                wg,
+                deltas.at(4 * columns.start),
+                &gradients,
+                |i, gradient, delta| {
+                    gradient.set((gradient - delta) * weights.registers()[i]);
+                },
+            );
+            gradients.round_to(&self.rounded.part(step), pair);
+        }
+        let (tile, full) = self.given.wait(stage);
+        wg.store_transposed(&self.rounded, tile.panel_at(wg.index));
+        k.warp_sync();
+        k.where_(wg.leader, || full.arrive());
+        self.wait_for_turn();
+    }
+
+    fn wait_for_turn(&self) {
+        self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
+    }
+
+    /// Whether this warp's keys see each of a tile's pieces.
+    fn wants(&self, stage: usize) -> Vec<Reg<'k, bool>> {
+        let note = self.stores.notes[stage];
+        let want = |i| {
+            let warps = self.k.load_shared::<u32>(note.at(8 + 8 * i));
+            (warps.uniform() & self.hidden.warp).differs(0)
+        };
+        (0..self.config.pieces()).map(want).collect()
+    }
+
+    /// Makes scores -inf that do not count: in pieces not wanted, and of keys behind the last.
+    fn hide(&self, wants: &[Reg<'k, bool>]) {
+        let Self { k, ref hidden, .. } = *self;
+        let piece = self.config.piece;
+        for (i, &want) in (0..).zip(wants) {
+            k.if_not(want, || {
+                let columns = i * piece..(i + 1) * piece;
+                self.scores.set_columns(columns, f32::NEG_INFINITY);
+            });
+        }
+        k.if_(hidden.cut, || {
+            for (score, row) in self.scores.elements() {
+                score.set(hidden.inside[row].select(score, f32::NEG_INFINITY));
+            }
+        });
+    }
+
+    fn issue_dv(&self, stage: usize) {
+        let dout = self.douts.tile(stage);
+        let weights = Left::Fragments(&self.weights);
+        self.wg.fence();
+        self.wg.add_product(&self.dv, weights, Right::Tile(dout));
+    }
+
+    fn issue_dk(&self, stage: usize) {
+        let q = self.queries.tile(stage);
+        let gradients = Left::Fragments(&self.rounded);
+        self.wg.fence();
+        self.wg.add_product(&self.dk, gradients, Right::Tile(q));
+    }
+
+    /// This consumer's part of a tile's dq, from both consumers' gradients.
+    fn issue_dq(&self, stage: usize) {
+        let wg = self.wg;
+        let (gradients, keys) = (self.taken.wait(stage), self.stores.keys);
+        let (left, right) = match self.config.share() {
+            Share::Columns => (gradients, keys.panel_at(wg.index)),
+            Share::Rows => (gradients.part(wg.index, UNIT), keys),
+        };
+        wg.fence();
+        wg.product(&self.dq, Left::Tile(left), Right::Tile(right));
+    }
+
+    /// Gives it to the reducer.
+    fn give_dq(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
+        let number = stage % self.stores.dq.len();
+        let out = &self.stores.dq[number];
+        let to = out.units.plus(wg.index * UNIT_BYTES);
+        let to = to.plus(wg.warp * (UNIT_BYTES / 4) + wg.lane * 16);
+        self.dq_empty[number].wait();
+        for (i, numbers) in (0..).zip(self.dq.registers().chunks_exact(4)) {
+            let numbers: [Reg<'k, f32>; 4] = std::array::from_fn(|j| numbers[j]);
+            k.store_shareds(to.at(4 * 128 * i), numbers);
+        }
+        k.fence(Fence::ProxyAsyncShared);
+        k.warp_sync();
+        k.where_(wg.leader, || out.full.at(wg.index).arrive());
+    }
+
+    /// dq of the last tile, when its other products are under way. The other consumer's turn has no
+    /// end that this one waits for.
+    fn finish_dq(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
+        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        self.issue_dq(stage);
+        wg.wait(0);
+        self.give_dq(stage);
+    }
+
+    /// Stores dk and dv.
+    fn store(&self, maps: Maps<'k>) {
+        let Self { k, wg, keys, .. } = *self;
+        let (own_keys, own_values) = (self.own_keys, self.own_values);
+        let pair = pair(self.config.element);
+        for mut register in self.dk.registers().iter().copied() {
+            register *= self.problem.scale;
+        }
+        // Both have done with K and V, whose places the gradients take.
+        k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
+        wg.store(&self.dv, pair, own_values);
+        wg.store(&self.dk, pair, own_keys);
+        wg.sync(wg.index + OWN_SYNC);
+        k.if_(wg.first_thread, || {
+            let place = Place::rows(keys.first + wg.index * OWN, keys.head, keys.batch);
+            let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
+            own_keys.store(maps.dk, panels());
+            own_values.store(maps.dv, panels());
+            k.bulk_commit();
+            k.bulk_wait(0);
+        });
+    }
+}
+
+/// Does `body(i, element, number)` for each element, the `i`-th, of a tile of keys by queries:
+/// `numbers` has one for each query.
+fn each_column<'k>(
+    k: &'k Builder,
+    wg: Warpgroup<'k>,
+    numbers: Address<'k, u32>,
+    tile: &RegTile<'k>,
+    body: impl Fn(usize, Reg<'k, f32>, Reg<'k, f32>),
+) {
+    // Of every 8 columns a thread has two, in both of its rows.
+    let own = numbers.plus((wg.lane & 3) * 8);
+    for (eight, four) in tile.registers().chunks_exact(4).enumerate() {
+        let two: [Reg<'k, f32>; 2] = k.load_shareds(own.at(32 * eight as u32));
+        for (i, &element) in four.iter().enumerate() {
+            body(4 * eight + i, element, two[i % 2]);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The reducers: one for each consumer, a thread, which has the units of dq that the consumer leaves
+//! added to memory.
+
+use flex_block_attn_ptx::Reg;
+use flex_block_attn_tile::Phases;
+
+use super::kernel::{END, Outgoing, Share, Stores};
+use super::queries::Problem;
+use super::{Config, ROW_BYTES, UNIT, UNIT_BYTES};
+
+/// Does reducer `index`'s work.
+pub(super) fn reduce<'k>(
+    config: Config,
+    problem: &Problem<'k>,
+    index: Reg<'k, u32>,
+    stores: &Stores<'k>,
+) {
+    let k = problem.k;
+    let phases = Phases::new(k);
+    let queries = stores.queries.consumer(k.lane().equals(0), &phases);
+    let full = |out: &Outgoing<'k>| phases.waiter(out.full.at(index));
+    let full: Vec<_> = stores.dq.iter().map(full).collect();
+    let pieces = UNIT / config.piece;
+    let bytes = config.piece * ROW_BYTES;
+    // Of the pieces of a tile, the first of this reducer's; of its columns, which unit.
+    let (first, unit) = match config.share() {
+        Share::Columns => (k.var(0u32), index),
+        Share::Rows => (index * pieces, k.var(0u32)),
+    };
+    // The next unit's head and pieces, noted before the loader writes the next note.
+    let line = k.var(END);
+    let rows: Vec<Reg<'k, u32>> = (0..pieces).map(|_| k.var(0u32)).collect();
+    let read_note = |stage: usize| {
+        queries.wait(stage);
+        let note = stores.notes[stage];
+        line.set(k.load_shared::<u32>(note));
+        k.if_(line.differs(END), || {
+            let own = note.plus(first * 8);
+            for (i, row) in (0..).zip(&rows) {
+                row.set(k.load_shared::<u32>(own.at(4 + 8 * i)));
+            }
+        });
+        queries.release(stage);
+    };
+    read_note(0);
+    k.loop_(|leave| {
+        for (stage, other) in [(0, 1), (1, 0)] {
+            leave.when(line.equals(END));
+            let number = stage % stores.dq.len();
+            let out = &stores.dq[number];
+            full[number].wait();
+            let panel = (line * (config.head_dim / UNIT) + unit).times_wide(problem.padded());
+            for (i, &row) in (0..).zip(&rows) {
+                // What only fills the tile up is not wanted.
+                k.if_(row.lt(problem.padded()), || {
+                    let to = problem.dq + (panel + row.to_u64()) * u64::from(ROW_BYTES);
+                    let from = out.units.plus(index * UNIT_BYTES).at(i * bytes);
+                    k.bulk_reduce_add(to, from, bytes);
+                });
+            }
+            k.bulk_commit();
+            // The next tile is there: of it this consumer has made scores already.
+            read_note(other);
+            k.bulk_wait_read(0);
+            out.empty.at(index).arrive();
+        }
+    });
+    k.bulk_wait(0);
+}
