@@ -8,6 +8,7 @@
 
 pub mod backward;
 mod chunk;
+pub mod exact;
 pub mod forward;
 pub mod gemm;
 mod lists;
@@ -18,7 +19,8 @@ pub mod pool;
 pub use flex_block_attn_ptx::{Element, Kernel, Launch};
 pub use flex_block_attn_tile::Strides;
 
-/// Every kernel in every config that is ever launched.
+/// Every kernel in every config that is ever launched, but for those of masks with an expression, of
+/// which there is no end.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));

@@ -7,6 +7,9 @@ use flex_block_attn_tile::Shape;
 
 use crate::forward::Tensor;
 
+/// In an entry of a list: the block is partial.
+pub(crate) const PARTIAL: u32 = 1 << 31;
+
 /// Sizes of a call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {

@@ -1,20 +1,30 @@
 //! [`Merge`]: several lists of blocks walked as one. Warps that multiply have 16 tokens each, and so one
 //! list of a plan each, but a tile is of eight warps: lane `w` of the warp that loads stands in the list
-//! of warp `w`, the smallest entry comes next, and a bit for each lane that has it says who wants it.
+//! of warp `w`, the smallest block comes next, and a bit for each lane that has it says who wants it. To
+//! some it may be a partial block, to others not.
 
 use flex_block_attn_ptx::{Builder, Reg};
+
+use crate::lists::PARTIAL;
 
 /// Tokens of a warp that multiplies.
 pub(crate) const WARP_TOKENS: u32 = 16;
 /// Warps that multiply, and lists.
 pub(crate) const WARPS: u32 = 8;
+/// In the place of a block: there are no more.
+pub(crate) const NO_BLOCK: u32 = !PARTIAL;
+/// In a want, which has a bit for each warp, from here on those to which the block is partial.
+pub(crate) const PARTIAL_WANTS: u32 = 16;
+
 /// In the place of an entry: there are no more.
-pub(crate) const NO_ENTRY: u32 = u32::MAX;
+const NO_ENTRY: u32 = u32::MAX;
 
 /// Ascending lists, being merged by a whole warp.
 pub(crate) struct Merge<'k> {
     k: &'k Builder,
     plan: Reg<'k, u64>,
+    /// Whether blocks may be partial.
+    partial: bool,
     /// The lane's entry, and the one after it, asked for ahead: the answer takes long.
     entry: Reg<'k, u32>,
     after: Reg<'k, u32>,
@@ -24,11 +34,12 @@ pub(crate) struct Merge<'k> {
 }
 
 impl<'k> Merge<'k> {
-    /// No lists yet; words are counted from `plan` on.
-    pub(crate) fn new(k: &'k Builder, plan: Reg<'k, u64>) -> Self {
+    /// No lists yet; words are counted from `plan` on. Unless they may be partial, no entry is.
+    pub(crate) fn new(k: &'k Builder, plan: Reg<'k, u64>, partial: bool) -> Self {
         Self {
             k,
             plan,
+            partial,
             entry: k.var(NO_ENTRY),
             after: k.var(NO_ENTRY),
             next: k.var(0u32),
@@ -62,13 +73,18 @@ impl<'k> Merge<'k> {
         self.entry.differs(NO_ENTRY).any()
     }
 
-    /// Takes the smallest entry, or [`NO_ENTRY`] if there is none; and who has it.
+    /// Takes the first block, or [`NO_BLOCK`] if there is none, and who wants it.
     pub(crate) fn take(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
-        let smallest = self.entry.warp_min();
-        let has_it = self.entry.equals(smallest);
-        let warps = has_it.ballot();
+        let own = self.entry & !PARTIAL;
+        let first = own.warp_min();
+        let has_it = own.equals(first);
+        let mut wants = has_it.ballot();
+        if self.partial {
+            let partial = has_it & self.entry.ge(PARTIAL);
+            wants |= partial.ballot() << PARTIAL_WANTS;
+        }
         self.k.if_(has_it, || self.advance());
-        (smallest, warps)
+        (first, wants)
     }
 
     fn advance(&self) {

@@ -70,7 +70,7 @@ pub fn backward_steps(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
-    let config = Config::choose(element, head_dim, q_block, kv_block)
+    let config = Config::choose(element, head_dim, q_block, kv_block, None)
         .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
@@ -118,6 +118,7 @@ pub fn backward_steps(
         heads,
         kv_heads: k.shape[1] as u32,
         scale,
+        tables: &[],
     };
     let after = finish::Args {
         sums,

@@ -38,7 +38,7 @@ pub fn forward_step(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
-    let config = Config::choose(element, head_dim, q_block, kv_block)
+    let config = Config::choose(element, head_dim, q_block, kv_block, None)
         .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     let [batch, heads, ..] = q.shape;
@@ -56,6 +56,7 @@ pub fn forward_step(
         scale,
         counter: workspace,
         blocks: multiprocessors,
+        tables: &[],
     };
     Ok(Some((Step::Forward(config), config.launch(&args))))
 }

@@ -18,7 +18,9 @@ use flex_block_attn_tile::{
 use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
 use super::queries::{KeyTile, Problem};
 use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
+use crate::exact::{Axis, Where};
 use crate::gemm::pair;
+use crate::merge::PARTIAL_WANTS;
 
 /// Named barriers: all consumers; a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits
 /// for its turn, `TURN + w`.
@@ -201,7 +203,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
         let wants = self.wants(stage);
         wg.wait(1);
-        self.hide(&wants);
+        self.hide(stage, &wants);
         let lse = self.stores.lse[stage];
         each_column(k, wg, lse, &self.scores, |_, score, lse| {
             score.set(score.fma(self.scale, -lse).exp2());
@@ -239,24 +241,41 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
     }
 
-    /// Whether this warp's keys see each of a tile's pieces.
-    fn wants(&self, stage: usize) -> Vec<Reg<'k, bool>> {
+    /// Which warps' keys see each of a tile's pieces.
+    fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
         let note = self.stores.notes[stage];
-        let want = |i| {
-            let warps = self.k.load_shared::<u32>(note.at(8 + 8 * i));
-            (warps.uniform() & self.hidden.warp).differs(0)
-        };
+        let want = |i| self.k.load_shared::<u32>(note.at(8 + 8 * i)).uniform();
         (0..self.config.pieces()).map(want).collect()
     }
 
-    /// Makes scores -inf that do not count: in pieces not wanted, and of keys behind the last.
-    fn hide(&self, wants: &[Reg<'k, bool>]) {
+    /// Makes scores -inf that do not count: in pieces not wanted, where the mask's expression hides
+    /// them in partial blocks, and of keys behind the last.
+    fn hide(&self, stage: usize, wants: &[Reg<'k, u32>]) {
         let Self { k, ref hidden, .. } = *self;
         let piece = self.config.piece;
         for (i, &want) in (0..).zip(wants) {
-            k.if_not(want, || {
-                let columns = i * piece..(i + 1) * piece;
-                self.scores.set_columns(columns, f32::NEG_INFINITY);
+            let columns = i * piece..(i + 1) * piece;
+            k.if_((want & hidden.warp).equals(0), || {
+                self.scores.set_columns(columns.clone(), f32::NEG_INFINITY);
+            });
+            let Some(exact) = &self.problem.exact else {
+                continue;
+            };
+            let partial = (want >> PARTIAL_WANTS) & hidden.warp;
+            k.if_(partial.differs(0), || {
+                let Self { wg, keys, .. } = *self;
+                let note = self.stores.notes[stage];
+                let line = k.load_shared::<u32>(note);
+                exact.hide(
+                    &self.scores.part(columns),
+                    &Where {
+                        batch: keys.batch,
+                        head: line % self.problem.heads,
+                        rows: Axis::Keys(keys.first + wg.index * OWN + wg.row()),
+                        first_column: k.load_shared(note.at(4 + 8 * i)),
+                        lane: wg.lane,
+                    },
+                );
             });
         }
         k.if_(hidden.cut, || {

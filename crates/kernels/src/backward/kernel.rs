@@ -92,7 +92,7 @@ impl Config {
             dk: k.tensor_map("dk"),
             dv: k.tensor_map("dv"),
         };
-        let problem = Problem::new(k);
+        let problem = Problem::new(k, self.mask);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
         let gradient = Shape::new(self.queries(), KEYS, self.element);

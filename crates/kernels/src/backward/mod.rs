@@ -22,6 +22,7 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
+use crate::exact::{Mask, Table};
 use crate::forward::Tensor;
 use crate::lists::{self, Call, panels, whole};
 
@@ -49,6 +50,8 @@ pub struct Config {
     pub piece: u32,
     /// When things are done.
     pub order: Order,
+    /// What counts of partial blocks, if there may be any.
+    pub mask: Option<Mask>,
 }
 
 /// What results do not depend on, but for the order of dq's sums.
@@ -88,7 +91,7 @@ impl Workspace {
 
 /// What a launch of the main kernel gives it.
 #[derive(Debug, Clone, Copy)]
-pub struct Args {
+pub struct Args<'a> {
     /// Queries.
     pub q: Tensor,
     /// Keys.
@@ -121,6 +124,8 @@ pub struct Args {
     pub kv_heads: u32,
     /// Factor of the scores.
     pub scale: f32,
+    /// The tables that the mask looks up.
+    pub tables: &'a [Table],
 }
 
 impl Order {
@@ -161,6 +166,7 @@ impl Config {
                     head_dim,
                     piece,
                     order: Order::CHOSEN,
+                    mask: None,
                 }));
             }
         }
@@ -174,6 +180,7 @@ impl Config {
                 head_dim,
                 piece: 64,
                 order,
+                mask: None,
             }));
         }
         all
@@ -181,7 +188,13 @@ impl Config {
 
     /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
     /// neither 64 nor 128, or blocks are no multiples of 16.
-    pub fn choose(element: Element, head_dim: u32, q_block: u32, kv_block: u32) -> Option<Self> {
+    pub fn choose(
+        element: Element,
+        head_dim: u32,
+        q_block: u32,
+        kv_block: u32,
+        mask: Option<Mask>,
+    ) -> Option<Self> {
         let supported = matches!(head_dim, 64 | 128)
             && [q_block, kv_block]
                 .iter()
@@ -193,6 +206,7 @@ impl Config {
             head_dim,
             piece,
             order: Order::CHOSEN,
+            mask,
         })
     }
 
@@ -226,7 +240,7 @@ impl Config {
     ///
     /// # Panics
     /// If blocks are not multiples of the piece.
-    pub fn launch(self, args: &Args) -> Launch {
+    pub fn launch(self, args: &Args<'_>) -> Launch {
         let layout = args.layout;
         let call = Call::new(
             layout,
@@ -269,6 +283,7 @@ impl Config {
             Arg::U32(if spread { rows } else { 0 }),
         ];
         list.extend(lists::args(args.plan, layout, Side::Columns));
+        list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         Launch {
             grid: [key_tiles, call.kv_heads, call.batch],
             args: list,
@@ -282,8 +297,10 @@ impl Config {
             head_dim,
             piece,
             order,
+            mask,
         } = self;
         let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        name += &mask.map(Mask::tag).unwrap_or_default();
         if !order.settled {
             name += "_unsettled";
         }

@@ -4,8 +4,9 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
+use crate::exact::{Exact, Mask};
 use crate::lists::Lists;
-use crate::merge::{Merge, NO_ENTRY};
+use crate::merge::{Merge, NO_BLOCK};
 
 /// The golden ratio's part behind the point, times 2^32.
 const GOLDEN: u32 = 0x9E37_79B9;
@@ -23,7 +24,7 @@ pub(super) struct Problem<'k> {
     pub(super) kv_len: Reg<'k, u32>,
     q_block: Reg<'k, u32>,
     kv_block: Reg<'k, u32>,
-    heads: Reg<'k, u32>,
+    pub(super) heads: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
     /// Numbers of a head in the arrays of lse and delta.
@@ -35,6 +36,8 @@ pub(super) struct Problem<'k> {
     spread: Reg<'k, u32>,
     /// The plan's columns.
     lists: Lists<'k>,
+    /// What counts of partial blocks, if there may be any.
+    pub(super) exact: Option<Exact<'k>>,
 }
 
 /// The keys of this thread block.
@@ -64,8 +67,8 @@ pub(super) struct Walk<'a, 'k> {
 
 impl<'k> Problem<'k> {
     /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder) -> Self {
-        Self {
+    pub(super) fn new(k: &'k Builder, mask: Option<Mask>) -> Self {
+        let mut problem = Self {
             k,
             lse: k.param("lse"),
             delta: k.param("delta"),
@@ -82,7 +85,11 @@ impl<'k> Problem<'k> {
             units: k.param("units"),
             spread: k.param("spread"),
             lists: Lists::new(k),
-        }
+            exact: None,
+        };
+        let lengths = [problem.q_len, problem.kv_len];
+        problem.exact = mask.map(|mask| Exact::new(k, mask, lengths));
+        problem
     }
 
     /// Queries of a head, in whole units.
@@ -130,7 +137,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             config,
             keys,
             at: k.var(keys.head * problem.group * 2 - 1),
-            lists: Merge::new(k, problem.lists.plan),
+            lists: Merge::new(k, problem.lists.plan, config.mask.is_some()),
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
@@ -187,7 +194,7 @@ impl<'a, 'k> Walk<'a, 'k> {
         let k = problem.k;
         k.if_(left.equals(0), || {
             let (block, warps) = self.lists.take();
-            k.if_(block.differs(NO_ENTRY), || {
+            k.if_(block.differs(NO_BLOCK), || {
                 self.warps.set(warps);
                 query.set(block * problem.q_block);
                 // The sequence's last block may be short.

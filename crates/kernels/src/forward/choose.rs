@@ -3,36 +3,43 @@
 use flex_block_attn_ptx::Element;
 
 use super::{Config, Rows};
+use crate::exact::Mask;
+
+/// Keys of a tile and of a piece.
+type Tiles = &'static [(u32, u32)];
 
 impl Config {
-    /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
-    /// neither 64 nor 128, or blocks are no multiples of 16.
-    pub fn choose(element: Element, head_dim: u32, q_block: u32, kv_block: u32) -> Option<Self> {
+    /// The config for a head dimension, blocks of so many queries and keys, and a mask's expression, if
+    /// it has one; none if head_dim is neither 64 nor 128, or blocks are no multiples of 16.
+    pub fn choose(
+        element: Element,
+        head_dim: u32,
+        q_block: u32,
+        kv_block: u32,
+        mask: Option<Mask>,
+    ) -> Option<Self> {
         // As measured by `benchmark.tune`. Wide tiles cost the fewest instructions a key, even if put
         // together from pieces; pieces are as large as blocks allow. Short heads leave so much of the
-        // softmax to hide that two warpgroups are too few.
-        let tall = (
-            Rows::Whole(192),
-            [(128, 128), (128, 64), (128, 32), (128, 16)],
-        );
-        let wide = (
-            Rows::Whole(128),
-            [(192, 192), (192, 64), (128, 32), (128, 16)],
-        );
-        let mixed = (Rows::Mixed, [(64, 64), (64, 64), (64, 32), (64, 16)]);
-        let order: &[_] = match head_dim {
-            64 => &[tall, wide, mixed],
-            128 => &[wide, mixed],
+        // softmax to hide that two warpgroups are too few. Expressions need registers, which wide
+        // tiles and three warpgroups do not leave.
+        const NARROW: Tiles = &[(128, 128), (128, 64), (128, 32), (128, 16)];
+        const WIDE: Tiles = &[(192, 192), (192, 64), (128, 32), (128, 16)];
+        const MIXED: (Rows, Tiles) = (Rows::Mixed, &[(64, 64), (64, 32), (64, 16)]);
+        let order: &[(Rows, Tiles)] = match (head_dim, mask) {
+            (64 | 128, Some(_)) => &[(Rows::Whole(128), NARROW), MIXED],
+            (128, None) => &[(Rows::Whole(128), WIDE), MIXED],
+            (64, None) => &[(Rows::Whole(192), NARROW), (Rows::Whole(128), WIDE), MIXED],
             _ => return None,
         };
-        let configs = order.iter().flat_map(|(rows, tiles)| {
-            tiles.iter().map(|&(kv_tile, piece)| Self {
+        let configs = order.iter().flat_map(|&(rows, tiles)| {
+            tiles.iter().map(move |&(kv_tile, piece)| Self {
                 element,
                 head_dim,
-                rows: *rows,
+                rows,
                 kv_tile,
                 piece,
                 by_polynomial: 0,
+                mask,
             })
         });
         let mut configs = configs.filter(|config| config.takes(q_block, kv_block));
@@ -61,15 +68,15 @@ mod tests {
         for head_dim in [64, 128] {
             for q_block in (16..=400).step_by(16) {
                 for kv_block in (16..=800).step_by(16) {
-                    let config = Config::choose(Element::F16, head_dim, q_block, kv_block)
+                    let config = Config::choose(Element::F16, head_dim, q_block, kv_block, None)
                         .unwrap_or_else(|| panic!("{q_block} x {kv_block}"));
                     assert!(all.contains(&config), "{config:?}");
                     assert!(kv_block.is_multiple_of(config.piece), "{config:?}");
                 }
             }
         }
-        assert_eq!(Config::choose(Element::Bf16, 96, 64, 64), None);
-        assert_eq!(Config::choose(Element::Bf16, 64, 24, 64), None);
-        assert_eq!(Config::choose(Element::Bf16, 64, 64, 0), None);
+        assert_eq!(Config::choose(Element::Bf16, 96, 64, 64, None), None);
+        assert_eq!(Config::choose(Element::Bf16, 64, 24, 64, None), None);
+        assert_eq!(Config::choose(Element::Bf16, 64, 64, 0, None), None);
     }
 }

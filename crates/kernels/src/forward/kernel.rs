@@ -3,7 +3,8 @@
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Fragments, Left, Phases, Place, Producer, RegTile, Right, Ring, Shared, WARPGROUP, Warpgroup,
+    Barrier, Fragments, Left, Phases, Place, RegTile, Right, Ring, Shared, SharedTile, WARPGROUP,
+    Warpgroup,
 };
 
 use super::keys::Keys;
@@ -12,7 +13,9 @@ use super::queries::{Note, Queries};
 use super::softmax::Softmax;
 use super::work::{Jobs, plan};
 use super::{Config, OWN};
+use crate::exact::{Axis, Where};
 use crate::gemm::pair;
+use crate::lists::PARTIAL;
 
 /// Stages of k and of v.
 const STAGES: usize = 2;
@@ -48,15 +51,15 @@ struct Stores<'k> {
     queries: Queries<'k>,
     keys: Ring<'k>,
     values: Ring<'k>,
-    /// Of the tile in each stage, the first keys of its pieces: the loader's own notes, for which it
-    /// has no registers.
+    /// Of the tile in each stage, the first keys of its pieces: the loader's notes, for which it has no
+    /// registers. Where blocks may be partial, consumers read them, too.
     rows: Vec<Address<'k, u32>>,
 }
 
 impl Config {
     pub(super) fn body(self, k: &Builder) {
         let maps = Maps::new(k);
-        let problem = Problem::new(k);
+        let problem = Problem::new(k, self.mask);
 
         let shared = Shared::new(k);
         // Tiles first: they are aligned to more than all else.
@@ -120,20 +123,34 @@ impl Config {
             let place = |row| Place::rows(row, kv_head, batch);
             let some = || {
                 let walk = Keys::new(problem, self, jobs.start(k));
+                let load_keys = |stage: usize| {
+                    let empty = match self.mask {
+                        None => {
+                            walk.next_tile(rows[stage]);
+                            keys.wait(stage)
+                        }
+                        Some(_) => {
+                            // Consumers read of the tile before until then.
+                            let empty = keys.wait(stage);
+                            walk.next_tile(rows[stage]);
+                            empty
+                        }
+                    };
+                    self.load_tile(empty, maps.k, rows[stage], &place);
+                };
+                let load_values = |stage: usize| {
+                    self.load_tile(values.wait(stage), maps.v, rows[stage], &place);
+                };
                 // The first keys do not wait for the last output to be stored.
-                walk.next_tile(rows[0]);
-                self.load_tile(&keys, 0, maps.k, rows[0], &place);
+                load_keys(0);
                 emptied.wait();
                 queries.fill(k, maps.q, jobs.note(k));
                 jobs.release();
                 each_after_first(k, tiles, |stage, before| {
-                    walk.next_tile(rows[stage]);
-                    self.load_tile(&keys, stage, maps.k, rows[stage], &place);
-                    self.load_tile(&values, before, maps.v, rows[before], &place);
+                    load_keys(stage);
+                    load_values(before);
                 });
-                at_last_stage(k, tiles, |stage| {
-                    self.load_tile(&values, stage, maps.v, rows[stage], &place);
-                });
+                at_last_stage(k, tiles, load_values);
             };
             let none = || {
                 emptied.wait();
@@ -146,27 +163,29 @@ impl Config {
         queries.pass(k, Note::end(k));
     }
 
-    /// Has a stage filled with the pieces whose first keys are at `rows`.
+    /// Has an empty stage filled with the pieces whose first keys are at `rows`.
     fn load_tile<'k>(
         self,
-        ring: &Producer<'k>,
-        stage: usize,
+        (tile, full): (SharedTile<'k>, Barrier<'k>),
         map: Reg<'k, u64>,
         rows: Address<'k, u32>,
         place: &impl Fn(Reg<'k, u32>) -> Place,
     ) {
         let (k, options) = (map.builder(), TmaOptions::default());
-        ring.fill(stage, |tile, full| {
-            for i in 0..self.pieces() {
-                let place = place(k.load_shared(rows.at(4 * i)));
-                if self.pieces() == 1 {
-                    tile.load(map, place, full, options);
-                } else {
-                    let part = tile.row_range(i * self.piece, self.piece);
-                    part.load_panels(map, place, full, options);
-                }
+        full.arrive_expect(tile.shape.bytes());
+        for i in 0..self.pieces() {
+            let row = k.load_shared(rows.at(4 * i));
+            let place = place(match self.mask {
+                None => row,
+                Some(_) => row & !PARTIAL,
+            });
+            if self.pieces() == 1 {
+                tile.load(map, place, full, options);
+            } else {
+                let part = tile.row_range(i * self.piece, self.piece);
+                part.load_panels(map, place, full, options);
             }
-        });
+        }
     }
 
     fn consume<'k>(self, out: Reg<'k, u64>, problem: &Problem<'k>, stores: &Stores<'k>) {
@@ -182,6 +201,11 @@ impl Config {
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
         let softmax = Softmax::new(k, problem.scale, self.by_polynomial);
+
+        let step = |scores: &RegTile<'k>| match self.mask {
+            None => softmax.step(scores),
+            Some(_) => softmax.step_of_some(scores),
+        };
 
         // Turns are in a circle, and the first warpgroup goes first.
         let last = wg.index.equals(self.consumers() - 1);
@@ -199,12 +223,12 @@ impl Config {
                 wg.fence();
                 wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
                 wg.wait(0);
-                keys.release(0);
+                self.hide(problem, stores, wg, &scores, 0, || keys.release(0));
                 k.if_(note.columns.lt(self.kv_tile), || {
                     let all = 0..self.kv_tile;
                     scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
                 });
-                softmax.step(&scores);
+                step(&scores);
                 scores.round_to(&weights, pair);
 
                 each_after_first(k, tiles, |stage, before| {
@@ -219,8 +243,8 @@ impl Config {
                     wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
                     k.barrier_arrive(next + TURN, 2 * WARPGROUP);
                     wg.wait(1);
-                    keys.release(stage);
-                    softmax.step(&scores);
+                    self.hide(problem, stores, wg, &scores, stage, || keys.release(stage));
+                    step(&scores);
                     wg.wait(0);
                     values.release(before);
                     scores.round_to(&weights, pair);
@@ -242,6 +266,52 @@ impl Config {
             problem.store_lse(wg, note, log_sum);
             stores.queries.store(k, wg, note, out, &output, pair);
         });
+    }
+}
+
+impl Config {
+    /// Hides, of a tile of scores, what the mask's expression hides in partial blocks. Gives the stage
+    /// back when its notes have been read.
+    fn hide<'k>(
+        self,
+        problem: &Problem<'k>,
+        stores: &Stores<'k>,
+        wg: Warpgroup<'k>,
+        scores: &RegTile<'k>,
+        stage: usize,
+        release: impl FnOnce(),
+    ) {
+        let k = problem.k;
+        let Some(exact) = &problem.exact else {
+            release();
+            return;
+        };
+        let rows = stores.rows[stage];
+        let hide = |i: u32, word: Reg<'k, u32>| {
+            k.if_(word.ge(PARTIAL), || {
+                let note = stores.queries.note(k);
+                exact.hide(
+                    &scores.part(i * self.piece..(i + 1) * self.piece),
+                    &Where {
+                        batch: note.batch(),
+                        head: note.head(),
+                        rows: Axis::Queries(note.first + wg.index * OWN + wg.row()),
+                        first_column: word & !PARTIAL,
+                        lane: wg.lane,
+                    },
+                );
+            });
+        };
+        let word = |i: u32| k.load_shared_uniform(rows.at(4 * i));
+        if self.pieces() == 1 {
+            let word = word(0);
+            release();
+            hide(0, word);
+        } else {
+            // There are no registers to keep all words in.
+            (0..self.pieces()).for_each(|i| hide(i, word(i)));
+            release();
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use flex_block_attn_ptx::builder::Address;
 
 use super::Config;
 use super::problem::{Problem, Tile, rounded_up};
+use crate::lists::PARTIAL;
 
 /// Where the walk through a list starts.
 #[derive(Clone, Copy)]
@@ -18,6 +19,8 @@ pub(super) struct Start<'k> {
     pub(super) left: Reg<'k, u32>,
     /// Keys, in whole pieces, that the first tile is short of.
     pub(super) missing: Reg<'k, u32>,
+    /// [`PARTIAL`] if the block at hand is partial, else 0.
+    pub(super) partial: Reg<'k, u32>,
 }
 
 /// A walk through a list.
@@ -39,11 +42,11 @@ impl<'k> Start<'k> {
         let Config { kv_tile, piece, .. } = config;
         let zero = || problem.k.var(0u32);
         let (tiles, columns) = (zero(), zero());
-        let (block, left, missing) = (zero(), zero(), zero());
+        let (block, left, missing, partial) = (zero(), zero(), zero(), zero());
         let count = problem.lists.count(tile.record, row);
         let entry = problem.lists.list(tile.record, row) + count - 1;
         problem.k.if_(count.gt(0), || {
-            block.set(problem.lists.word(entry) * problem.kv_block);
+            config.set_block(problem, entry, block, partial);
             let keys_of_last = problem.keys_of_block(block);
             let before = (count - 1) * problem.kv_block;
             left.set(rounded_up(keys_of_last, piece));
@@ -57,6 +60,7 @@ impl<'k> Start<'k> {
             block,
             left,
             missing,
+            partial,
         };
         (tiles, columns, start)
     }
@@ -72,8 +76,9 @@ impl<'a, 'k> Keys<'a, 'k> {
         }
     }
 
-    /// Writes the first keys of the next tile's pieces, one word each; those of pieces that only
-    /// fill it up lie behind the sequence, where copies find zeros.
+    /// Writes the first keys of the next tile's pieces, one word each, which says whether the piece is
+    /// of a partial block, too. Those of pieces that only fill the tile up lie behind the sequence,
+    /// where copies find zeros.
     pub(super) fn next_tile(&self, to: Address<'k, u32>) {
         let (k, pieces) = (self.problem.k, self.config.pieces());
         // From the last to the first: what fills up is behind all keys.
@@ -98,15 +103,39 @@ impl<'a, 'k> Keys<'a, 'k> {
             mut entry,
             block,
             mut left,
+            partial,
             ..
         } = self.at;
-        let problem = self.problem;
+        let (problem, config) = (self.problem, self.config);
         problem.k.if_(left.equals(0), || {
             entry -= 1;
-            block.set(problem.lists.word(entry) * problem.kv_block);
+            config.set_block(problem, entry, block, partial);
             left.set(problem.kv_block);
         });
-        left -= self.config.piece;
-        block + left
+        left -= config.piece;
+        match config.mask {
+            None => block + left,
+            Some(_) => (block + left) | partial,
+        }
+    }
+}
+
+impl Config {
+    /// Looks up an entry of a list: the block's first key, and whether it is partial, if any can be.
+    fn set_block<'k>(
+        self,
+        problem: &Problem<'k>,
+        entry: Reg<'k, u32>,
+        first: Reg<'k, u32>,
+        partial: Reg<'k, u32>,
+    ) {
+        let word = problem.lists.word(entry);
+        match self.mask {
+            None => first.set(word * problem.kv_block),
+            Some(_) => {
+                first.set((word & !PARTIAL) * problem.kv_block);
+                partial.set(word & PARTIAL);
+            }
+        }
     }
 }

@@ -20,8 +20,9 @@ use super::problem::{Problem, Tile, rounded_up};
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
 use super::{Config, OWN};
+use crate::exact::{Axis, Where};
 use crate::gemm::pair;
-use crate::merge::{Merge, NO_ENTRY, WARPS};
+use crate::merge::{Merge, NO_BLOCK, PARTIAL_WANTS, WARPS};
 
 /// Queries of a tile.
 pub(super) const QUERIES: u32 = 128;
@@ -38,8 +39,9 @@ struct Stores<'k> {
     queries: Queries<'k>,
     /// Tiles of k, with those of v behind them.
     pairs: Ring<'k>,
-    /// For each stage, a want for each piece: bits of the warps that want it, and from bit 8 on how
-    /// many of its keys there are.
+    /// For each stage, a want for each piece: bits of the warps that want it, from bit 8 on how many of
+    /// its keys there are, and from [`PARTIAL_WANTS`] on the warps to which its block is partial.
+    /// Behind them, where blocks may be partial, the first keys of the pieces.
     wants: Vec<Address<'k, u32>>,
 }
 
@@ -62,13 +64,13 @@ impl Config {
 
     pub(super) fn mixed_body(self, k: &Builder) {
         let maps = Maps::new(k);
-        let problem = Problem::new(k);
+        let problem = Problem::new(k, self.mask);
         let shared = Shared::new(k);
         let stores = Stores {
             queries: Queries::new(&shared, self.q_shape()),
             pairs: Ring::new(&shared, STAGES, self.pair_shape(), WARPS),
             wants: (0..STAGES)
-                .map(|_| shared.bytes(4 * self.pieces(), 4))
+                .map(|_| shared.bytes(2 * self.want_bytes(), 4))
                 .collect(),
         };
         shared.finish();
@@ -133,8 +135,11 @@ impl Config {
                 });
                 leave.when(end);
                 k.if_(leader, || {
-                    for (i, &(_, want)) in (0..).zip(&found) {
+                    for (i, &(row, want)) in (0..).zip(&found) {
                         k.store_shared(wants.at(4 * i), want);
+                        if self.mask.is_some() {
+                            k.store_shared(wants.at(self.want_bytes() + 4 * i), row);
+                        }
                     }
                     full.arrive_expect(pair.shape.bytes());
                     for (i, &(row, _)) in (0..).zip(&found) {
@@ -151,6 +156,11 @@ impl Config {
         });
         emptied.wait();
         k.if_(leader, || queries.pass(k, Note::end(k)));
+    }
+
+    /// Bytes of a tile's wants.
+    fn want_bytes(self) -> u32 {
+        4 * self.pieces()
     }
 
     fn k_part(self, pair: SharedTile<'_>) -> SharedTile<'_> {
@@ -200,10 +210,34 @@ impl Config {
                     wg.product(&scores, Left::Tile(q), keys);
                     wg.wait(0);
                     for (i, &want) in (0..).zip(&wants) {
-                        let kept = (want & mine).differs(0).select(want >> 8, 0u32);
+                        let columns = i * self.piece..(i + 1) * self.piece;
+                        let keys = (want >> 8) & (0xffff >> 8);
+                        let kept = (want & mine).differs(0).select(keys, 0u32);
                         k.if_(kept.lt(self.piece), || {
-                            let columns = i * self.piece..(i + 1) * self.piece;
-                            scores.set_columns_from(columns, kept, wg.lane, f32::NEG_INFINITY);
+                            scores.set_columns_from(
+                                columns.clone(),
+                                kept,
+                                wg.lane,
+                                f32::NEG_INFINITY,
+                            );
+                        });
+                        let Some(exact) = &problem.exact else {
+                            continue;
+                        };
+                        let partial = (want >> PARTIAL_WANTS) & mine;
+                        k.if_(partial.differs(0), || {
+                            let note = stores.queries.note(k);
+                            let first = stores.wants[stage].at(self.want_bytes() + 4 * i);
+                            exact.hide(
+                                &scores.part(columns),
+                                &Where {
+                                    batch: note.batch(),
+                                    head: note.head(),
+                                    rows: Axis::Queries(note.first + wg.index * OWN + wg.row()),
+                                    first_column: k.load_shared_uniform(first),
+                                    lane: wg.lane,
+                                },
+                            );
                         });
                     }
                     softmax.step_of_some(&scores);
@@ -230,7 +264,7 @@ impl<'a, 'k> Pieces<'a, 'k> {
     /// Those of the blocks that the queries from `first` on are in.
     fn new(problem: &'a Problem<'k>, config: Config, tile: Tile<'k>, first: Reg<'k, u32>) -> Self {
         let k = problem.k;
-        let lists = Merge::new(k, problem.lists.plan);
+        let lists = Merge::new(k, problem.lists.plan, config.mask.is_some());
         lists.start(first, problem.q_len, |query| {
             let row = query / problem.q_block;
             let lists = &problem.lists;
@@ -253,7 +287,7 @@ impl<'a, 'k> Pieces<'a, 'k> {
         let (mut key, mut left) = (self.key, self.left);
         k.if_(left.equals(0), || {
             let (block, warps) = self.lists.take();
-            k.if_(block.differs(NO_ENTRY), || {
+            k.if_(block.differs(NO_BLOCK), || {
                 self.warps.set(warps);
                 key.set(block * problem.kv_block);
                 left.set(rounded_up(problem.keys_of_block(key), piece));

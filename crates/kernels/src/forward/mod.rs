@@ -39,6 +39,7 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
+use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
 
 /// Queries of a warpgroup.
@@ -59,6 +60,8 @@ pub struct Config {
     pub piece: u32,
     /// One in so many exponentials is computed by a polynomial; 0: none.
     pub by_polynomial: usize,
+    /// What counts of partial blocks, if there may be any.
+    pub mask: Option<Mask>,
 }
 
 /// What blocks of queries the tiles of queries are made for.
@@ -81,7 +84,7 @@ pub struct Tensor {
 
 /// What a launch gives it.
 #[derive(Debug, Clone, Copy)]
-pub struct Args {
+pub struct Args<'a> {
     /// Queries.
     pub q: Tensor,
     /// Keys.
@@ -109,6 +112,8 @@ pub struct Args {
     pub counter: u64,
     /// Thread blocks at most: the device's multiprocessors.
     pub blocks: u32,
+    /// The tables that the mask looks up.
+    pub tables: &'a [Table],
 }
 
 impl Config {
@@ -146,6 +151,7 @@ impl Config {
                 kv_tile,
                 piece,
                 by_polynomial,
+                mask: None,
             };
             two_consumers.iter().chain(more).map(config)
         };
@@ -202,7 +208,7 @@ impl Config {
     /// # Panics
     /// If blocks are not multiples of the tile of queries and the piece, or there is nothing to
     /// compute.
-    pub fn launch(self, args: &Args) -> Launch {
+    pub fn launch(self, args: &Args<'_>) -> Launch {
         let layout = args.layout;
         let call = Call::new(
             layout,
@@ -244,6 +250,7 @@ impl Config {
             Arg::U32(call.heads / call.kv_heads),
         ];
         list.extend(lists::args(args.plan, layout, Side::Rows));
+        list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         Launch {
             grid: [tiles.min(args.blocks), 1, 1],
             args: list,
@@ -259,6 +266,7 @@ impl Config {
             kv_tile,
             piece,
             by_polynomial,
+            mask,
         } = self;
         let tile = match rows {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
@@ -268,9 +276,10 @@ impl Config {
             0 => String::new(),
             share => format!("_e{share}"),
         };
-        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}").to_lowercase();
+        let tag = mask.map(Mask::tag).unwrap_or_default();
+        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}{tag}");
         let threads = (1 + self.consumers()) * WARPGROUP;
-        Builder::kernel(name, threads, |k| match rows {
+        Builder::kernel(name.to_lowercase(), threads, |k| match rows {
             Rows::Whole(_) => self.body(k),
             Rows::Mixed => self.mixed_body(k),
         })

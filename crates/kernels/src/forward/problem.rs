@@ -5,6 +5,7 @@ use flex_block_attn_tile::{RowPair, Warpgroup};
 
 use super::OWN;
 use super::queries::Note;
+use crate::exact::{Exact, Mask};
 use crate::lists::Lists;
 
 /// All parameters but the tensor maps.
@@ -27,6 +28,8 @@ pub(super) struct Problem<'k> {
     group: Reg<'k, u32>,
     /// The plan's rows.
     pub(super) lists: Lists<'k>,
+    /// What counts of partial blocks, if there may be any.
+    pub(super) exact: Option<Exact<'k>>,
 }
 
 /// A tile of queries: which of its head's.
@@ -44,8 +47,8 @@ pub(super) struct Tile<'k> {
 
 impl<'k> Problem<'k> {
     /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder) -> Self {
-        Self {
+    pub(super) fn new(k: &'k Builder, mask: Option<Mask>) -> Self {
+        let mut problem = Self {
             k,
             lse: k.param("lse"),
             heads: k.param("heads"),
@@ -59,7 +62,11 @@ impl<'k> Problem<'k> {
             q_block: k.param("q_block"),
             group: k.param("group"),
             lists: Lists::new(k),
-        }
+            exact: None,
+        };
+        let lengths = [problem.q_len, problem.kv_len];
+        problem.exact = mask.map(|mask| Exact::new(k, mask, lengths));
+        problem
     }
 
     /// Does `body` for each tile of queries that this thread block takes, in a single thread.

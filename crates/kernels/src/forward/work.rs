@@ -56,6 +56,7 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
             block: none,
             left: none,
             missing: none,
+            partial: none,
         },
     });
 }
@@ -91,10 +92,11 @@ impl<'k> Jobs<'k> {
             block,
             left,
             missing,
+            partial,
         } = job.start;
         k.store_shareds(self.words, job.note.to_words());
         k.store_shareds(self.words.at(16), [entry, block, left, missing]);
-        k.store_shared(self.words.at(32), job.kv_head);
+        k.store_shareds(self.words.at(32), [job.kv_head, partial]);
         self.full.arrive();
     }
 
@@ -115,6 +117,7 @@ impl<'k> Jobs<'k> {
             block: self.word(k, 5),
             left: self.word(k, 6),
             missing: self.word(k, 7),
+            partial: self.word(k, 9),
         }
     }
 

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use flex_block_attn_kernels as kernels;
 use flex_block_attn_lab::ptxas::assemble;
+use flex_block_attn_lab::rules;
 use flex_block_attn_ptx::{Kernel, Module, print, verify};
 
 pub const USAGE: &str = "lab kernels [--only TEXT] [--ptx DIR]
 
-Lists all kernels in all configs, each verified, printed and assembled by ptxas
+Lists all kernels in all configs, and those of some masks' expressions, each verified, printed and
+assembled by ptxas
 (PTXAS=path/to/ptxas, or `make .venv/.ptxas`): registers, spills, shared bytes,
 lines of PTX, warnings.
 
@@ -29,7 +31,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
         "{:32} {:>9} {:>6} {:>8} {:>7}  warnings",
         "kernel", "registers", "spills", "shared", "lines"
     );
-    for kernel in kernels::all() {
+    for kernel in kernels::all().into_iter().chain(rules::kernels()) {
         if kernel.name.contains(&only) {
             row(kernel, folder.as_deref())?;
         }

@@ -76,7 +76,7 @@ fn cases() -> Vec<Case> {
         cases.push(case(name, move |gpu| product(gpu, size)));
     }
     for (name, heads, tokens, head_dim, block, density) in MASKS {
-        let chosen = forward::Config::choose(Element::Bf16, head_dim, block, block);
+        let chosen = forward::Config::choose(Element::Bf16, head_dim, block, block, None);
         let fits = |config: &forward::Config| {
             (config.element, config.head_dim) == (Element::Bf16, head_dim)
                 && config.takes(block, block)
@@ -285,6 +285,7 @@ fn attention(
         scale: 1.0 / (config.head_dim as f32).sqrt(),
         counter: gpu.alloc(4)?,
         blocks: gpu.device().multiprocessors(),
+        tables: &[],
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
     let times = gpu.time(1, 20, || {

@@ -1,12 +1,13 @@
 //! Attention, against its definition in float64: [`Forward`] and [`Backward`].
 
-use flex_block_attn::{BlockMask, Plan};
+use flex_block_attn::{BlockMask, Plan, PlanLayout};
 use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::exact::Table;
 use flex_block_attn_kernels::{backward, forward};
 use flex_block_attn_ptx::Element;
 
 use super::tensor::{Layout, Tensor, rounded};
-use super::{Close, Expected, Setup, Step};
+use super::{Close, Expected, Rule, Setup, Step};
 use crate::reference::{Problem, Sizes};
 
 /// Attention forward.
@@ -22,6 +23,8 @@ pub struct Forward {
     pub kv_heads: usize,
     /// Lengths, blocks, and which of them are seen.
     pub mask: BlockMask,
+    /// What counts of these, if not all; the config is for it.
+    pub rule: Option<Rule>,
     /// Factor of the scores.
     pub scale: f64,
     /// Thread blocks at most.
@@ -43,17 +46,47 @@ pub struct Backward {
     pub kv_heads: usize,
     /// Lengths, blocks, and which of them are seen.
     pub mask: BlockMask,
+    /// What counts of these, if not all; the config is for it.
+    pub rule: Option<Rule>,
     /// Factor of the scores.
     pub scale: f64,
 }
 
 /// Who sees whom: batch, head, query and key.
-fn seen(mask: &BlockMask) -> impl Fn(usize, usize, usize, usize) -> bool + '_ {
+fn seen<'a>(
+    mask: &'a BlockMask,
+    rule: &'a Option<Rule>,
+) -> impl Fn(usize, usize, usize, usize) -> bool + 'a {
     let extents = mask.extents();
     move |batch, head, query, key| {
         let (row, column) = (query / extents.q_block(), key / extents.kv_block());
         // A mask's extent of 1 stands for all.
         mask.contains(batch % mask.batch(), head % mask.heads(), row, column)
+            && rule
+                .as_ref()
+                .is_none_or(|rule| rule.counts(batch, head, query, key))
+    }
+}
+
+/// A mask's plan and a rule's tables, in memory.
+fn planned(mask: &BlockMask, rule: &Option<Rule>, memory: &mut Memory) -> (u64, Vec<Table>) {
+    match rule {
+        None => (
+            memory.alloc_with("plan", Plan::new(mask).words()),
+            Vec::new(),
+        ),
+        Some(rule) => (
+            memory.alloc_with("plan", &rule.plan(mask)),
+            rule.tables(memory),
+        ),
+    }
+}
+
+fn layout(mask: &BlockMask) -> PlanLayout {
+    PlanLayout {
+        extents: mask.extents(),
+        batch: mask.batch(),
+        heads: mask.heads(),
     }
 }
 
@@ -75,6 +108,7 @@ impl Forward {
             heads: 1,
             kv_heads: 1,
             mask,
+            rule: None,
             scale: 0.125,
             blocks: 2,
             tokens_first: false,
@@ -106,10 +140,15 @@ impl Forward {
             k: &k,
             v: &v,
         };
-        let expected = problem.attention(&seen(&self.mask));
+        let expected = problem.attention(&seen(&self.mask, &self.rule));
 
         let mut memory = Memory::new();
-        let args = self.args(&problem, &mut memory, [like_q, like_kv]);
+        let (plan, tables) = planned(&self.mask, &self.rule, &mut memory);
+        let args = forward::Args {
+            plan,
+            tables: &tables,
+            ..self.args(&problem, &mut memory, [like_q, like_kv])
+        };
         // What rounding weights and output costs.
         let most = match element {
             Element::F16 => 1e-3,
@@ -144,8 +183,7 @@ impl Forward {
         problem: &Problem<'_>,
         memory: &mut Memory,
         [like_q, like_kv]: [Tensor; 2],
-    ) -> forward::Args {
-        let plan = Plan::new(&self.mask);
+    ) -> forward::Args<'static> {
         let lines: usize = problem.sizes.lse_shape().iter().product();
         forward::Args {
             q: like_q.put(memory, "q", problem.q),
@@ -153,14 +191,15 @@ impl Forward {
             v: like_kv.put(memory, "v", problem.v),
             out: like_q.alloc(memory, "out"),
             lse: memory.alloc("lse", 4 * lines),
-            plan: memory.alloc_with("plan", plan.words()),
-            layout: plan.layout(),
+            plan: 0,
+            layout: layout(&self.mask),
             batch: self.batch as u32,
             heads: self.heads as u32,
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
             counter: memory.alloc_with("counter", &[0i32]),
             blocks: self.blocks,
+            tables: &[],
         }
     }
 }
@@ -174,6 +213,7 @@ impl Backward {
             heads: 1,
             kv_heads: 1,
             mask,
+            rule: None,
             scale: 0.125,
         }
     }
@@ -200,14 +240,14 @@ impl Backward {
             k: &k,
             v: &v,
         };
-        let keep = seen(&self.mask);
+        let keep = seen(&self.mask, &self.rule);
         let attention = problem.attention(&keep);
         let expected = problem.gradients(&keep, &dout, &vec![0.0; attention.lse.len()]);
         let out: Vec<f64> = attention.out.iter().map(|&x| rounded(element, x)).collect();
         let lse: Vec<f32> = attention.lse.iter().map(|&x| x as f32).collect();
 
         let mut memory = Memory::new();
-        let plan = Plan::new(&self.mask);
+        let (plan, tables) = planned(&self.mask, &self.rule, &mut memory);
         let workspace = Workspace::of(sizes);
         let (batch, heads, q_len) = (self.batch as u32, self.heads as u32, sizes.q_len as u32);
         let before = backward::prepare::Args {
@@ -231,12 +271,13 @@ impl Backward {
             lse: before.log2,
             delta: before.delta,
             dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
-            plan: memory.alloc_with("plan", plan.words()),
-            layout: plan.layout(),
+            plan,
+            layout: layout(&self.mask),
             batch,
             heads,
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
+            tables: &tables,
         };
         let after = backward::finish::Args {
             sums: args.dq,

@@ -12,6 +12,7 @@ mod attention;
 mod plan;
 mod product;
 mod rows;
+mod rule;
 mod tensor;
 
 use flex_block_attn::{bf16, f16};
@@ -26,6 +27,7 @@ pub use attention::{Backward, Forward};
 pub use plan::{Compaction, MaskLayout};
 pub use product::Product;
 pub use rows::{Pool, Prepare};
+pub use rule::Rule;
 pub use tensor::Layout;
 
 /// Launches that follow each other on memory of their own, and what they must leave there.
@@ -300,7 +302,7 @@ mod tests {
     /// One of each kind.
     fn setups() -> Vec<Setup> {
         let mask = builders::full(Extents::new(128, 128, 128, 128).unwrap());
-        let forward = forward::Config::choose(Element::Bf16, 64, 128, 128).unwrap();
+        let forward = forward::Config::choose(Element::Bf16, 64, 128, 128, None).unwrap();
         let (layout, mask_layout) = (Layout::default(), MaskLayout::Transposed);
         vec![
             PRODUCT.setup(),

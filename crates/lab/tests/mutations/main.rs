@@ -62,6 +62,7 @@ impl Base {
             kv_tile,
             piece,
             by_polynomial: 0,
+            mask: None,
         };
         match self {
             Self::Gemm => Product {

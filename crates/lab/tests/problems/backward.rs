@@ -14,6 +14,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         head_dim,
         piece,
         order: Order::CHOSEN,
+        mask: None,
     }
 }
 

@@ -63,6 +63,7 @@ fn forward_by(element: Element, block: usize) {
                 kv_tile,
                 piece: piece(kv_tile),
                 by_polynomial: 0,
+                mask: None,
             };
             let problem = Forward {
                 heads: 4,
@@ -102,7 +103,7 @@ fn forward_over_small_blocks() {
     for (element, block) in [(Element::Bf16, 48), (Element::F16, 64)] {
         let extents = Extents::new(1500, 1100, block, block).unwrap();
         let mask = builders::random(extents, 2, 2, 0.3, 6).unwrap();
-        let config = forward::Config::choose(element, 128, block as u32, block as u32);
+        let config = forward::Config::choose(element, 128, block as u32, block as u32, None);
         let problem = Forward {
             batch: 2,
             heads: 2,
@@ -124,6 +125,7 @@ fn gradients() {
                 head_dim,
                 order: backward::Order::CHOSEN,
                 piece: 64,
+                mask: None,
             };
             let problem = Backward {
                 heads: 4,

@@ -7,6 +7,7 @@
 
 mod attention;
 mod backward;
+mod exact;
 mod large;
 mod plan;
 mod product;

@@ -43,8 +43,10 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         scale,
         counter: gpu.alloc(4)?,
         blocks: gpu.device().multiprocessors(),
+        tables: &[],
     };
-    let config = forward::Config::choose(element, head_dim, block, block).ok_or(unsupported)?;
+    let config =
+        forward::Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
     gpu.zero_words(before.counter, 1)?;
     gpu.launch(gpu.load(&config.kernel())?, &config.launch(&before))?;
 
@@ -79,6 +81,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         heads,
         kv_heads: heads,
         scale,
+        tables: &[],
     };
     let last = finish::Args {
         sums: main.dq,
@@ -89,7 +92,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         scale,
     };
 
-    let chosen = Config::choose(element, head_dim, block, block).ok_or(unsupported)?;
+    let chosen = Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
     let (prepare, finish) = (
         prepare::Config { element, head_dim },
         finish::Config { element, head_dim },
