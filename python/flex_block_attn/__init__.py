@@ -3,12 +3,16 @@
 - :func:`flex_block_attn_func`: the drop-in, over a block mask as a tensor;
 - :func:`flex_block_attn`: over a :class:`BlockMask`, with scale and lse;
 - :class:`BlockMask`: masks from tensors or patterns, planned once;
-- :func:`create_sparse_mask`, :func:`visualize_attn_mask`: helpers for mask tensors.
+- :func:`create_sparse_mask`, :func:`visualize_attn_mask`: helpers for mask tensors;
+- :mod:`.ssta_attention`: sparse attention of video models, STA, MoBA and SSTA;
+- :mod:`.moba`: mixture of block attention, causal, for language models;
+- :mod:`.selection`: pooling, scores and top-k, of which such selections are made.
 
 Tensors are (batch, heads, sequence, head_dim); any strides will do as long as the last dimension
 is contiguous, so a transposed (batch, sequence, heads, head_dim) tensor needs no copy.
 """
 
+from . import moba, selection, ssta_attention
 from ._native import __version__
 from .api import flex_block_attn, flex_block_attn_func
 from .masks import BlockMask, create_sparse_mask
@@ -20,5 +24,8 @@ __all__ = [
     "create_sparse_mask",
     "flex_block_attn",
     "flex_block_attn_func",
+    "moba",
+    "selection",
+    "ssta_attention",
     "visualize_attn_mask",
 ]

@@ -46,7 +46,7 @@ def flex_block_attn_func(
     >>> flex_block_attn_func(q, k, v, 64, 64, block_mask).shape
     torch.Size([1, 2, 256, 64])
     """
-    q, k, v = _tensors(q, k, v)
+    q, k, v = as_inputs(q, k, v)
     q_block = as_size("q_block_size", q_block_size)
     kv_block = as_size("kv_block_size", kv_block_size)
     blocks = as_blocks(block_mask)
@@ -86,7 +86,7 @@ def flex_block_attn(
             f"mask must be a BlockMask, got {type(mask).__name__}: "
             "BlockMask(tensor, q_len, kv_len, q_block_size, kv_block_size) makes one of a tensor"
         )
-    q, k, v = _tensors(q, k, v)
+    q, k, v = as_inputs(q, k, v)
     _same_device("mask", mask.blocks, q)
     if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
@@ -100,7 +100,7 @@ def flex_block_attn(
     return (out, lse) if return_lse else out
 
 
-def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def as_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors, cast where autocast asks for it; raises where they cannot be used together."""
     if _are_ready(q, k, v):
         return q, k, v

@@ -40,13 +40,17 @@ def _as_sizes(
     )
 
 
-def _as_triple(name: str, values: Iterable[Any]) -> tuple[int, int, int]:
+def as_triple(name: str, values: Iterable[Any]) -> tuple[int, int, int]:
+    """Three positive ints along (time, height, width)."""
+    needed = f"{name} must be three positive numbers (time, height, width)"
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{needed}, got {type(values).__name__}")
     values = tuple(values)
     if len(values) != 3:
-        raise ValueError(
-            f"{name} must be three positive numbers (time, height, width), got {len(values)}"
-        )
+        raise ValueError(f"{needed}, got {len(values)}")
     time, height, width = (as_size(name, value) for value in values)
+    if 0 in (time, height, width):
+        raise ValueError(f"{needed}, got {[time, height, width]}")
     return time, height, width
 
 
@@ -183,8 +187,8 @@ class BlockMask:
             text_tokens: tokens of text.
         """
         mask = _native.BlockMask.sta(
-            _as_triple("tiles", tiles),
-            _as_triple("window", window),
+            as_triple("tiles", tiles),
+            as_triple("window", window),
             as_size("tile_tokens", tile_tokens),
             as_size("text_tokens", text_tokens),
         )

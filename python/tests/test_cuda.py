@@ -12,6 +12,8 @@ import torch
 from reference import attention, relative_error
 
 from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
+from flex_block_attn.moba import moba_attention
+from flex_block_attn.ssta_attention import ssta_3d_attention
 
 
 def _why_not() -> str | None:
@@ -237,3 +239,65 @@ def test_what_is_refused_is_named():
         flex_block_attn(q, k, v, mask.to("cpu"))
     with pytest.raises(ValueError, match="block_mask has 3 x 16 blocks"):
         flex_block_attn_func(q, k, v, 128, 128, mask.blocks[..., :3, :])
+
+
+VIDEO = {"thw": (5, 12, 20), "tile_thw": (2, 8, 8), "kernel_thw": (3, 1, 3), "text_len": 50}
+CHOICES = [
+    {"sampling_type": "similarity"},
+    {"sampling_type": "similarity", "threshold": 0.9},
+    {"sampling_type": "importance", "lambda_": 0.7},
+]
+
+
+def video(batch=2):
+    tokens = math.prod(VIDEO["thw"]) + VIDEO["text_len"]
+    generator = torch.Generator("cuda").manual_seed(3)
+    shape = 3, batch, 4, tokens, 128
+    return torch.randn(shape, device="cuda", generator=generator).bfloat16().unbind()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("sparse_type", ["sta", "block_attn", "ssta"])
+def test_video_attention_is_that_of_the_cpu_and_waits_for_nothing(sparse_type, choice):
+    options = {**VIDEO, **choice, "sparse_type": sparse_type, "topk": 9}
+    options["mask_share_within_head"] = False
+    q, k, v = video()
+    text_mask = torch.arange(50, device="cuda") < torch.tensor([[20], [50]], device="cuda")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    ssta_3d_attention(*leaves, **options, text_mask=text_mask)  # compiles kernels, keeps indices
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, density = ssta_3d_attention(*leaves, **options, text_mask=text_mask)
+        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = [x.detach().cpu().requires_grad_() for x in (q, k, v)]
+    expected, expected_density = ssta_3d_attention(*host, **options, text_mask=text_mask.cpu())
+    wanted = torch.autograd.grad(expected, host, torch.ones_like(expected))
+    assert density.is_cuda and abs(float(density) - float(expected_density)) < 1e-3
+    # A near-tie may be chosen otherwise, and changes its rows.
+    assert relative_error(out.cpu(), expected) < (0.01 if sparse_type == "sta" else 0.05)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert relative_error(one.cpu(), other) < (0.02 if sparse_type == "sta" else 0.05)
+
+
+def test_a_choice_is_replayed_with_a_graph():
+    q, k, v = video(1)
+    options = {**VIDEO, **CHOICES[2], "topk": 3, "mask_share_within_head": False}
+    ssta_3d_attention(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, density = ssta_3d_attention(q, k, v, **options)
+    for _ in range(3):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        expected, expected_density = ssta_3d_attention(q, k, v, **options)
+        assert torch.equal(out, expected) and torch.equal(density, expected_density)
+
+
+def test_moba_is_that_of_the_cpu():
+    q, k, v = (x[:, :, :500] for x in video(1))
+    out = moba_attention(q, k[:, :2], v[:, :2], 128, 2)
+    expected = moba_attention(q.cpu(), k[:, :2].cpu(), v[:, :2].cpu(), 128, 2)
+    assert relative_error(out.cpu(), expected) < 0.05

@@ -2,7 +2,7 @@
 //!
 //! In: tensors as [`View`]s whose shapes go together (the public crate has checked them), a
 //! validated plan, a scale and a number of threads. Out: [`forward`] writes output and lse,
-//! [`backward`] the gradients. Called by the public crate only; knows nothing of GPUs.
+//! [`backward`] the gradients; [`pool`] means of tokens, from which masks are chosen. Called by the public crate only; knows nothing of GPUs.
 //!
 //! Work is proportional to the blocks that the plan keeps, memory to the sequence. A call goes
 //! `forward`/`backward` (how tasks are cut and ordered) -> `pack` (tensors to operands) ->
@@ -13,6 +13,7 @@ mod buffer;
 mod element;
 mod forward;
 mod pack;
+mod pool;
 mod simd;
 mod threads;
 mod tiles;
@@ -94,6 +95,29 @@ pub struct Backward<'a, T: Element> {
 /// When shapes do not go together.
 pub fn backward<T: Element>(args: &Backward<'_, T>) {
     backward::backward(args);
+}
+
+/// Arguments of [`pool`].
+#[derive(Debug)]
+pub struct Pool<'a, T: Element> {
+    /// What is pooled, (batch, heads, len, head_dim).
+    pub tensor: View<'a, T>,
+    /// Tokens of a block, at least 1; the last one may have fewer.
+    pub block: usize,
+    /// The tokens of each cell, counted from the start of a block. A cell's mean is over the tokens
+    /// that there are, and 0 without any.
+    pub cells: &'a [Vec<usize>],
+    /// How many threads work.
+    pub threads: NonZeroUsize,
+}
+
+/// Writes the means of all cells of all blocks, (batch, heads, blocks, cells, head_dim). They are
+/// rounded to the tensor's type before they become float32.
+///
+/// # Panics
+/// When `means` is of another length.
+pub fn pool<T: Element>(args: &Pool<'_, T>, means: &mut [f32]) {
+    pool::pool(args, means);
 }
 
 /// What products are made of on this CPU: for float32 operands, and for bf16 ones.

@@ -111,10 +111,13 @@ fn setting(options: &Options, head_dim: usize) -> cpu::Setting {
         scale: options
             .scale
             .unwrap_or_else(|| (head_dim as f64).sqrt().recip()),
-        threads: options
-            .threads
-            .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
+        threads: threads(options.threads),
     }
+}
+
+/// The threads that were asked for, or one for each core.
+pub(crate) fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
+    wanted.unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN))
 }
 
 fn cpu_forward<T: cpu::Element>(
@@ -160,7 +163,7 @@ fn cpu_backward<T: cpu::Element>(
 }
 
 /// The backend's view of a checked tensor: `T` is its dtype.
-fn view<T>(tensor: Tensor<'_>) -> cpu::View<'_, T> {
+pub(crate) fn view<T>(tensor: Tensor<'_>) -> cpu::View<'_, T> {
     let [batch, head, token, _] = tensor.strides;
     // SAFETY: who made the tensor promised its elements, by slice or by contract; `check` has
     // found its last dimension contiguous and its dtype that of the call, from which `T` follows.

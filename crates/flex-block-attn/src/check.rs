@@ -176,6 +176,11 @@ pub(crate) fn forward(
     lse.apart()
 }
 
+/// A tensor whose tokens are read one by one.
+pub(crate) fn pooled(x: &Tensor<'_>) -> Result<()> {
+    Outline::read("x", x).last_contiguous()
+}
+
 pub(crate) fn backward(
     saved: &Saved<'_>,
     dout: &Tensor<'_>,

@@ -48,6 +48,7 @@ mod check;
 pub mod doctor;
 mod error;
 pub mod gpu;
+pub mod select;
 mod tensor;
 
 pub use attention::{Gradients, Options, Saved, backward, forward};

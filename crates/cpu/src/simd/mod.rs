@@ -44,6 +44,7 @@ pub trait Real:
     fn ln(self) -> Self;
     fn exp2(self) -> Self;
     fn recip(self) -> Self;
+    fn to_f32(self) -> f32;
 }
 
 macro_rules! reals {
@@ -56,6 +57,9 @@ macro_rules! reals {
             }
             fn ln(self) -> Self {
                 self.ln()
+            }
+            fn to_f32(self) -> f32 {
+                self as f32
             }
             fn exp2(self) -> Self {
                 self.exp2()

@@ -7,7 +7,9 @@
 mod basic;
 mod random;
 mod sta;
+mod text;
 
 pub use basic::{causal, full, sliding_window};
 pub use random::random;
 pub use sta::{StaCanvas, sta};
+pub use text::without_padded_text;
