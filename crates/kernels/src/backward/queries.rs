@@ -21,9 +21,9 @@ pub(super) struct Problem<'k> {
     ordered: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
     pub(super) kv_len: Reg<'k, u32>,
-    q_block: Reg<'k, u32>,
-    kv_block: Reg<'k, u32>,
-    heads: Reg<'k, u32>,
+    pub(super) q_block: Reg<'k, u32>,
+    pub(super) kv_block: Reg<'k, u32>,
+    pub(super) heads: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
     /// Numbers of a head in the arrays of lse and delta.
@@ -34,7 +34,7 @@ pub(super) struct Problem<'k> {
     /// 0 for none.
     spread: Reg<'k, u32>,
     /// The plan's columns.
-    lists: Lists<'k>,
+    pub(super) lists: Lists<'k>,
 }
 
 /// The keys of this thread block.
