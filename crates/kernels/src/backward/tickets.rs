@@ -30,10 +30,12 @@ use super::queries::{KeyTile, Problem};
 use super::{Args, Config, HEADER, KEYS, ROW_BYTES, TICKET, UNIT, UNIT_BYTES};
 use crate::lists::{self, Lists};
 
-/// In the place of a block of queries: none.
-const NO_BLOCK: u32 = u32::MAX;
-/// In the place of a block of keys, behind all others.
+/// In the place of an entry of a list: there is none.
 const NO_ENTRY: u32 = u32::MAX;
+/// In the place of a list: none has been looked at.
+const NO_LIST: u32 = u32::MAX;
+/// In the place of a ticket: of a lane that has no piece of the unit; of all when there are no more.
+const NO_PIECE: u32 = u32::MAX - 1;
 
 /// The order of thread blocks and of their sums.
 pub(super) struct Tickets<'a, 'k> {
@@ -47,21 +49,17 @@ pub(super) struct Tickets<'a, 'k> {
     drawn: Address<'k, u32>,
 }
 
-/// The unit that a reducer adds next, lane `i` having its piece `i`.
+/// The unit that a reducer adds next, lane `i` having its piece `i`. In few registers: words are counted
+/// by 32 bits, and what can be made again is not kept.
 struct Unit<'k> {
-    /// The head's line of the workspace, or [`END`].
-    line: Reg<'k, u32>,
-    /// The piece's first query; one behind all where the lane has none.
-    row: Reg<'k, u32>,
-    /// What its ticket says when it is this thread block's turn.
+    /// Which ticket is the piece's; [`NO_PIECE`] or [`END`].
+    ticket: Reg<'k, u32>,
+    /// What it says when it is this thread block's turn.
     turn: Reg<'k, u32>,
-}
-
-/// What was looked up last: whose turn comes before this thread block's at a block of queries.
-struct Known<'k> {
-    line: Reg<'k, u32>,
-    block: Reg<'k, u32>,
-    turn: Reg<'k, u32>,
+    /// The row of the mask that was looked at last, by its list's first word, and its turn: neighbours
+    /// are of one block of queries.
+    list: Reg<'k, u32>,
+    turn_of_list: Reg<'k, u32>,
 }
 
 /// The arguments for [`Tickets::new`].
@@ -117,60 +115,59 @@ impl<'a, 'k> Tickets<'a, 'k> {
         let queries = stores.queries.consumer(leader, &phases);
         let full = |out: &Outgoing<'k>| phases.waiter(out.full.at(index));
         let full: Vec<_> = stores.dq.iter().map(full).collect();
-        let (first, panel) = config.own_unit(index);
         let bytes = config.piece * ROW_BYTES;
         let next = Unit {
-            line: k.var(END),
-            row: k.var(0u32),
+            ticket: k.var(END),
             turn: k.var(0u32),
-        };
-        let known = Known {
-            line: k.var(0u32),
-            block: k.var(NO_BLOCK),
-            turn: k.var(0u32),
+            list: k.var(NO_LIST),
+            turn_of_list: k.var(0u32),
         };
         let look_ahead = |stage: usize| {
             queries.wait(stage);
+            let (first, panel) = config.own_unit(index);
             let note = stores.notes[stage];
-            next.line.set(k.load_shared_uniform(note));
-            next.row.set(problem.padded());
+            let line = k.load_shared_uniform(note);
+            let row = k.var(problem.padded());
             k.if_(
-                k.lane().lt(config.unit_pieces()) & next.line.differs(END),
+                k.lane().lt(config.unit_pieces()) & line.differs(END),
                 || {
                     let own = note.plus((first + k.lane()) * 8);
-                    next.row.set(k.load_shared::<u32>(own.at(4)));
+                    row.set(k.load_shared::<u32>(own.at(4)));
                 },
             );
             k.warp_sync();
             queries.release(stage);
+            next.ticket
+                .set(line.equals(END).select(k.var(END), k.var(NO_PIECE)));
+            // What only fills the tile up is not wanted.
+            k.if_(row.lt(problem.padded()), || {
+                let panel = line * (config.head_dim / UNIT) + panel;
+                next.ticket.set((panel * problem.padded() + row) / TICKET);
+            });
             for i in 0..config.unit_pieces() {
-                self.look_up(&next, &known, keys, i);
+                self.look_up(&next, keys, line, row, i);
             }
         };
         look_ahead(0);
         k.loop_(|leave| {
             for (stage, other) in [(0, 1), (1, 0)] {
-                leave.when(next.line.equals(END));
+                leave.when(next.ticket.equals(END));
                 let number = stage % stores.dq.len();
                 let out = &stores.dq[number];
-                // What only fills the tile up is not wanted.
-                let wanted = next.row.lt(problem.padded());
-                let line = next.line * (config.head_dim / UNIT) + panel;
-                let place = line.times_wide(problem.padded()) + next.row.to_u64();
-                let ticket = self.header + (place >> (TICKET.ilog2() - 2));
-                let ticket = ticket.at(4 * HEADER);
+                let ticket = next.ticket.copied();
+                let address = || (self.header + ticket.times_wide(4)).at(4 * HEADER);
                 // Before the unit is there: to ask takes long.
-                k.if_(wanted, || {
+                k.if_(ticket.lt(NO_PIECE), || {
                     k.loop_(|leave| {
-                        let last = k.load_acquire(ticket, Scope::Gpu);
+                        let last = k.load_acquire(address(), Scope::Gpu);
                         leave.when(last.equals(next.turn));
                     });
                 });
                 // What was read orders this thread's sums, which the async proxy makes.
                 k.fence(Fence::ProxyAsyncGlobal);
                 full[number].wait();
-                k.if_(wanted, || {
-                    let to = problem.dq + place * u64::from(ROW_BYTES);
+                k.if_(ticket.lt(NO_PIECE), || {
+                    let to = problem.dq + ticket.times_wide(TICKET * ROW_BYTES);
                     let from = out.units.plus(index * UNIT_BYTES + k.lane() * bytes);
                     k.bulk_reduce_add(to, from, bytes);
                 });
@@ -182,48 +179,56 @@ impl<'a, 'k> Tickets<'a, 'k> {
                 k.where_(leader, || out.empty.at(index).arrive());
                 // Sums that have been waited for are seen by whoever sees the ticket.
                 k.bulk_wait(0);
-                let own = keys.first / KEYS + 1;
-                k.where_(wanted, || k.store_release(ticket, own, Scope::Gpu));
+                k.if_(ticket.lt(NO_PIECE), || {
+                    k.store_release(address(), keys.first / KEYS + 1, Scope::Gpu);
+                });
             }
         });
     }
 
-    /// Notes for the lane with piece `i` whose turn comes before: the same for all pieces of a block.
-    fn look_up(&self, next: &Unit<'k>, known: &Known<'k>, keys: KeyTile<'k>, i: u32) {
+    /// Notes for the lane with piece `i`, from query `row` of it on, whose turn comes before.
+    fn look_up(
+        &self,
+        next: &Unit<'k>,
+        keys: KeyTile<'k>,
+        line: Reg<'k, u32>,
+        row: Reg<'k, u32>,
+        i: u32,
+    ) {
         let (k, problem) = (self.k, self.problem);
-        let row = next.row.from_lane(i);
+        let row = row.from_lane(i);
         k.if_(row.lt(problem.padded()), || {
+            let record = self
+                .rows
+                .record(line - keys.batch * problem.heads, keys.batch);
             let block = row / problem.q_block;
-            let other = block.differs(known.block) | next.line.differs(known.line);
-            k.if_(other, || {
-                known.line.set(next.line);
-                known.block.set(block);
-                known.turn.set(self.turn_before(keys, next.line, block));
+            let list = self.rows.list(record, block);
+            k.if_(list.differs(next.list), || {
+                next.list.set(list);
+                let end = list + self.rows.count(record, block);
+                next.turn_of_list.set(self.turn_before(keys, list, end));
             });
             let own = k.lane().equals(i);
-            next.turn.set(own.select(known.turn, next.turn));
+            next.turn.set(own.select(next.turn_of_list, next.turn));
         });
     }
 
-    /// The number of the first tile behind these keys that sees a block of queries; 0 if none does.
+    /// The number of the first tile behind these keys that has one of the columns in words `list..end` of
+    /// the plan; 0 if none does.
     fn turn_before(
         &self,
         keys: KeyTile<'k>,
-        line: Reg<'k, u32>,
-        block: Reg<'k, u32>,
+        list: Reg<'k, u32>,
+        end: Reg<'k, u32>,
     ) -> Reg<'k, u32> {
         let (k, problem) = (self.k, self.problem);
         let number = k.var(0u32);
         let behind = keys.first + KEYS;
         k.if_(behind.lt(problem.kv_len), || {
-            let head = line - keys.batch * problem.heads;
-            let record = self.rows.record(head, keys.batch);
-            let list = self.rows.list(record, block);
-            let count = self.rows.count(record, block);
-            // The first column that ends behind `behind`: perhaps it starts before it.
-            let column = self.first_from(list, list + count, behind / problem.kv_block);
+            // A column's last keys may lie there, too.
+            let column = self.first_from(list, end, behind / problem.kv_block);
             k.if_(column.differs(NO_ENTRY), || {
-                let first = (column * problem.kv_block).max(behind);
+                let first = (column * problem.kv_block).max(keys.first + KEYS);
                 number.set(first / KEYS + 1);
             });
         });
@@ -231,8 +236,7 @@ impl<'a, 'k> Tickets<'a, 'k> {
     }
 
     /// The first entry, of an ascending list in words `start..end` of the plan, that is not below
-    /// `bound`; [`NO_ENTRY`] if all are. All lanes look at once, each at the start of a part of what
-    /// is left.
+    /// `bound`; [`NO_ENTRY`] if all are. All lanes look at once.
     fn first_from(
         &self,
         start: Reg<'k, u32>,
@@ -240,20 +244,21 @@ impl<'a, 'k> Tickets<'a, 'k> {
         bound: Reg<'k, u32>,
     ) -> Reg<'k, u32> {
         let k = self.k;
-        // Entries before `start` are below the bound; `found`, at `end`, is not.
-        let (mut start, end, found) = (k.var(start), k.var(end), k.var(NO_ENTRY));
-        k.loop_(|leave| {
-            leave.when(start.equals(end));
-            let step = (end - start + 31) >> 5;
-            let at = start + k.lane() * step;
-            let entry = k.var(NO_ENTRY);
+        let entry = k.var(NO_ENTRY);
+        let look = |at: Reg<'k, u32>| {
+            entry.set(NO_ENTRY);
             k.if_(at.lt(end), || entry.set(self.rows.word(at)));
-            let below = entry.lt(bound);
-            found.set(below.select(k.var(NO_ENTRY), entry).warp_min().min(found));
-            let count = below.ballot().count_ones();
-            end.set(end.min(start + count * step));
-            k.if_(count.gt(0), || start += (count - 1) * step + 1);
+        };
+        // The starts of 32 parts of 32: it is in the last that starts below the bound, or behind it.
+        look(start + k.lane() * 32);
+        let below = entry.lt(bound).ballot().count_ones();
+        let mut at = k.var(start + k.lane());
+        k.if_(below.gt(0), || at += (below - 1) * 32);
+        k.loop_(|leave| {
+            look(at);
+            leave.when(entry.ge(bound).any());
+            at += 32;
         });
-        found
+        entry.ge(bound).select(entry, k.var(NO_ENTRY)).warp_min()
     }
 }
