@@ -108,7 +108,7 @@ pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;
 /// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
-/// With `deterministic` the gradient of q repeats to the last bit.
+/// `settings` are the scale, and whether the gradient of q is to repeat to the last bit.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn backward_cuda(
@@ -116,7 +116,7 @@ pub fn backward_cuda(
     saved: (Raw, Raw, Raw, Raw, Raw),
     gradients: (Raw, Option<Raw>),
     plan: RawPlan,
-    (scale, deterministic): (f64, bool),
+    settings: (f64, bool),
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
     on: RawStream,
@@ -127,9 +127,9 @@ pub fn backward_cuda(
         address: address as u64,
     };
     let options = Options {
-        scale: Some(scale),
+        scale: Some(settings.0),
         threads: None,
-        deterministic,
+        deterministic: settings.1,
     };
     // SAFETY: as for `forward_cuda`.
     unsafe {
