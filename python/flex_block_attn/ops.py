@@ -170,16 +170,19 @@ def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and memory that starts with the lse, see :func:`_lse`."""
-    out = torch.empty_like(q)
     batch, heads, tokens, _ = q.shape
+    if k.shape[2] == 0:
+        # There is nothing to launch for, but arguments are to be checked as ever.
+        on_cpu = (x.cpu() for x in (q, k, v, plan))
+        out, lse = forward(*on_cpu, q_block, kv_block, scale)
+        return out.to(q.device), lse.to(q.device)
+    out = torch.empty_like(q)
     # One piece of memory for two: each costs the host as much as a launch.
     count = batch * heads * tokens + _WORKSPACE
     rows = torch.empty_strided((count,), (1,), dtype=torch.float32, device=q.device)
     if scale < 0:
         # Kernels look for the largest score before they scale.
         q, scale = -q, -scale
-    if k.shape[2] == 0:
-        return out.zero_(), rows.fill_(float("-inf"))
     _native.forward_cuda(
         (_for_copies(q), _for_copies(k), _for_copies(v)),
         (plan, q_block, kv_block),

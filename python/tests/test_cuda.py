@@ -221,6 +221,8 @@ def test_no_keys_and_no_queries():
     mask = BlockMask.full(32, 0, 16, 16).to("cuda")
     out, lse = flex_block_attn(q, q[:, :, :0], q[:, :, :0], mask, return_lse=True)
     assert (out == 0).all() and (lse == -math.inf).all()
+    with pytest.raises(ValueError, match="^v has shape"):
+        flex_block_attn(q, q[:, :, :0], q, mask)
     mask = BlockMask.full(0, 32, 16, 16).to("cuda")
     assert flex_block_attn(q[:, :, :0], q, q, mask).shape == (1, 2, 0, 64)
 

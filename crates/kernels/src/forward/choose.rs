@@ -32,6 +32,7 @@ impl Config {
                 rows: *rows,
                 kv_tile,
                 piece,
+                by_polynomial: 0,
             })
         });
         let mut configs = configs.filter(|config| config.takes(q_block, kv_block));

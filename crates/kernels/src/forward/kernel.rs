@@ -181,7 +181,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale);
+        let softmax = Softmax::new(k, problem.scale, self.by_polynomial);
 
         // Turns are in a circle, and the first warpgroup goes first.
         let last = wg.index.equals(self.consumers() - 1);

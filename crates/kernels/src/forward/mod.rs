@@ -57,6 +57,8 @@ pub struct Config {
     pub kv_tile: u32,
     /// Keys of a piece: what divides both the tile and the mask's key blocks.
     pub piece: u32,
+    /// One in so many exponentials is computed by a polynomial; 0: none.
+    pub by_polynomial: usize,
 }
 
 /// What blocks of queries the tiles of queries are made for.
@@ -112,37 +114,43 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let shapes = [
-            (Rows::Whole(128), 192, 192),
-            (Rows::Whole(128), 192, 64),
-            (Rows::Whole(128), 128, 128),
-            (Rows::Whole(128), 128, 64),
-            (Rows::Whole(128), 128, 32),
-            (Rows::Whole(128), 128, 16),
-            (Rows::Mixed, 64, 64),
-            (Rows::Mixed, 64, 32),
-            (Rows::Mixed, 64, 16),
+        let two_consumers = [
+            (Rows::Whole(128), 192, 192, 0),
+            (Rows::Whole(128), 192, 64, 0),
+            (Rows::Whole(128), 128, 128, 0),
+            (Rows::Whole(128), 128, 64, 0),
+            (Rows::Whole(128), 128, 32, 0),
+            (Rows::Whole(128), 128, 16, 0),
+            (Rows::Mixed, 64, 64, 0),
+            (Rows::Mixed, 64, 32, 0),
+            (Rows::Mixed, 64, 16, 0),
         ];
-        // Three warpgroups have registers for short heads only.
-        let tall = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
-        let mut all = Vec::new();
-        for element in [Element::Bf16, Element::F16] {
-            for (head_dim, more) in [(64, &tall[..]), (128, &[])] {
-                all.extend(
-                    shapes
-                        .iter()
-                        .chain(more)
-                        .map(|&(rows, kv_tile, piece)| Self {
-                            element,
-                            head_dim,
-                            rows,
-                            kv_tile,
-                            piece,
-                        }),
-                );
-            }
-        }
-        all
+        // There are registers for three with short heads only.
+        let three_consumers = [
+            (Rows::Whole(192), 128, 128, 0),
+            (Rows::Whole(192), 128, 128, 3),
+            (Rows::Whole(192), 128, 128, 6),
+            (Rows::Whole(192), 128, 64, 0),
+            (Rows::Whole(192), 128, 32, 0),
+            (Rows::Whole(192), 128, 16, 0),
+        ];
+        let of = |element, head_dim| {
+            let more = match head_dim {
+                64 => &three_consumers[..],
+                _ => &[],
+            };
+            let config = move |&(rows, kv_tile, piece, by_polynomial)| Self {
+                element,
+                head_dim,
+                rows,
+                kv_tile,
+                piece,
+                by_polynomial,
+            };
+            two_consumers.iter().chain(more).map(config)
+        };
+        let both = |element| of(element, 64).chain(of(element, 128));
+        both(Element::Bf16).chain(both(Element::F16)).collect()
     }
 
     /// Queries of a tile.
@@ -250,12 +258,17 @@ impl Config {
             rows,
             kv_tile,
             piece,
+            by_polynomial,
         } = self;
         let tile = match rows {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
             Rows::Mixed => "mixed".to_owned(),
         };
-        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}").to_lowercase();
+        let share = match by_polynomial {
+            0 => String::new(),
+            share => format!("_e{share}"),
+        };
+        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}").to_lowercase();
         let threads = (1 + self.consumers()) * WARPGROUP;
         Builder::kernel(name, threads, |k| match rows {
             Rows::Whole(_) => self.body(k),

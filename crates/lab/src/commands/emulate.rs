@@ -28,6 +28,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
         rows: forward::Rows::Whole(128),
         kv_tile: 128,
         piece: 128,
+        by_polynomial: 0,
     };
     let setup = Forward::new(config, builders::full(extents)).setup();
     println!("{:24} {:>14}", setup.kernel().name, "seconds a step");

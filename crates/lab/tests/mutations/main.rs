@@ -61,6 +61,7 @@ impl Base {
             rows: forward::Rows::Whole(128),
             kv_tile,
             piece,
+            by_polynomial: 0,
         };
         match self {
             Self::Gemm => Product {

@@ -14,6 +14,7 @@ fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
         rows: forward::Rows::Whole(128),
         kv_tile,
         piece,
+        by_polynomial: 0,
     }
 }
 

@@ -62,6 +62,7 @@ fn forward_by(element: Element, block: usize) {
                 rows: forward::Rows::Whole(128),
                 kv_tile,
                 piece: piece(kv_tile),
+                by_polynomial: 0,
             };
             let problem = Forward {
                 heads: 4,
