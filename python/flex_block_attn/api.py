@@ -25,6 +25,8 @@ def flex_block_attn_func(
     q_block_size: int,
     kv_block_size: int,
     block_mask: Tensor,
+    *,
+    deterministic: bool = False,
 ) -> Tensor:
     """Attention over the selected blocks, scaled by ``1 / sqrt(head_dim)``.
 
@@ -37,6 +39,10 @@ def flex_block_attn_func(
         block_mask: true (or not 0) where a block is computed; (q_blocks, kv_blocks),
             (heads, q_blocks, kv_blocks) or (batch, heads, q_blocks, kv_blocks), in which heads
             and batch may be 1. A needless fifth dimension of 1 is dropped with a warning.
+        deterministic: on a GPU, have the gradient of q repeat to the last bit, as the output and
+            the other gradients always do; the backward pass takes longer.
+            ``torch.use_deterministic_algorithms(True)`` asks for it, too. CPUs always do so, for
+            the same number of threads.
 
     Returns:
         The output, of q's shape and dtype. A query without any key gets 0.
@@ -52,7 +58,9 @@ def flex_block_attn_func(
     blocks = as_blocks(block_mask)
     _same_device("block_mask", blocks, q)
     plan = ops.make_plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
-    out, _ = ops.attention(q, k, v, plan, q_block, kv_block, _default_scale(q))
+    out, _ = ops.attention(
+        q, k, v, plan, q_block, kv_block, _default_scale(q), _is_deterministic(deterministic)
+    )
     return out
 
 
@@ -64,6 +72,7 @@ def flex_block_attn(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the blocks of a :class:`BlockMask`, which keeps its plan from call to call.
 
@@ -74,6 +83,7 @@ def flex_block_attn(
         return_lse: also return the natural logarithm of the sum of ``exp(scale * q k^T)`` of each
             query, (batch, q_heads, q_len), in float32 (float64 for float64 tensors); -inf for a
             query without any key. It is differentiable, too.
+        deterministic: as for :func:`flex_block_attn_func`.
 
     >>> q = k = v = torch.randn(1, 2, 300, 64)
     >>> mask = BlockMask.sliding_window(300, 300, 64, 64, left=64, right=64)
@@ -95,7 +105,15 @@ def flex_block_attn(
         )
     scale = _default_scale(q) if scale is None else float(scale)
     out, lse = ops.attention(
-        q, k, v, mask.plan, mask.q_block_size, mask.kv_block_size, scale, return_lse
+        q,
+        k,
+        v,
+        mask.plan,
+        mask.q_block_size,
+        mask.kv_block_size,
+        scale,
+        _is_deterministic(deterministic),
+        return_lse,
     )
     return (out, lse) if return_lse else out
 
@@ -151,6 +169,10 @@ def _are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dim() == k.dim() == v.dim() == 4
         and not torch.is_autocast_enabled("cuda")
     )
+
+
+def _is_deterministic(asked: bool) -> bool:
+    return bool(asked) or torch.are_deterministic_algorithms_enabled()
 
 
 def _default_scale(q: Tensor) -> float:

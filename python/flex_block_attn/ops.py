@@ -25,13 +25,14 @@ torch.library.define(
 )
 torch.library.define(
     f"{_LIBRARY}::forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor plan, int q_block, int kv_block, float scale)"
+    "(Tensor q, Tensor k, Tensor v, Tensor plan, int q_block, int kv_block, float scale,"
+    " bool deterministic)"
     " -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     f"{_LIBRARY}::backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor plan, int q_block, int kv_block, float scale, bool[3] wanted)"
+    " Tensor plan, int q_block, int kv_block, float scale, bool deterministic, bool[3] wanted)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
@@ -54,13 +55,14 @@ def attention(
     q_block: int,
     kv_block: int,
     scale: float,
+    deterministic: bool,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``forward`` gives, for tensors of one device; no lse, perhaps, where none is asked for.
     On a GPU, if nothing but the result is wanted, without torch's way to an operator, which takes
     longer than all else in the call."""
     if not (q.is_cuda and only_the_result(q, k, v, plan)):
-        return forward(q, k, v, plan, q_block, kv_block, scale)
+        return forward(q, k, v, plan, q_block, kv_block, scale, deterministic)
     out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
     return out, _lse(rows, q) if return_lse else None
 
@@ -145,7 +147,14 @@ def _forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(f"{_LIBRARY}::forward", "CPU")
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
     _native.forward(
@@ -195,7 +204,14 @@ def _lse(rows: Tensor, q: Tensor) -> Tensor:
 
 
 def _forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_devices(q, k, v, plan)
     out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
@@ -221,6 +237,7 @@ def _backward_outputs(
     q_block: int,
     kv_block: int,
     scale: float,
+    deterministic: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An operator returns tensors: what is not wanted is an empty one.
@@ -244,10 +261,11 @@ def _backward_cpu(
     q_block: int,
     kv_block: int,
     scale: float,
+    deterministic: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _backward_outputs(
-        dout, dlse, q, k, v, out, lse, plan, q_block, kv_block, scale, wanted
+        dout, dlse, q, k, v, out, lse, plan, q_block, kv_block, scale, deterministic, wanted
     )
     if dout.stride(-1) != 1:
         # As `out.sum().backward()` gives it: one number, expanded.
@@ -275,6 +293,7 @@ def _backward_cuda(
     q_block: int,
     kv_block: int,
     scale: float,
+    deterministic: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
@@ -299,7 +318,7 @@ def _backward_cuda(
             (q, k, v, out, lse),
             (dout, dlse),
             (plan, q_block, kv_block),
-            scale,
+            (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
             _stream(q),
@@ -320,13 +339,13 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     q, k, v, out, lse, plan = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 7
+        return (None,) * 8
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = list(ctx.needs_input_grad[:3])
     gradients = backward(dout, dlse, q, k, v, out, lse, plan, *ctx.settings, wanted)
     given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
-    return (*given, None, None, None, None)
+    return (*given, None, None, None, None, None)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

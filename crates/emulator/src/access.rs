@@ -170,12 +170,22 @@ impl Machine<'_> {
             instruction: self.program.text(conflict.instruction),
             at: self.program.place(conflict.instruction),
         });
-        Kind::Race {
-            place,
-            what: if write { "write" } else { "read" },
-            earlier,
+        let what = if write { "write" } else { "read" };
+        if conflict.fence {
+            Kind::ProxyFence {
+                place,
+                what,
+                earlier,
+            }
+            .into()
+        } else {
+            Kind::Race {
+                place,
+                what,
+                earlier,
+            }
+            .into()
         }
-        .into()
     }
 
     /// The bytes that a lane accesses, aligned to their number.
@@ -456,7 +466,7 @@ impl Machine<'_> {
                     &at,
                     How {
                         what: Use::Write,
-                        atomic: true,
+                        atomic: self.any_order(plain.ty),
                     },
                 )?;
                 for (i, source) in sources.iter().enumerate() {

@@ -511,8 +511,8 @@ impl Machine<'_> {
             return Err(self.race(here, here.rank, conflict, false));
         }
         access.component = writes;
-        access.atomic = sum.is_some();
-        // Proxies of global memory are not told apart.
+        access.atomic = sum.is_some_and(|ty| self.any_order(ty));
+        // Within a block, proxies of global memory are not told apart.
         access.warps = 0;
         self.enter_rows(here, &target, &access, Use::Write)?;
         self.statistics.bulk_stored += u64::from(bytes);

@@ -27,6 +27,8 @@ pub(crate) struct Clock {
     fenced: Vec<u32>,
     /// What other thread blocks published and this agent acquired. Nearly always empty.
     foreign: Vec<Published>,
+    /// What of it lies before a proxy fence of global memory.
+    foreign_fenced: Vec<Published>,
 }
 
 fn raise(values: &mut Vec<u32>, others: &[u32]) {
@@ -36,6 +38,26 @@ fn raise(values: &mut Vec<u32>, others: &[u32]) {
     for (value, &other) in values.iter_mut().zip(others) {
         *value = (*value).max(other);
     }
+}
+
+/// Adds to what is known of other thread blocks.
+fn add(known: &mut Vec<Published>, block: u32, clock: &Rc<[u32]>) {
+    match known.iter_mut().find(|(other, _)| *other == block) {
+        None => known.push((block, clock.clone())),
+        Some((_, old)) if Rc::ptr_eq(old, clock) => {}
+        Some((_, old)) => {
+            let mut values = old.to_vec();
+            raise(&mut values, clock);
+            *old = values.into();
+        }
+    }
+}
+
+/// Whether that says that block `block`'s access of `component` in `epoch` is over.
+fn holds(known: &[Published], block: u32, component: Component, epoch: u32) -> bool {
+    known.iter().any(|(other, clock)| {
+        *other == block && clock.get(usize::from(component)).copied().unwrap_or(0) >= epoch
+    })
 }
 
 impl Clock {
@@ -66,28 +88,26 @@ impl Clock {
         raise(&mut self.seen, &other.seen);
         raise(&mut self.fenced, &other.fenced);
         for (block, clock) in &other.foreign {
-            self.acquire(*block, clock);
+            add(&mut self.foreign, *block, clock);
+        }
+        for (block, clock) in &other.foreign_fenced {
+            add(&mut self.foreign_fenced, *block, clock);
         }
     }
 
     /// Learns what thread block `block` published.
     pub(crate) fn acquire(&mut self, block: u32, clock: &Rc<[u32]>) {
-        match self.foreign.iter_mut().find(|(known, _)| *known == block) {
-            None => self.foreign.push((block, clock.clone())),
-            Some((_, known)) if Rc::ptr_eq(known, clock) => {}
-            Some((_, known)) => {
-                let mut values = known.to_vec();
-                raise(&mut values, clock);
-                *known = values.into();
-            }
-        }
+        add(&mut self.foreign, block, clock);
     }
 
     /// Whether block `block`'s access of `component` in `epoch` is known to be over.
     pub(crate) fn knows_foreign(&self, block: u32, component: Component, epoch: u32) -> bool {
-        self.foreign.iter().any(|(known, clock)| {
-            *known == block && clock.get(usize::from(component)).copied().unwrap_or(0) >= epoch
-        })
+        holds(&self.foreign, block, component, epoch)
+    }
+
+    /// Whether it is visible to the async proxy, too.
+    pub(crate) fn has_fenced_foreign(&self, block: u32, component: Component, epoch: u32) -> bool {
+        holds(&self.foreign_fenced, block, component, epoch)
     }
 
     /// What a release at device scope publishes: own knowledge, and what was acquired before.
@@ -104,10 +124,16 @@ impl Clock {
         raise(&mut self.fenced, seen);
     }
 
+    /// A proxy fence of global memory: so is what other thread blocks did there.
+    pub(crate) fn fence_foreign(&mut self) {
+        self.foreign_fenced.clone_from(&self.foreign);
+    }
+
     /// Forgets everything; keeps the memory.
     pub(crate) fn clear(&mut self) {
         self.seen.clear();
         self.fenced.clear();
         self.foreign.clear();
+        self.foreign_fenced.clear();
     }
 }

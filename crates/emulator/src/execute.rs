@@ -390,8 +390,8 @@ impl Machine<'_> {
                     warp.next_epoch(&self.clusters[here.cluster], here);
                 }
                 Fence::MbarrierInit => self.mbarrier_init_fence(here, warp),
-                // Proxies of global memory are not told apart.
-                Fence::ProxyAsyncGlobal | Fence::AcquireRelease(Scope::Cta) => {}
+                Fence::ProxyAsyncGlobal => warp.clock.fence_foreign(),
+                Fence::AcquireRelease(Scope::Cta) => {}
                 Fence::AcquireRelease(_) => self.device_fence(here, warp),
             },
 

@@ -3,7 +3,7 @@
 //!
 //! In: accesses of spans, with the accessor's thread block and clock. Out: nothing, or the earlier
 //! access in the way. Accesses of different blocks are ordered by atomics and fences at device scope
-//! alone. A cell remembers its last write and its last readers of two blocks: of three readers, one
+//! alone; those of the async proxy need a proxy fence besides, behind what orders them. A cell remembers its last write and its last readers of two blocks: of three readers, one
 //! of them unordered, that one can be missed.
 
 use std::collections::HashMap;
@@ -23,6 +23,8 @@ pub(crate) struct Conflict {
     pub(crate) write: bool,
     /// Whether the conflict is that memory loaded as constant is written.
     pub(crate) constant: bool,
+    /// Whether it is ordered, and only a proxy fence is missing.
+    pub(crate) fence: bool,
 }
 
 /// An entry: epoch (32 bits), instruction (32), component (16), flags (16), block + 1 (32). 0: none.
@@ -36,6 +38,16 @@ struct Cells {
     reads: Vec<Entry>,
     /// The last reader of another block than that of `reads`.
     others: Vec<Entry>,
+}
+
+/// How two accesses are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// The earlier is over.
+    Over,
+    /// It is, but a proxy fence is missing.
+    Unfenced,
+    None,
 }
 
 /// The shadow of global memory, for one launch.
@@ -53,16 +65,25 @@ fn block_of(entry: Entry) -> u32 {
     (entry >> 96) as u32
 }
 
-/// Whether an entry's access is over for somebody of block `block`.
-fn is_over(entry: Entry, block: u32, access: &Access) -> bool {
+/// How an entry's access and a later one of block `block` are ordered.
+fn order(entry: Entry, block: u32, access: &Access) -> Order {
     let (component, epoch) = ((entry >> 64) as Component, entry as u32);
     if entry & ATOMIC != 0 && access.atomic {
-        return true;
+        return Order::Over;
     }
-    match block_of(entry) {
-        0 => true,
-        own if own == block + 1 => access.clock.seen(component) >= epoch,
-        other => access.clock.knows_foreign(other - 1, component, epoch),
+    let clock = access.clock;
+    let (over, fenced) = match block_of(entry) {
+        0 => (true, true),
+        own if own == block + 1 => (clock.seen(component) >= epoch, true),
+        other => (
+            clock.knows_foreign(other - 1, component, epoch),
+            !access.asynchronous || clock.has_fenced_foreign(other - 1, component, epoch),
+        ),
+    };
+    match (over, fenced) {
+        (false, _) => Order::None,
+        (true, false) => Order::Unfenced,
+        (true, true) => Order::Over,
     }
 }
 
@@ -106,6 +127,7 @@ impl Ledger {
             instruction: (entry >> 32) as u32,
             write,
             constant,
+            fence: order(entry, block, access) == Order::Unfenced,
         };
         let mut entry = Entry::from(block + 1) << 96
             | Entry::from(access.component) << 64
@@ -125,7 +147,7 @@ impl Ledger {
                 if kind == Use::Constant {
                     return Err(conflict(at, write, true, true));
                 }
-                if !is_over(write, block, access) {
+                if order(write, block, access) != Order::Over {
                     return Err(conflict(at, write, true, false));
                 }
                 last_write = write;
@@ -137,7 +159,7 @@ impl Ledger {
                         if read & CONSTANT != 0 {
                             return Err(conflict(at, read, false, true));
                         }
-                        if !is_over(read, block, access) {
+                        if order(read, block, access) != Order::Over {
                             return Err(conflict(at, read, false, false));
                         }
                         last_read = read;

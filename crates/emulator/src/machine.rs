@@ -4,7 +4,7 @@
 //! instruction does what is `execute`'s business.
 
 use flex_block_attn_ptx::ir::{Kernel, Op};
-use flex_block_attn_ptx::{Arg, Launch};
+use flex_block_attn_ptx::{Arg, Launch, Ty};
 
 use crate::bulk::{Captured, Load};
 use crate::cluster::Cluster;
@@ -423,6 +423,12 @@ impl<'m> Machine<'m> {
         let load = self.loads.remove(index);
         self.perform_load(load)?;
         Ok(true)
+    }
+
+    /// Whether sums of this type may come in any order.
+    pub(crate) fn any_order(&self, ty: Ty) -> bool {
+        let rounded = matches!(ty, Ty::F32 | Ty::Bf16x2 | Ty::F16x2);
+        !(rounded && self.options.ordered_sums)
     }
 
     /// Whether asynchronous operations are performed when they are issued.

@@ -33,6 +33,9 @@ pub struct Options {
     pub resident: usize,
     /// Instructions of all warps together, before the run is given up.
     pub limit: u64,
+    /// Whether sums of floats must come in one order, as their last bits depend on it: if nothing
+    /// orders two of them, that is a race.
+    pub ordered_sums: bool,
 }
 
 impl Default for Options {
@@ -43,6 +46,7 @@ impl Default for Options {
             schedule: Schedule::RoundRobin,
             resident: 2,
             limit: 1 << 34,
+            ordered_sums: false,
         }
     }
 }

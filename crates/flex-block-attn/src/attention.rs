@@ -16,6 +16,8 @@ pub struct Options {
     pub scale: Option<f64>,
     /// Threads of the CPU backend; `None` is one for each core.
     pub threads: Option<NonZeroUsize>,
+    /// Whether a GPU's gradient of q repeats to the last bit, as all other results do: it takes longer.
+    pub deterministic: bool,
 }
 
 /// What the forward read and wrote, for the backward to read again.

@@ -161,7 +161,7 @@ fn mistakes_are_named() {
             Call {
                 options: Options {
                     scale: Some(f64::NAN),
-                    threads: None,
+                    ..Options::default()
                 },
                 ..fine()
             },

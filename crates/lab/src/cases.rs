@@ -105,6 +105,7 @@ impl Case {
         let options = Options {
             scale: Some(self.scale),
             threads: NonZeroUsize::new(self.threads),
+            deterministic: false,
         };
         // Garbage to start with: what is not written shows.
         let garbage = |len| vec![T::from_f64(777.0); len];

@@ -107,6 +107,7 @@ fn check(chance: &mut Chance) {
     let options = Options {
         scale: chance.of(&[None, Some(0.3), Some(0.0)]),
         threads: None,
+        deterministic: chance.below(3) == 0,
     };
     let out_shape = [batch, heads, q_len, dim];
     let lse_shape = [batch, heads, q_len, 1];

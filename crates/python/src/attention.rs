@@ -55,6 +55,7 @@ fn options((scale, threads): (f64, usize)) -> Options {
     Options {
         scale: Some(scale),
         threads: NonZeroUsize::new(threads),
+        deterministic: false,
     }
 }
 

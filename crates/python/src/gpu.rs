@@ -70,7 +70,7 @@ pub fn forward_cuda(
     };
     let options = Options {
         scale: Some(scale),
-        threads: None,
+        ..Options::default()
     };
     // SAFETY: `ops.py` has read all layouts from tensors on the stream's device, and has allocated
     // outputs and workspace; the plan has as many words as its layout says; torch's allocator keeps
@@ -99,7 +99,7 @@ pub fn forward_cuda(
     .map_err(python)
 }
 
-/// Numbers (float32) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape.
+/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape.
 #[pyfunction]
 pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
     let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape);
@@ -108,6 +108,7 @@ pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;
 /// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
+/// `settings` are the scale, and whether the gradient of q is to repeat to the last bit.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn backward_cuda(
@@ -115,7 +116,7 @@ pub fn backward_cuda(
     saved: (Raw, Raw, Raw, Raw, Raw),
     gradients: (Raw, Option<Raw>),
     plan: RawPlan,
-    scale: f64,
+    settings: (f64, bool),
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
     on: RawStream,
@@ -126,8 +127,9 @@ pub fn backward_cuda(
         address: address as u64,
     };
     let options = Options {
-        scale: Some(scale),
+        scale: Some(settings.0),
         threads: None,
+        deterministic: settings.1,
     };
     // SAFETY: as for `forward_cuda`.
     unsafe {

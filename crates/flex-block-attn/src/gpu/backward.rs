@@ -7,24 +7,30 @@ use flex_block_attn_kernels::backward::{Args, Config, Workspace, finish, prepare
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
 use crate::{Gradients, Options, Result, Saved, Tensor, check};
 
-/// What [`backward`] needs besides: two arrays of float32 at multiples of 16 bytes. Their contents do
-/// not matter.
+/// What [`backward`] needs besides: two arrays of 32-bit numbers at multiples of 16 bytes. Their
+/// contents do not matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackwardWorkspace {
     /// Numbers of the first.
     pub rows: usize,
-    /// Numbers of the second: as many as q has, in whole units of 64 queries.
+    /// Numbers of the second: as many as q has, in whole units of 64 queries, and one in 1024 more.
     pub sums: usize,
 }
 
 impl BackwardWorkspace {
     /// For a q of this shape.
     pub fn new([batch, heads, q_len, head_dim]: [usize; 4]) -> Self {
-        let Workspace { line, units } = Workspace::new(q_len);
+        let (workspace, lines) = (Workspace::new(q_len), batch * heads);
         Self {
-            rows: 2 * batch * heads * line,
-            sums: batch * heads * units * 64 * head_dim,
+            rows: 2 * lines * workspace.line,
+            sums: Self::tickets_at([batch, heads, q_len, head_dim])
+                + workspace.tickets(lines, head_dim),
         }
+    }
+
+    /// Where in the second array the tickets lie, behind the sums.
+    fn tickets_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
+        batch * heads * Workspace::new(q_len).units * 64 * head_dim
     }
 }
 
@@ -70,8 +76,11 @@ pub fn backward_steps(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
-    let config = Config::choose(element, head_dim, q_block, kv_block, None)
-        .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
+    let config = Config {
+        deterministic: options.deterministic,
+        ..Config::choose(element, head_dim, q_block, kv_block, None)
+            .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?
+    };
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
         contiguous("dlse", dlse.shape, dlse.strides)?;
@@ -112,6 +121,7 @@ pub fn backward_steps(
         lse: before.log2,
         delta: before.delta,
         dq: sums,
+        tickets: sums + 4 * BackwardWorkspace::tickets_at(q.shape) as u64,
         plan: plan.address,
         layout: plan.layout,
         batch,
@@ -141,8 +151,8 @@ pub fn backward_steps(
 }
 
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
-/// computed, and `lse` and `dlse` are contiguous. dq is a sum in float32 in any order: it repeats up to
-/// rounding.
+/// computed, and `lse` and `dlse` are contiguous. dq is a sum in float32, in any order, and repeats up
+/// to rounding, unless [`Options::deterministic`] is asked for.
 ///
 /// # Errors
 /// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on

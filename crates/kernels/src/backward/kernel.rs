@@ -12,6 +12,7 @@ use flex_block_attn_tile::{
 
 use super::consume::Consumer;
 use super::queries::{KeyTile, Problem, Walk};
+use super::tickets::Tickets;
 use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
 use crate::merge::WARPS;
 
@@ -78,6 +79,20 @@ impl Config {
         }
     }
 
+    /// Which part of a tile's dq is the unit of consumer `index`: its first piece, and which panel.
+    pub(super) fn own_unit<'k>(self, index: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        let none = index.builder().var(0u32);
+        match self.share() {
+            Share::Columns => (none, index),
+            Share::Rows => (index * self.unit_pieces(), none),
+        }
+    }
+
+    /// Pieces of a unit.
+    pub(super) fn unit_pieces(self) -> u32 {
+        UNIT / self.piece
+    }
+
     /// Bytes of a tile's lse, or of its deltas.
     fn numbers_bytes(self) -> u32 {
         4 * self.queries()
@@ -115,6 +130,7 @@ impl Config {
             dq: (0..self.order.outgoing).map(outgoing).collect(),
             keys_full: shared.barrier(1),
         };
+        let tickets = self.deterministic.then(|| Tickets::new(&problem, &shared));
         shared.finish();
         k.if_(k.tid().equals(0), || {
             stores.keys_full.init();
@@ -126,10 +142,16 @@ impl Config {
                 out.empty.init();
             }
             k.mbarrier_init_fence();
+            if let Some(tickets) = &tickets {
+                tickets.draw();
+            }
         });
         k.sync_threads();
 
-        let keys = problem.keys();
+        let keys = match &tickets {
+            None => problem.keys(),
+            Some(tickets) => tickets.keys(),
+        };
         k.if_else(
             Warpgroup::number(k).equals(0),
             || {
@@ -137,9 +159,14 @@ impl Config {
                 k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
                 // The warps behind the loader's.
                 let reducer = (k.tid() >> 5) - 1;
-                k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
-                    reduce::reduce(self, &problem, reducer, &stores);
-                });
+                match &tickets {
+                    None => k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
+                        reduce::reduce(self, &problem, reducer, &stores);
+                    }),
+                    Some(tickets) => k.if_(reducer.lt(CONSUMERS), || {
+                        tickets.reduce(self, keys, reducer, &stores);
+                    }),
+                }
             },
             || {
                 Warpgroup::acquire_registers(k, 240);

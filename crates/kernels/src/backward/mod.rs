@@ -8,6 +8,7 @@
 //! - [`prepare`], [`finish`]: what comes before and after;
 //! - `kernel`: what is in the main kernel's shared memory, and its loader;
 //! - `consume`, `reduce`: what its consumers and its reducers do;
+//! - `tickets`: how dq's sums are made in one order, if they are to repeat to the last bit;
 //! - `queries`: the pieces of the lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
@@ -17,6 +18,7 @@ mod kernel;
 pub mod prepare;
 mod queries;
 mod reduce;
+mod tickets;
 
 use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
@@ -35,6 +37,10 @@ const UNIT: u32 = 64;
 /// Bytes of a unit's row, and of the whole.
 const ROW_BYTES: u32 = 4 * UNIT;
 const UNIT_BYTES: u32 = UNIT * ROW_BYTES;
+/// Queries of a ticket: of the smallest piece.
+const TICKET: u32 = 16;
+/// Words before the tickets: the first counts thread blocks, the others are not used.
+const HEADER: u32 = 4;
 
 /// Entries of a list at least that thread blocks start at different places of.
 const FEWEST_SPREAD: u32 = 16;
@@ -48,13 +54,15 @@ pub struct Config {
     pub head_dim: u32,
     /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
     pub piece: u32,
+    /// Whether dq is the same to the last bit each time, as dk and dv always are.
+    pub deterministic: bool,
     /// When things are done.
     pub order: Order,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
 }
 
-/// What results do not depend on, but for the order of dq's sums.
+/// What results do not depend on, but for the order of dq's sums where that is free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Order {
     /// Whether weights are made before their gradients are waited for.
@@ -62,11 +70,12 @@ pub struct Order {
     /// Tiles of dq on their way out: 1 or 2.
     pub outgoing: u32,
     /// Whether thread blocks start at different places of lists that have all queries: else all add to
-    /// the same part of dq at once.
+    /// the same part of dq at once. Not where the order of dq's sums is given.
     pub spread: bool,
 }
 
-/// The arrays between the three launches: float32, each (batch, heads, ...), contiguous.
+/// The arrays between the three launches: each (batch, heads, ...), contiguous; float32, but for the
+/// tickets.
 ///
 /// dq's sums lie in panels of 64 columns, and in them as the products leave them: of each 16 rows eight
 /// times a warp's 32 lanes times four.
@@ -86,6 +95,12 @@ impl Workspace {
             line: (units + 1) * UNIT as usize,
             units,
         }
+    }
+
+    /// Words of the tickets of so many heads, together with their header.
+    pub fn tickets(self, heads: usize, head_dim: usize) -> usize {
+        let panels = head_dim / UNIT as usize;
+        HEADER as usize + heads * panels * self.units * (UNIT / TICKET) as usize
     }
 }
 
@@ -111,6 +126,8 @@ pub struct Args<'a> {
     pub delta: u64,
     /// Address of dq's sums, for each head [`Workspace::units`] of 64 x head_dim: zeros, added to.
     pub dq: u64,
+    /// Address of the tickets, [`Workspace::tickets`] words of 0; read by deterministic kernels only.
+    pub tickets: u64,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
     /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of `piece`
@@ -161,13 +178,16 @@ impl Config {
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
             for head_dim in [64, 128] {
-                all.extend([64, 32, 16].map(|piece| Self {
-                    element,
-                    head_dim,
-                    piece,
-                    order: Order::CHOSEN,
-                    mask: None,
-                }));
+                for deterministic in [false, true] {
+                    all.extend([64, 32, 16].map(|piece| Self {
+                        element,
+                        head_dim,
+                        piece,
+                        deterministic,
+                        order: Order::CHOSEN,
+                        mask: None,
+                    }));
+                }
             }
         }
         // To be compared, for one element and piece each.
@@ -179,6 +199,7 @@ impl Config {
                 element: Element::Bf16,
                 head_dim,
                 piece: 64,
+                deterministic: false,
                 order,
                 mask: None,
             }));
@@ -186,8 +207,9 @@ impl Config {
         all
     }
 
-    /// The config for a head dimension and blocks of so many queries and keys; none if head_dim is
-    /// neither 64 nor 128, or blocks are no multiples of 16.
+    /// The config for a head dimension, blocks of so many queries and keys, and a mask's expression, if
+    /// it has one, with dq's sums in any order; none if head_dim is neither 64 nor 128, or blocks are no
+    /// multiples of 16.
     pub fn choose(
         element: Element,
         head_dim: u32,
@@ -205,6 +227,7 @@ impl Config {
             element,
             head_dim,
             piece,
+            deterministic: false,
             order: Order::CHOSEN,
             mask,
         })
@@ -253,7 +276,7 @@ impl Config {
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
         // A tile of keys of one block comes when its list's length says; others as they lie.
-        let ordered = call.kv_block.is_multiple_of(KEYS);
+        let ordered = call.kv_block.is_multiple_of(KEYS) && !self.deterministic;
         let key_tiles = match ordered {
             true => layout.columns() as u32 * (call.kv_block / KEYS),
             false => call.kv_len.div_ceil(KEYS),
@@ -284,6 +307,9 @@ impl Config {
         ];
         list.extend(lists::args(args.plan, layout, Side::Columns));
         list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
+        if self.deterministic {
+            list.extend(tickets::args(args));
+        }
         Launch {
             grid: [key_tiles, call.kv_heads, call.batch],
             args: list,
@@ -296,10 +322,14 @@ impl Config {
             element,
             head_dim,
             piece,
+            deterministic,
             order,
             mask,
         } = self;
         let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        if deterministic {
+            name += "_deterministic";
+        }
         name += &mask.map(Mask::tag).unwrap_or_default();
         if !order.settled {
             name += "_unsettled";

@@ -22,8 +22,8 @@ pub(super) struct Problem<'k> {
     ordered: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
     pub(super) kv_len: Reg<'k, u32>,
-    q_block: Reg<'k, u32>,
-    kv_block: Reg<'k, u32>,
+    pub(super) q_block: Reg<'k, u32>,
+    pub(super) kv_block: Reg<'k, u32>,
     pub(super) heads: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
@@ -35,7 +35,7 @@ pub(super) struct Problem<'k> {
     /// 0 for none.
     spread: Reg<'k, u32>,
     /// The plan's columns.
-    lists: Lists<'k>,
+    pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
     pub(super) exact: Option<Exact<'k>>,
 }

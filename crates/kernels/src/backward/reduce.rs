@@ -4,7 +4,7 @@
 use flex_block_attn_ptx::Reg;
 use flex_block_attn_tile::Phases;
 
-use super::kernel::{END, Outgoing, Share, Stores};
+use super::kernel::{END, Outgoing, Stores};
 use super::queries::Problem;
 use super::{Config, ROW_BYTES, UNIT, UNIT_BYTES};
 
@@ -20,16 +20,11 @@ pub(super) fn reduce<'k>(
     let queries = stores.queries.consumer(k.lane().equals(0), &phases);
     let full = |out: &Outgoing<'k>| phases.waiter(out.full.at(index));
     let full: Vec<_> = stores.dq.iter().map(full).collect();
-    let pieces = UNIT / config.piece;
     let bytes = config.piece * ROW_BYTES;
-    // Of the pieces of a tile, the first of this reducer's; of its columns, which unit.
-    let (first, unit) = match config.share() {
-        Share::Columns => (k.var(0u32), index),
-        Share::Rows => (index * pieces, k.var(0u32)),
-    };
+    let (first, panel) = config.own_unit(index);
     // The next unit's head and pieces, noted before the loader writes the next note.
     let line = k.var(END);
-    let rows: Vec<Reg<'k, u32>> = (0..pieces).map(|_| k.var(0u32)).collect();
+    let rows: Vec<Reg<'k, u32>> = (0..config.unit_pieces()).map(|_| k.var(0u32)).collect();
     let read_note = |stage: usize| {
         queries.wait(stage);
         let note = stores.notes[stage];
@@ -49,7 +44,7 @@ pub(super) fn reduce<'k>(
             let number = stage % stores.dq.len();
             let out = &stores.dq[number];
             full[number].wait();
-            let panel = (line * (config.head_dim / UNIT) + unit).times_wide(problem.padded());
+            let panel = (line * (config.head_dim / UNIT) + panel).times_wide(problem.padded());
             for (i, &row) in (0..).zip(&rows) {
                 // What only fills the tile up is not wanted.
                 k.if_(row.lt(problem.padded()), || {

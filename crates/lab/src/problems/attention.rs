@@ -271,6 +271,10 @@ impl Backward {
             lse: before.log2,
             delta: before.delta,
             dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
+            tickets: match self.config.deterministic {
+                true => memory.alloc_with("tickets", &vec![0i32; workspace.tickets]),
+                false => 0,
+            },
             plan,
             layout: layout(&self.mask),
             batch,
@@ -292,6 +296,8 @@ impl Backward {
         let near = |name, tensor: forward::Tensor, values| {
             Expected::new(name, tensor.address, element, values, Close::Norm(5e-3))
         };
+        let mut of_q = near("dq", after.dq, expected.dq);
+        of_q.repeats = self.config.deterministic;
         Setup::new(
             memory,
             vec![
@@ -300,13 +306,13 @@ impl Backward {
                 Step::new(last.kernel(), last.launch(&after)),
             ],
             vec![
-                // Its sums are added to in any order.
-                near("dq", after.dq, expected.dq).of_any_order(),
+                of_q,
                 near("dk", args.dk, expected.dk),
                 near("dv", args.dv, expected.dv),
             ],
         )
         .with_scratch(args.dq)
+        .with_scratch(args.tickets)
     }
 }
 
@@ -316,6 +322,8 @@ struct Workspace {
     numbers: usize,
     /// Of dq's sums.
     sums: usize,
+    /// Words of the tickets.
+    tickets: usize,
 }
 
 impl Workspace {
@@ -325,6 +333,7 @@ impl Workspace {
         Self {
             numbers: lines * workspace.line,
             sums: lines * workspace.units * 64 * sizes.head_dim,
+            tickets: workspace.tickets(lines, sizes.head_dim),
         }
     }
 }

@@ -185,7 +185,7 @@ fn found(setup: &Setup) -> Option<(String, String)> {
         return Some((who, error.to_string()));
     }
     ways().iter().find_map(|options| match setup.run(options) {
-        Ok(()) => None,
+        Ok(_) => None,
         Err(Failure::Fault(fault)) => {
             let who = format!("emulator: {}", variant(&fault.kind));
             Some((who, fault.to_string()))

@@ -1,7 +1,9 @@
 //! Attention backward, against gradients in float64.
 
-use flex_block_attn::{BlockMask, Extents};
-use flex_block_attn_emulator::Options;
+use std::collections::BTreeSet;
+
+use flex_block_attn::{BlockMask, Extents, builders};
+use flex_block_attn_emulator::{Allocation, Options};
 use flex_block_attn_kernels::Element;
 use flex_block_attn_kernels::backward::{Config, Order};
 use flex_block_attn_lab::problems::Backward;
@@ -13,6 +15,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         element: Element::Bf16,
         head_dim,
         piece,
+        deterministic: false,
         order: Order::CHOSEN,
         mask: None,
     }
@@ -110,4 +113,71 @@ fn orders() {
             right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
         }
     }
+}
+
+/// Blocks of all sizes, keys beyond the sequence, heads that share keys, and several masks.
+#[test]
+fn sums_in_one_order() {
+    for (head_dim, piece, [q_block, kv_block], [q_len, kv_len]) in [
+        (128, 64, [64, 128], [200, 500]),
+        (128, 32, [96, 256], [250, 500]),
+        (128, 16, [48, 48], [130, 400]),
+        (64, 16, [16, 16], [70, 900]),
+        (64, 64, [128, 64], [129, 300]),
+        (64, 32, [32, 384], [200, 400]),
+        (64, 64, [64, 192], [64, 520]),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let mask = builders::random(extents, 2, 2, 0.6, 3).unwrap();
+        let problem = Backward {
+            batch: 2,
+            heads: 2,
+            kv_heads: 1,
+            ..Backward::new(
+                Config {
+                    deterministic: true,
+                    ..config(head_dim, piece)
+                },
+                mask,
+            )
+        };
+        right_in_all_ways(&problem.setup(), &crowded(1));
+    }
+}
+
+/// More thread blocks side by side than [`Options::all`] has.
+fn crowded(seeds: u64) -> Vec<Options> {
+    let resident = 5;
+    let more = |options| Options {
+        resident,
+        ..options
+    };
+    Options::all(seeds).into_iter().map(more).collect()
+}
+
+/// dq's sums, before they are rounded, as all ways of running leave them: once for each that differs.
+fn sums(deterministic: bool) -> usize {
+    // All queries see all keys.
+    let extents = Extents::new(192, 640, 64, 128).unwrap();
+    let problem = Backward::new(
+        Config {
+            deterministic,
+            ..config(128, 64)
+        },
+        builders::full(extents),
+    );
+    let setup = problem.setup();
+    let all = crowded(4).into_iter().map(|options| {
+        let memory = setup.run(&options).expect("right in all ways");
+        let sums = |allocation: &&Allocation| allocation.name() == "sums";
+        let found = memory.allocations().iter().find(sums);
+        found.expect("there are sums").bytes().to_vec()
+    });
+    all.collect::<BTreeSet<_>>().len()
+}
+
+#[test]
+fn only_sums_in_one_order_repeat() {
+    assert_eq!(sums(true), 1);
+    assert!(sums(false) > 1);
 }

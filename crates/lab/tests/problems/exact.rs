@@ -37,11 +37,17 @@ fn right(rule: &Rule, lengths: [usize; 2], head_dim: u32, sizes: [usize; 2]) {
     };
     right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
     let config = backward::Config::choose(element, head_dim, q_block, kv_block, Some(rule.mask()));
-    let problem = Backward {
-        rule: Some(rule.clone()),
-        ..Backward::new(config.unwrap(), mask)
-    };
-    right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+    for deterministic in [false, true] {
+        let config = backward::Config {
+            deterministic,
+            ..config.unwrap()
+        };
+        let problem = Backward {
+            rule: Some(rule.clone()),
+            ..Backward::new(config, mask.clone())
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
+    }
 }
 
 #[test]

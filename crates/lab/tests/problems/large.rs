@@ -118,7 +118,7 @@ fn forward_over_small_blocks() {
 fn gradients() {
     let Some(gpu) = gpu() else { return };
     for element in ELEMENTS {
-        for head_dim in [64, 128] {
+        for (head_dim, deterministic) in [(64, false), (64, true), (128, false), (128, true)] {
             let extents = Extents::new(1100, 1000, 128, 128).unwrap();
             let config = backward::Config {
                 element,
@@ -126,6 +126,7 @@ fn gradients() {
                 order: backward::Order::CHOSEN,
                 piece: 64,
                 mask: None,
+                deterministic,
             };
             let problem = Backward {
                 heads: 4,

@@ -1,4 +1,4 @@
-//! The backward pass on a mask: all of it, and its main kernel alone in each order.
+//! The backward pass on a mask: all of it, and its main kernel alone in each order, deterministic, too.
 
 use flex_block_attn::{Extents, Plan, builders};
 use flex_block_attn_kernels::backward::{self, Config, Order, Workspace, finish, prepare};
@@ -53,6 +53,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let workspace = Workspace::new(tokens);
     let line = 4 * heads as usize * workspace.line;
     let sums = heads as usize * workspace.units * 64 * head_dim as usize;
+    let tickets = workspace.tickets(heads as usize, head_dim as usize);
     let q_len = tokens as u32;
     let first = prepare::Args {
         out: before.out,
@@ -75,6 +76,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         lse: first.log2,
         delta: first.delta,
         dq: gpu.alloc(4 * sums)?,
+        tickets: gpu.alloc(4 * tickets)?,
         plan: before.plan,
         layout: before.layout,
         batch: 1,
@@ -121,6 +123,11 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
             variants.push((name, gpu.load(&config.kernel())?, config.launch(&main)));
         }
     }
+    let repeating = Config {
+        deterministic: true,
+        ..chosen
+    };
+    let (ordered, ordered_launch) = (gpu.load(&repeating.kernel())?, repeating.launch(&main));
 
     let pairs = (tokens as f64).powi(2) * mask.density();
     let work = 10.0 * pairs * f64::from(head_dim * heads);
@@ -137,6 +144,12 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
             let times = gpu.time(1, 10, || gpu.launch(function, launch))?;
             results.push(((*name).to_owned(), Measured { times, work }));
         }
+        gpu.zero_words(main.dq, sums)?;
+        let times = gpu.time(1, 10, || {
+            gpu.zero_words(main.tickets, tickets)?;
+            gpu.launch(ordered, &ordered_launch)
+        })?;
+        results.push(("main deterministic".to_owned(), Measured { times, work }));
     }
     Ok(results)
 }
