@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from reference import random_qkv, relative_error
 
 from flex_block_attn import BlockMask, flex_block_attn
@@ -104,13 +103,6 @@ def one_and_many(group, case, uneven, dtype):
     ):
         errors[f"d{name}"] = relative_error(got, want[:, :, part])
     return errors
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks()
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -1,15 +1,30 @@
 """Attention over several GPUs or processes, on ``torch.distributed`` process groups.
 
 - :func:`ulysses_attention`: each rank computes some heads of the whole sequence;
-- :func:`gather_heads`: for masks that depend on all heads.
+- :func:`context_attention`: each rank computes its own tokens, and is sent the keys that they
+  want, by a :class:`ContextPlan` of a static mask or a :class:`DynamicPlan` of one that changes;
+- :class:`Layout`: which rank has which tokens;
+- :func:`gather_heads`, :func:`gather_blocks`: for masks that depend on all heads or tokens.
 
 Every rank of a group must make the same calls in the same order, forward and backward.
 """
 
-from .select import gather_heads
+from .context import context_attention
+from .dynamic import DynamicPlan
+from .layout import Layout
+from .plan import ContextPlan
+from .report import RankReport, Report
+from .select import gather_blocks, gather_heads
 from .ulysses import ulysses_attention
 
 __all__ = [
+    "ContextPlan",
+    "DynamicPlan",
+    "Layout",
+    "RankReport",
+    "Report",
+    "context_attention",
+    "gather_blocks",
     "gather_heads",
     "ulysses_attention",
 ]

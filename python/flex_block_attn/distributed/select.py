@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .exchange import gathered, place_in
+from .layout import Layout
 from .ulysses import shares
 
 
@@ -35,3 +36,36 @@ def gather_heads(x: Tensor, heads: int, *, group: dist.ProcessGroup | None = Non
         )
     rows = gathered(x.transpose(0, 1), [len(part) for part in parts], group)
     return rows.transpose(0, 1).contiguous()
+
+
+def gather_blocks(
+    x: Tensor,
+    layout: Layout,
+    *,
+    dim: int,
+    keys: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Values of all blocks in their order, from those of this rank's blocks.
+
+    Args:
+        x: a value for each block of queries that the layout gives this rank, along ``dim``, such
+            as means of their tokens.
+        layout: where blocks are.
+        keys: whether the blocks are of keys.
+        group: the ranks; all if not given.
+
+    Returns:
+        The values of all blocks, the same on every rank and for every number of ranks.
+    """
+    rank, ranks = place_in(group)
+    layout.check_ranks(ranks)
+    owners = layout.kv_owners if keys else layout.q_owners
+    counts = owners.bincount(minlength=ranks).tolist()
+    if x.shape[dim] != counts[rank]:
+        raise ValueError(
+            f"x has {x.shape[dim]} blocks in dimension {dim}, but rank {rank} has {counts[rank]}"
+        )
+    rows = gathered(x.movedim(dim, 0), counts, group)
+    order = owners.argsort(stable=True).argsort().to(x.device)
+    return rows.index_select(0, order).movedim(0, dim).contiguous()

@@ -1,0 +1,132 @@
+"""Plans of masks that are made anew for each call. In: mask values on a device, and a layout. Out:
+a :class:`DynamicPlan`.
+
+Called by users of SSTA or MoBA masks. What ranks send depends on the mask, and torch's collectives
+want its sizes on the host. So the host has to learn them, once in a call: the blocks that each rank
+needs, ranks x blocks bools, are copied to it behind the mask, and it waits for them only after it
+has launched the attention over the rank's own keys, with which the GPU is then busy. Every rank
+has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend on
+the mask: all keys go to all ranks, the host waits for nothing, and CUDA graphs can be captured.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..masks import BlockMask, as_blocks
+from .layout import Layout
+from .plan import Cut, RankPlan, Step, as_chunks, needs_of, steps_of
+
+# Steps in which all keys travel, of each layout: they do not depend on masks.
+_all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Step]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class DynamicPlan:
+    """As :class:`ContextPlan`, for a mask that is used once.
+
+    Args:
+        blocks: the whole mask, the same on every rank, bool, (batch or 1, heads or 1, q_blocks,
+            kv_blocks) or fewer dimensions; of q, k and v's device. :func:`gather_blocks` helps to
+            make it.
+        layout: where tokens are: :meth:`Layout.even`, or :meth:`Layout.balanced` of a mask like
+            those to come. Rows that it shares are computed where each column's keys are.
+        chunks: how many parts keys come in; one is computed with while the next is on its way.
+        exchange: "needed" sends the keys that rows keep; the host waits once in a forward pass,
+            after the attention over a rank's own keys has been launched, for a copy of the
+            blocks that each rank needs. "all" sends all keys to all ranks, and the host never
+            waits.
+    """
+
+    def __init__(
+        self, blocks: Tensor, layout: Layout, *, chunks: int = 2, exchange: str = "needed"
+    ):
+        self.blocks = as_blocks(blocks)
+        shape = len(layout.q_owners), len(layout.kv_owners)
+        if self.blocks.shape[2:] != shape:
+            raise ValueError(
+                f"blocks has {tuple(self.blocks.shape[2:])} blocks, but the layout {shape}"
+            )
+        if exchange not in ("needed", "all"):
+            raise ValueError(f'exchange must be "needed" or "all", got {exchange!r}')
+        self.layout = layout
+        self.chunks = as_chunks(chunks)
+        self.exchange = exchange
+        self._needs = _OnHost(needs_of(self.blocks, layout)) if exchange == "needed" else None
+
+    @property
+    def ranks(self) -> int:
+        """How many it is for."""
+        return self.layout.ranks
+
+    def of_heads(self, heads: range) -> "DynamicPlan":
+        """The plan for some query heads."""
+        if self.blocks.shape[1] == 1:
+            return self
+        part = self.blocks[:, heads.start : heads.stop]
+        return DynamicPlan(part, self.layout, chunks=self.chunks, exchange=self.exchange)
+
+    def of_rank(self, rank: int, device: torch.device) -> RankPlan:
+        """What a rank does."""
+        if self.blocks.device != device:
+            raise ValueError(f"blocks is on {self.blocks.device}, but q is on {device}")
+        return _DynamicRankPlan(self, rank, device)
+
+    def steps(self, rank: int, device: torch.device) -> list[Step]:
+        """A rank's steps; with "needed", the host waits for the mask's needs."""
+        if self._needs is not None:
+            steps = steps_of(self._needs.wait(), self.layout, rank, self.chunks)
+            return [step.to(device) for step in steps]
+        kept = _all_steps.setdefault(self.layout, {})
+        key = rank, self.chunks, device
+        if key not in kept:
+            ranks = torch.arange(self.ranks)[:, None]
+            steps = steps_of(ranks != self.layout.kv_owners, self.layout, rank, self.chunks)
+            kept[key] = [step.to(device) for step in steps]
+        return kept[key]
+
+
+class _DynamicRankPlan(RankPlan):
+    """Masks are made as their turn comes, and steps when they must be known; both are kept for
+    the backward pass."""
+
+    def __init__(self, plan: DynamicPlan, rank: int, device: torch.device):
+        layout = plan.layout
+        rows = layout.rows(rank, device)
+        columns = (layout.kv_owners == rank).nonzero().flatten()
+        computes = (layout.kv_owners == rank).to(device)
+        self._cut = Cut(plan.blocks, rows, computes, layout)
+        self._plan, self._rank, self._device = plan, rank, device
+        self._made = False
+        sizes = layout.q_block_size, layout.kv_block_size
+        super().__init__(rows, self._cut.dynamic(columns), [], sizes)
+
+    def known(self) -> list[tuple[Step, BlockMask | None]]:
+        return self.steps() if self._made or self._plan.exchange == "all" else []
+
+    def steps(self) -> list[tuple[Step, BlockMask | None]]:
+        if not self._made:
+            steps = self._plan.steps(self._rank, self._device)
+            self._steps = [(step, self._cut.dynamic(step.columns)) for step in steps]
+            self._made = True
+        return self._steps
+
+
+class _OnHost:
+    """A small tensor on its way to the host, behind what is launched already."""
+
+    def __init__(self, x: Tensor):
+        self._copy = x
+        self._event = None
+        if x.is_cuda:
+            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._copy.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(x.device))
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
