@@ -3,6 +3,7 @@
 - :func:`ulysses_attention`: each rank computes some heads of the whole sequence;
 - :func:`context_attention`: each rank computes its own tokens, and is sent the keys that they
   want, by a :class:`ContextPlan` of a static mask or a :class:`DynamicPlan` of one that changes;
+- :func:`grid_attention`: both, for ranks in a grid;
 - :class:`Layout`: which rank has which tokens;
 - :func:`gather_heads`, :func:`gather_blocks`: for masks that depend on all heads or tokens.
 
@@ -11,6 +12,7 @@ Every rank of a group must make the same calls in the same order, forward and ba
 
 from .context import context_attention
 from .dynamic import DynamicPlan
+from .grid import grid_attention, grid_shard, grid_unshard
 from .layout import Layout
 from .plan import ContextPlan
 from .report import RankReport, Report
@@ -26,5 +28,8 @@ __all__ = [
     "context_attention",
     "gather_blocks",
     "gather_heads",
+    "grid_attention",
+    "grid_shard",
+    "grid_unshard",
     "ulysses_attention",
 ]

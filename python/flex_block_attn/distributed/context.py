@@ -59,14 +59,8 @@ def context_attention(
     layout = plan.layout
     layout.check_ranks(ranks)
     check_extents(plan.blocks, q.shape[0], q.shape[1])
-    for name, x, owners, size, length in (
-        ("q", q, layout.q_owners, layout.q_block_size, layout.q_len),
-        ("k", k, layout.kv_owners, layout.kv_block_size, layout.kv_len),
-    ):
-        blocks = owners == rank
-        tokens = int(blocks.sum()) * size
-        if len(blocks) and blocks[-1]:
-            tokens -= len(blocks) * size - length
+    for name, x, keys in (("q", q, False), ("k", k, True)):
+        tokens = layout.count(rank, keys=keys)
         if x.shape[2] != tokens:
             raise ValueError(
                 f"{name} has {x.shape[2]} tokens, but the layout gives rank {rank} {tokens}"

@@ -114,6 +114,10 @@ class Layout:
             # With one rank there is no one to share with.
             self.shared[row] = self.ranks > 1
         self._rows: dict[tuple[int, torch.device], Rows] = {}
+        self._counts = [
+            [len(tokens) for tokens in map(of, range(self.ranks))]
+            for of in (self.q_tokens, self.kv_tokens)
+        ]
 
     def _owners(self, name: str, owners: Iterable[int], length: int, block: int) -> Tensor:
         if isinstance(owners, Tensor):
@@ -244,10 +248,14 @@ class Layout:
         rows = gathered(x.movedim(dim, 0), [len(t) for t in tokens], group)
         return rows.index_select(0, torch.cat(tokens).argsort().to(x.device)).movedim(0, dim)
 
-    def check_ranks(self, ranks: int) -> None:
+    def count(self, rank: int, *, keys: bool = False) -> int:
+        """How many queries a rank has, or keys."""
+        return self._counts[keys][rank]
+
+    def check_ranks(self, ranks: int, name: str = "group") -> None:
         """Raises unless a group has as many ranks."""
         if ranks != self.ranks:
-            raise ValueError(f"group has {ranks} ranks, but the layout is for {self.ranks}")
+            raise ValueError(f"{name} has {ranks} ranks, but the layout is for {self.ranks}")
 
     def rows(self, rank: int, device: torch.device) -> Rows:
         """What a rank computes, with its tensors on a device."""
@@ -259,7 +267,7 @@ class Layout:
     def _rows_of(self, rank: int) -> Rows:
         mine = self.q_owners == rank
         # Positions among the rank's queries: its blocks ascend, and only the last may be short.
-        positions = torch.arange(len(self.q_tokens(rank)))
+        positions = torch.arange(self.count(rank))
         is_shared = self.shared[mine].repeat_interleave(self.q_block_size)[: len(positions)]
         shared = [
             (self.shared & (self.q_owners == r)).nonzero().flatten() for r in range(self.ranks)

@@ -245,6 +245,6 @@ def _lengths(
     if lengths[rank] != tensor.shape[2]:
         raise ValueError(
             f"{of} has {tensor.shape[2]} tokens, but rank {rank} should have {lengths[rank]} of "
-            f"{name} {lengths}; without {name} they are what mask and torch.chunk give"
+            f"{name} {lengths}"
         )
     return lengths
