@@ -8,6 +8,7 @@ each layer's mask is then planned for the same layout.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,23 +97,15 @@ class Layout:
         ranks: int,
         shared_rows: Iterable[int] = (),
     ):
-        self.ranks = as_size("ranks", ranks)
-        if not self.ranks:
-            raise ValueError("ranks must be positive, got 0")
+        self.ranks = _positive("ranks", ranks)
         self.q_len, self.kv_len = as_size("q_len", q_len), as_size("kv_len", kv_len)
-        self.q_block_size = _as_block("q_block_size", q_block_size)
-        self.kv_block_size = _as_block("kv_block_size", kv_block_size)
+        self.q_block_size = _positive("q_block_size", q_block_size)
+        self.kv_block_size = _positive("kv_block_size", kv_block_size)
         self.q_owners = self._owners("q_owners", q_owners, self.q_len, self.q_block_size)
         self.kv_owners = self._owners("kv_owners", kv_owners, self.kv_len, self.kv_block_size)
         self.shared = torch.zeros(len(self.q_owners), dtype=torch.bool)
-        for row in shared_rows:
-            row = as_size("shared_rows", row)
-            if row >= len(self.shared):
-                raise ValueError(
-                    f"shared_rows has {row}, but there are {len(self.shared)} query blocks"
-                )
-            # With one rank there is no one to share with.
-            self.shared[row] = self.ranks > 1
+        # With one rank there is no one to share with.
+        self.shared[_rows_in("shared_rows", shared_rows, len(self.shared))] = self.ranks > 1
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._counts = [
             [len(tokens) for tokens in map(of, range(self.ranks))]
@@ -151,11 +144,11 @@ class Layout:
         shared_rows: Iterable[int] = (),
     ) -> "Layout":
         """As many tokens for each rank, neighbours together: for masks that come later."""
-        q_block = _as_block("q_block_size", q_block_size)
-        costs = torch.zeros(-(-as_size("q_len", q_len) // q_block), dtype=torch.float64)
+        q_block = _positive("q_block_size", q_block_size)
         sizes = as_size("q_len", q_len), as_size("kv_len", kv_len)
-        sizes = *sizes, q_block, _as_block("kv_block_size", kv_block_size)
-        return cls._of_costs(costs, list(shared_rows), sizes, as_size("ranks", ranks))
+        sizes = *sizes, q_block, _positive("kv_block_size", kv_block_size)
+        costs = torch.zeros(-(-sizes[0] // q_block), dtype=torch.float64)
+        return cls._of_costs(costs, shared_rows, sizes, _positive("ranks", ranks))
 
     @classmethod
     def balanced(
@@ -179,12 +172,13 @@ class Layout:
             middle = some.median() if len(some) else 0
             shared_rows = (costs > _LONG * middle).nonzero().flatten().tolist()
         sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
-        return cls._of_costs(costs, list(shared_rows), sizes, as_size("ranks", ranks))
+        return cls._of_costs(costs, shared_rows, sizes, _positive("ranks", ranks))
 
     @classmethod
     def _of_costs(
-        cls, costs: Tensor, shared_rows: list[int], sizes: tuple[int, int, int, int], ranks: int
+        cls, costs: Tensor, shared_rows: Any, sizes: tuple[int, int, int, int], ranks: int
     ) -> "Layout":
+        shared_rows = _rows_in("shared_rows", shared_rows, len(costs))
         q_len, kv_len, q_block, kv_block = sizes
         together = q_len == kv_len
         stretch = lcm(q_block, kv_block) if together else q_block
@@ -293,8 +287,15 @@ class Layout:
         )
 
 
-def _as_block(name: str, size: int) -> int:
+def _positive(name: str, size: int) -> int:
     size = as_size(name, size)
     if not size:
         raise ValueError(f"{name} must be positive, got 0")
     return size
+
+
+def _rows_in(name: str, rows: Iterable[int], count: int) -> list[int]:
+    rows = [as_size(name, row) for row in rows]
+    if rows and max(rows) >= count:
+        raise ValueError(f"{name} has {max(rows)}, but there are {count} query blocks")
+    return rows
