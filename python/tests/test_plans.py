@@ -1,6 +1,11 @@
 """Layouts and plans, without processes: what each rank computes, holds and sends. Against: the
 mask itself, and promises of balance."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,6 +225,19 @@ def test_what_comes_has_gone(ranks):
     )
     assert (report.bytes_moved == 0) == (ranks == 1)
     assert len(str(report).splitlines()) == ranks + 2
+
+
+def test_simulation_prints_a_line_for_each_division():
+    table = subprocess.run(
+        [sys.executable, "-m", "benchmark.distributed", "--simulate", "--case", "SSTA, near tiles"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [re.split(r" {2,}", line) for line in table.splitlines()[1:]]
+    assert [line[1] for line in lines] == ["2", *["8"] * 3, *["64"] * 4]
+    assert all(float(line[3].split()[0]) >= 0.95 for line in lines)
 
 
 # --- errors --------------------------------------------------------------------------------------
