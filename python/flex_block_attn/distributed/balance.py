@@ -100,8 +100,9 @@ def level(loads: Tensor, pieces: Tensor, holders: Tensor) -> Tensor:
     loads = loads.tolist()
     owners = torch.empty(len(pieces), dtype=torch.long)
     order = (holders.sum(dim=0) - pieces / (pieces.sum() + 1)).argsort(stable=True)
+    of_piece = holders.T.tolist()
     for piece in order.tolist():
-        able = holders[:, piece].nonzero().flatten().tolist()
+        able = [rank for rank, holds in enumerate(of_piece[piece]) if holds]
         best = min(able, key=loads.__getitem__)
         owners[piece] = best
         loads[best] += pieces[piece].item()

@@ -73,7 +73,8 @@ def context_attention(
             "and head_dim must be equal, and k's heads divide q's"
         )
     scale = _default_scale(q) if scale is None else float(scale)
-    out, lse = _ContextAttention.apply(q, k, v, plan.of_rank(rank, q.device), group, scale)
+    of_rank = plan.of_rank(rank, q.device, k.shape[1])
+    out, lse = _ContextAttention.apply(q, k, v, of_rank, group, scale)
     return (out, lse) if return_lse else out
 
 
@@ -151,7 +152,7 @@ def _backward(
     row = rows.gradients(dout, dlse, out, lse)
     sums = lse.dtype
     dq = torch.zeros(q_all.shape, dtype=sums, device=q_all.device)
-    dk, dv = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (k, v))
+    gradients = keys.gradients(sums)
     sizes = plan.block_sizes
 
     def derive(k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
@@ -163,16 +164,16 @@ def _backward(
         dq.add_(dq_)
         return dk_, dv_
 
-    for total, part in zip((dk, dv), derive(k, v, plan.local), strict=True):
-        total.add_(part)
+    gradients.add(*derive(k, v, plan.local))
     returning = None
     for (k_, v_), mask in keys:
-        gradients = derive(k_, v_, mask)
+        dk, dv = derive(k_, v_, mask)
         if returning is not None:
-            _add_rows(*returning, dk, dv)
-        returning = keys.send_back(*gradients)
+            gradients.add_returned(*returning)
+        returning = keys.send_back(dk, dv)
     if returning is not None:
-        _add_rows(*returning, dk, dv)
+        gradients.add_returned(*returning)
+    dk, dv = gradients.result()
     return rows.sum(dq).to(q_all.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -187,12 +188,13 @@ class _Keys:
         self._first = self._leave(known[0][0]) if known else None
 
     def _leave(self, step: Step) -> Exchange:
-        # Tokens come first on the way: what comes from all ranks is one tensor as it lies.
-        rows = torch.stack(
-            [x.permute(2, 0, 1, 3).index_select(0, step.send_tokens) for x in (self._k, self._v)],
-            dim=1,
-        )
-        return Exchange(rows, step.send, step.receive, self._group)
+        # (groups, tokens, batch, heads of a group, head_dim)
+        parts = [
+            x.unflatten(1, (self._plan.groups, -1)).permute(1, 3, 0, 2, 4)
+            for x in (self._k, self._v)
+        ]
+        rows = [part[step.send_groups, step.send_tokens] for part in parts]
+        return Exchange(torch.stack(rows, dim=1), step.send, step.receive, self._group)
 
     def __iter__(self) -> Any:
         steps = self._plan.steps()
@@ -203,25 +205,65 @@ class _Keys:
         for number, (step, mask) in enumerate(steps):
             after = self._leave(steps[number + 1][0]) if number + 1 < len(steps) else None
             self._step = step
-            yield coming.wait().permute(1, 2, 3, 0, 4).unbind(0), mask
+            rows = coming.wait()
+            if step.sources is not None and len(rows):
+                rows = rows.index_select(0, step.sources)
+            yield _heads_of(rows, self._plan.groups), mask
             coming = after
 
     def send_back(self, dk: Tensor, dv: Tensor) -> tuple[Step, Exchange]:
         """Gradients of the keys that came last, on their way to their owners."""
-        rows = torch.stack((dk, dv)).permute(3, 0, 1, 2, 4)
         step = self._step
-        return step, Exchange(rows.contiguous(), step.receive, step.send, self._group)
+        rows = _rows_of(dk, dv, self._plan.groups)
+        if step.places is not None:
+            rows = rows.index_select(0, step.places)
+        return step, Exchange(rows, step.receive, step.send, self._group)
+
+    def gradients(self, dtype: torch.dtype) -> "_KeyGradients":
+        """Nothing yet, for the rank's own keys."""
+        return _KeyGradients(self._k, self._plan.groups, dtype)
 
 
-def _add_rows(step: Step, coming: Exchange, dk: Tensor, dv: Tensor) -> None:
-    """Adds gradients that came back, one rank's after the other: a token that several had is then
-    summed in the same order each time."""
-    rows = coming.wait()
-    parts = zip(step.send_tokens.split(step.send), rows.split(step.send), strict=True)
-    for tokens, part in parts:
-        if len(tokens):
-            for total, gradient in zip((dk, dv), part.to(dk.dtype).unbind(1), strict=True):
-                total.index_add_(2, tokens, gradient.permute(1, 2, 0, 3))
+def _rows_of(k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Rows as they travel, (groups * tokens, 2, batch, heads of a group, head_dim)."""
+    both = torch.stack((k, v)).unflatten(2, (groups, -1))
+    return both.permute(2, 4, 0, 1, 3, 5).flatten(0, 1).contiguous()
+
+
+def _heads_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """k and v, (batch, heads, tokens, head_dim), of rows as they travel."""
+    # Either groups or the heads of one are 1, so nothing is copied.
+    both = rows.unflatten(0, (groups, -1)).permute(2, 3, 0, 4, 1, 5)
+    k, v = both.flatten(2, 3).unbind(0)
+    return k, v
+
+
+class _KeyGradients:
+    """Sums of gradients of a rank's keys and values, from all ranks that had them."""
+
+    def __init__(self, k: Tensor, groups: int, dtype: torch.dtype):
+        batch, heads, self._tokens, head_dim = k.shape
+        shape = groups * self._tokens, 2, batch, heads // groups, head_dim
+        self._groups = groups
+        self._rows = torch.zeros(shape, dtype=dtype, device=k.device)
+
+    def add(self, dk: Tensor, dv: Tensor) -> None:
+        """Those of all keys."""
+        for total, gradient in zip(_heads_of(self._rows, self._groups), (dk, dv), strict=True):
+            total.add_(gradient)
+
+    def add_returned(self, step: Step, coming: Exchange) -> None:
+        """Those that others send back: one rank's after the other, so that a token that several
+        had is summed in the same order each time."""
+        rows = coming.wait().to(self._rows.dtype)
+        numbers = step.send_groups * self._tokens + step.send_tokens
+        for places, part in zip(numbers.split(step.send), rows.split(step.send), strict=True):
+            if len(places):
+                self._rows.index_add_(0, places, part)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """dk and dv, (batch, heads, tokens, head_dim)."""
+        return _heads_of(self._rows, self._groups)
 
 
 class _RowGradients:

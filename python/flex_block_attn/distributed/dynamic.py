@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..masks import BlockMask, as_blocks
 from .layout import Layout
-from .plan import Cut, RankPlan, Step, as_chunks, needs_of, steps_of
+from .plan import Cut, RankPlan, Step, as_chunks, groups_of, needs_of, own_columns, steps_of, upload
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
 _all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Step]]]" = (
@@ -54,7 +54,6 @@ class DynamicPlan:
         self.layout = layout
         self.chunks = as_chunks(chunks)
         self.exchange = exchange
-        self._needs = _OnHost(needs_of(self.blocks, layout)) if exchange == "needed" else None
 
     @property
     def ranks(self) -> int:
@@ -68,50 +67,54 @@ class DynamicPlan:
         part = self.blocks[:, heads.start : heads.stop]
         return DynamicPlan(part, self.layout, chunks=self.chunks, exchange=self.exchange)
 
-    def of_rank(self, rank: int, device: torch.device) -> RankPlan:
-        """What a rank does."""
+    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
+        """What a rank does where k and v have so many heads."""
         if self.blocks.device != device:
             raise ValueError(f"blocks is on {self.blocks.device}, but q is on {device}")
-        return _DynamicRankPlan(self, rank, device)
-
-    def steps(self, rank: int, device: torch.device) -> list[Step]:
-        """A rank's steps; with "needed", the host waits for the mask's needs."""
-        if self._needs is not None:
-            steps = steps_of(self._needs.wait(), self.layout, rank, self.chunks)
-            return [step.to(device) for step in steps]
-        kept = _all_steps.setdefault(self.layout, {})
-        key = rank, self.chunks, device
-        if key not in kept:
-            ranks = torch.arange(self.ranks)[:, None]
-            steps = steps_of(ranks != self.layout.kv_owners, self.layout, rank, self.chunks)
-            kept[key] = [step.to(device) for step in steps]
-        return kept[key]
+        return _DynamicRankPlan(self, rank, device, kv_heads)
 
 
 class _DynamicRankPlan(RankPlan):
     """Masks are made as their turn comes, and steps when they must be known; both are kept for
     the backward pass."""
 
-    def __init__(self, plan: DynamicPlan, rank: int, device: torch.device):
+    def __init__(self, plan: DynamicPlan, rank: int, device: torch.device, kv_heads: int):
         layout = plan.layout
+        self._all = plan.exchange == "all"
+        # All keys travel for all heads alike.
+        groups = 1 if self._all else groups_of(plan.blocks, kv_heads)
+        if not self._all:
+            self._needs = _OnHost(needs_of(plan.blocks, layout, groups))
         rows = layout.rows(rank, device)
-        columns = (layout.kv_owners == rank).nonzero().flatten()
-        computes = (layout.kv_owners == rank).to(device)
+        computes = upload(layout.kv_owners == rank, device).repeat(groups, 1)
         self._cut = Cut(plan.blocks, rows, computes, layout)
-        self._plan, self._rank, self._device = plan, rank, device
+        self._layout, self._chunks, self._rank, self._device = layout, plan.chunks, rank, device
         self._made = False
-        sizes = layout.q_block_size, layout.kv_block_size
-        super().__init__(rows, self._cut.dynamic(columns), [], sizes)
+        local = self._cut.dynamic(own_columns(layout, rank), layout.count(rank, keys=True))
+        super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
 
     def known(self) -> list[tuple[Step, BlockMask | None]]:
-        return self.steps() if self._made or self._plan.exchange == "all" else []
+        return self.steps() if self._made or self._all else []
 
     def steps(self) -> list[tuple[Step, BlockMask | None]]:
         if not self._made:
-            steps = self._plan.steps(self._rank, self._device)
-            self._steps = [(step, self._cut.dynamic(step.columns)) for step in steps]
+            self._steps = [
+                (step, self._cut.dynamic(step.columns, step.tokens)) for step in self._make()
+            ]
             self._made = True
         return self._steps
+
+    def _make(self) -> list[Step]:
+        layout, rank, chunks, device = self._layout, self._rank, self._chunks, self._device
+        if not self._all:
+            # Here the host waits for what the mask needs.
+            return [step.to(device) for step in steps_of(self._needs.wait(), layout, rank, chunks)]
+        kept = _all_steps.setdefault(layout, {})
+        key = rank, chunks, device
+        if key not in kept:
+            needs = torch.arange(layout.ranks)[None, :, None] != layout.kv_owners
+            kept[key] = [step.to(device) for step in steps_of(needs, layout, rank, chunks)]
+        return kept[key]
 
 
 class _OnHost:

@@ -4,7 +4,8 @@ Called by users, who keep plans for as long as they keep masks, and by :mod:`.co
 carries them out. Pure: a plan knows all ranks, and needs no process group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,32 +13,67 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import balance, level
 from .cut import mask_of_heads, whole_blocks
-from .layout import Layout, Rows, tokens_of
+from .layout import Layout, Rows
 from .report import RankReport, Report
 
 
 @dataclass(frozen=True)
 class Step:
-    """Keys that come from other ranks at once."""
+    """Keys that come from other ranks at once.
 
-    # Key blocks in the order they come: by rank, ascending within.
+    A row is a token of one group of heads: heads with a mask of their own want other keys, so each
+    is a group; heads that share a mask are one.
+    """
+
+    # (groups, slots): the key blocks that become each group's columns; -1 where it has fewer.
     columns: Tensor
-    # Tokens from each rank, and to each.
+    # Tokens of a group's columns.
+    tokens: int
+    # Rows from each rank, and to each.
     receive: list[int]
     send: list[int]
-    # Positions of the tokens to send among the rank's own, by rank they go to.
+    # Group, and position among the rank's own tokens, of each row to send, by rank it goes to.
+    send_groups: Tensor
     send_tokens: Tensor
+    # Where received rows go among (groups, tokens), and, for each of these, the row that comes
+    # there, any where none does; None if they lie as they come.
+    places: Tensor | None
+    sources: Tensor | None
 
     def to(self, device: torch.device) -> "Step":
         """The step with its positions on a device; the host does not wait for them."""
-        return Step(self.columns, self.receive, self.send, upload(self.send_tokens, device))
+        names = "send_groups", "send_tokens", "places", "sources"
+        moved = {name: getattr(self, name) for name in names}
+        moved = {name: x if x is None else upload(x, device) for name, x in moved.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who needs and computes what of a mask."""
+
+    # bool (groups, ranks, kv_blocks): the keys of others that a rank needs for its own rows.
+    needs: Tensor
+    # (groups, kv_blocks): the rank that computes the column in rows that all share.
+    column_ranks: Tensor
+    # float (ranks,): blocks to compute, means over batch and heads.
+    loads: Tensor
 
 
 class RankPlan:
     """A plan as one rank carries it out, on one device."""
 
-    def __init__(self, rows: Rows, local: BlockMask | None, steps: list, sizes: tuple):
+    def __init__(
+        self,
+        rows: Rows,
+        local: BlockMask | None,
+        steps: list[tuple[Step, BlockMask | None]],
+        sizes: tuple[int, int],
+        groups: int,
+    ):
         self.rows = rows
+        # Groups of heads that keys travel for.
+        self.groups = groups
         # The mask over the keys that the rank has; None if it selects nothing.
         self.local = local
         # Blocks of queries and of keys.
@@ -92,22 +128,8 @@ class ContextPlan:
         self.chunks = as_chunks(chunks)
         self.mask = mask
         self.blocks = blocks.cpu()
-        layout = self.layout
-        self.needs = needs_of(self.blocks, layout)
-        kept = self.blocks.double().mean(dim=(0, 1)) if self.blocks.numel() else None
-        if kept is None:
-            kept = torch.zeros(self.blocks.shape[2:], dtype=torch.float64)
-        # Blocks that each rank computes whatever else it is given, and then pieces of shared rows.
-        self.loads = torch.zeros(layout.ranks, dtype=torch.float64)
-        alone = ~layout.shared
-        self.loads.index_add_(0, layout.q_owners[alone], kept[alone].sum(dim=1))
-        pieces = kept[layout.shared].sum(dim=0)
-        has = self.needs | (torch.arange(layout.ranks)[:, None] == layout.kv_owners)
-        self.column_ranks = layout.kv_owners.clone()
-        some = pieces > 0
-        self.column_ranks[some] = level(self.loads, pieces[some], has[:, some])
-        self.loads.index_add_(0, self.column_ranks, pieces)
-        self._of_rank: dict[tuple[int, torch.device], RankPlan] = {}
+        self._shares: dict[int, Shares] = {}
+        self._of_rank: dict[tuple[int, torch.device, int], RankPlan] = {}
         self._of_heads: dict[range, ContextPlan] = {}
 
     @property
@@ -124,19 +146,48 @@ class ContextPlan:
             self._of_heads[heads] = ContextPlan(mask, layout=self.layout, chunks=self.chunks)
         return self._of_heads[heads]
 
-    def of_rank(self, rank: int, device: torch.device) -> RankPlan:
-        """What a rank does; made once for a device."""
-        key = rank, device
+    def shares(self, kv_heads: int | None = None) -> Shares:
+        """Who needs and computes what, where k and v have so many heads; as many as the mask, if
+        not given."""
+        groups = groups_of(self.blocks, kv_heads or self.blocks.shape[1])
+        if groups not in self._shares:
+            self._shares[groups] = self._shares_of(groups)
+        return self._shares[groups]
+
+    def _shares_of(self, groups: int) -> Shares:
+        layout = self.layout
+        needs = needs_of(self.blocks, layout, groups)
+        # (groups, q_blocks, kv_blocks), adding up to means over batch and heads.
+        kept = self.blocks.double().mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
+        kept /= self.blocks.shape[1]
+        loads = torch.zeros(layout.ranks, dtype=torch.float64)
+        alone = ~layout.shared
+        loads.index_add_(0, layout.q_owners[alone], kept[:, alone].sum(dim=(0, 2)))
+        # Shared rows in pieces: a column of a group each, for whoever has its keys anyway.
+        pieces = kept[:, layout.shared].sum(dim=1)
+        has = needs | (torch.arange(layout.ranks)[:, None] == layout.kv_owners)
+        column_ranks = layout.kv_owners.repeat(groups, 1)
+        some = pieces > 0
+        column_ranks[some] = level(loads, pieces[some], has.transpose(0, 1)[:, some])
+        loads.index_add_(0, column_ranks.flatten(), pieces.flatten())
+        return Shares(needs, column_ranks, loads)
+
+    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
+        """What a rank does where k and v have so many heads; made once for a device."""
+        groups = groups_of(self.blocks, kv_heads)
+        key = rank, device, groups
         if key not in self._of_rank:
-            rows = self.layout.rows(rank, torch.device("cpu"))
-            cut = Cut(self.blocks, rows, self.column_ranks == rank, self.layout)
+            layout, shares = self.layout, self.shares(kv_heads)
+            rows = layout.rows(rank, torch.device("cpu"))
+            cut = Cut(self.blocks, rows, shares.column_ranks == rank, layout)
             steps = [
-                (step.to(device), cut.static(step.columns, device))
-                for step in steps_of(self.needs, self.layout, rank, self.chunks)
+                (step.to(device), cut.static(step.columns, step.tokens, device))
+                for step in steps_of(shares.needs, layout, rank, self.chunks)
             ]
-            local = cut.static((self.layout.kv_owners == rank).nonzero().flatten(), device)
-            sizes = self.layout.q_block_size, self.layout.kv_block_size
-            self._of_rank[key] = RankPlan(self.layout.rows(rank, device), local, steps, sizes)
+            own = own_columns(layout, rank)
+            local = cut.static(own, layout.count(rank, keys=True), device)
+            sizes = layout.q_block_size, layout.kv_block_size
+            self._of_rank[key] = RankPlan(layout.rows(rank, device), local, steps, sizes, groups)
         return self._of_rank[key]
 
     def report(
@@ -152,9 +203,9 @@ class ContextPlan:
         >>> mask = BlockMask.sliding_window(960, 960, 64, 64, left=64, right=64)
         >>> print(ContextPlan(mask, ranks=3).report(heads=8, head_dim=64))
         rank  q blocks    blocks  kv blocks  received    MB in   MB out  MB in a ring
-           0         5      14.0          5         1      0.1      0.1           1.3
-           1         5      15.0          5         2      0.3      0.3           1.3
-           2         5      14.0          5         1      0.1      0.1           1.3
+           0         5      14.0          5       1.0      0.1      0.1           1.3
+           1         5      15.0          5       2.0      0.3      0.3           1.3
+           2         5      14.0          5       1.0      0.1      0.1           1.3
         balance 0.956, 0.5 MB moved, 13.3% of a ring's
         """
         layout = self.layout
@@ -164,6 +215,8 @@ class ContextPlan:
         batch = self.blocks.shape[0]
         q_tokens = _lengths(layout.q_len, layout.q_block_size)
         kv_tokens = _lengths(layout.kv_len, layout.kv_block_size)
+        shares = self.shares(kv_heads)
+        groups = len(shares.needs)
         key = 2 * batch * kv_heads * head_dim * itemsize
         ranks = []
         of_all = int(q_tokens[layout.shared].sum())
@@ -174,14 +227,14 @@ class ContextPlan:
             query = batch * heads * head_dim * itemsize
             # Partial outputs and gradients travel in float32, with the lse.
             partial = batch * heads * (head_dim + 1) * 4
-            keys_in = int((self.needs[rank] * kv_tokens).sum()) * key
-            keys_out = int((self.needs[:, has] * kv_tokens[has]).sum()) * key
+            keys_in = int((shares.needs[:, rank] * kv_tokens).sum()) * key // groups
+            keys_out = int((shares.needs[:, :, has] * kv_tokens[has]).sum()) * key // groups
             ranks.append(
                 RankReport(
                     q_blocks=int((layout.q_owners == rank).sum()),
-                    blocks=self.loads[rank].item(),
+                    blocks=shares.loads[rank].item(),
                     kv_blocks=int(has.sum()),
-                    received=int(self.needs[rank].sum()),
+                    received=shares.needs[:, rank].sum().item() / groups,
                     bytes_in=keys_in + (of_all - own) * query + others * own * partial,
                     bytes_out=keys_out + others * own * query + (of_all - own) * partial,
                     ring_bytes=int(kv_tokens[~has].sum()) * key,
@@ -190,11 +243,12 @@ class ContextPlan:
         return Report(ranks)
 
     def __repr__(self) -> str:
-        sent = int(self.needs.sum())
+        shares = self.shares()
+        sent = shares.needs.sum().item() / len(shares.needs)
         ring = (self.ranks - 1) * len(self.layout.kv_owners)
         return (
-            f"ContextPlan({self.ranks} ranks, balance {balance(self.loads):.2f}, "
-            f"{sent} of {ring} blocks sent)"
+            f"ContextPlan({self.ranks} ranks, balance {balance(shares.loads):.2f}, "
+            f"{sent:.0f} of {ring} blocks sent)"
         )
 
 
@@ -212,11 +266,17 @@ def as_chunks(chunks: int) -> int:
     return chunks
 
 
-def needs_of(blocks: Tensor, layout: Layout) -> Tensor:
-    """Which key blocks of others each rank needs for the rows that it computes alone, in any head:
-    bool (ranks, kv_blocks), on the device of ``blocks``."""
+def groups_of(blocks: Tensor, kv_heads: int) -> int:
+    """Groups of heads that want the same keys: one if all share a mask, else a key head each."""
+    return 1 if blocks.shape[1] == 1 else kv_heads
+
+
+def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
+    """Which key blocks of others each rank needs for the rows that it computes alone: bool
+    (groups, ranks, kv_blocks), on the device of ``blocks``."""
     device = blocks.device
-    wanted = blocks.flatten(0, 1).any(dim=0) & ~layout.shared.to(device)[:, None]
+    wanted = blocks.any(dim=0).unflatten(0, (groups, -1)).any(dim=1)
+    wanted &= ~layout.shared.to(device)[:, None]
     q_owners, kv_owners = layout.q_owners.to(device), layout.kv_owners.to(device)
     rank = torch.arange(layout.ranks, device=device)[:, None]
     # A product of matrices counts the rows that want a block.
@@ -224,38 +284,107 @@ def needs_of(blocks: Tensor, layout: Layout) -> Tensor:
     return (counts > 0) & (rank != kv_owners)
 
 
+def own_columns(layout: Layout, rank: int) -> Tensor:
+    """A rank's own key blocks, as columns of all groups: (1, blocks)."""
+    return (layout.kv_owners == rank).nonzero().flatten()[None]
+
+
 def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step]:
     """The steps of a rank, as many for each; each list of blocks from one rank to another is
-    divided between them, so that every step uses all connections."""
+    divided between them, so that every step uses all connections.
+
+    Without loops over ranks, groups or blocks: for a dynamic mask this is done in each call.
+
+    Args:
+        needs: as of :func:`needs_of`, on the host.
+    """
     if not needs.any():
         return []
-    size, length = layout.kv_block_size, layout.kv_len
-    position = torch.empty(layout.kv_len, dtype=torch.long)
-    own = layout.kv_tokens(rank)
-    position[own] = torch.arange(len(own))
-
-    def lists(taker: int, giver: int) -> Tensor:
-        return (needs[taker] & (layout.kv_owners == giver)).nonzero().flatten()
-
-    came = [lists(rank, giver) for giver in range(layout.ranks)]
-    gone = [lists(taker, rank) for taker in range(layout.ranks)]
+    size, groups = layout.kv_block_size, len(needs)
+    owners = layout.kv_owners
+    ranks = torch.arange(layout.ranks)[:, None, None]
+    came = _Blocks((needs[:, rank] & (owners == ranks)).nonzero(), layout, chunks)
+    gone = _Blocks((needs & (owners == rank)).transpose(0, 1).nonzero(), layout, chunks)
+    # The rank's own blocks ascend, and only the last may be short.
+    starts = ((owners == rank).cumsum(0) - 1) * size
     steps = []
     for chunk in range(chunks):
-        receive = [_part(blocks, chunk, chunks) for blocks in came]
-        send = [tokens_of(_part(blocks, chunk, chunks), size, length) for blocks in gone]
+        send = gone.chunk(chunk)
+        columns, tokens, places, sources = _columns(came.chunk(chunk), layout, groups)
         steps.append(
             Step(
-                torch.cat(receive),
-                [len(tokens_of(blocks, size, length)) for blocks in receive],
-                [len(tokens) for tokens in send],
-                position[torch.cat(send)],
+                columns,
+                tokens,
+                came.chunk(chunk).rows_of_ranks(),
+                send.rows_of_ranks(),
+                send.per_row(send.group),
+                send.per_row(starts[send.block]) + send.offsets(),
+                places if groups > 1 else None,
+                sources if groups > 1 else None,
             )
         )
     return steps
 
 
-def _part(blocks: Tensor, chunk: int, chunks: int) -> Tensor:
-    return blocks[len(blocks) * chunk // chunks : len(blocks) * (chunk + 1) // chunks]
+class _Blocks:
+    """Blocks on their way from or to ranks, in the order (rank, group, block)."""
+
+    def __init__(self, entries: Tensor, layout: Layout, chunks: int, of_chunk: Any = None):
+        self.rank, self.group, self.block = entries.unbind(1)
+        self._layout, self._entries, self._chunks = layout, entries, chunks
+        self.lengths = _lengths(layout.kv_len, layout.kv_block_size)[self.block]
+        self._of_chunk = of_chunk
+        if of_chunk is None:
+            # Of a list of n blocks, from one rank for one group, chunk c begins with n c / chunks.
+            key = self.rank * (int(self.group.max()) + 1 if len(entries) else 1) + self.group
+            _, which, counts = key.unique_consecutive(return_inverse=True, return_counts=True)
+            number = torch.arange(len(key)) - (counts.cumsum(0) - counts)[which]
+            self._of_chunk = ((number + 1) * chunks - 1).div(counts[which], rounding_mode="floor")
+
+    def chunk(self, chunk: int) -> "_Blocks":
+        """Those of a chunk."""
+        mine = self._of_chunk == chunk
+        return _Blocks(self._entries[mine], self._layout, self._chunks, self._of_chunk[mine])
+
+    def rows_of_ranks(self) -> list[int]:
+        """Rows of each rank."""
+        counts = torch.zeros(self._layout.ranks, dtype=torch.long)
+        return counts.index_add_(0, self.rank, self.lengths).tolist()
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """A value of each block, for each of its rows."""
+        return x.repeat_interleave(self.lengths)
+
+    def offsets(self) -> Tensor:
+        """The place of each row in its block."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(int(self.lengths.sum())) - self.per_row(starts)
+
+
+def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, Tensor, Tensor]:
+    """The columns of a step: blocks, their tokens, where rows go, and whence."""
+    size = layout.kv_block_size
+    short = layout.kv_len % size
+    counts = came.group.bincount(minlength=groups)
+    # Lists end in the last slot, where a short block has to be. A group without it, beside others
+    # that have it, leaves that slot free.
+    has_short = torch.zeros(groups, dtype=torch.bool)
+    if short:
+        has_short[came.group[came.block == len(layout.kv_owners) - 1]] = True
+    free = (~has_short & has_short.any()).long()
+    slots = int((counts + free).max())
+    tokens = slots * size - (size - short if has_short.any() else 0)
+    by_group = came.group.argsort(stable=True)
+    number = torch.empty_like(by_group)
+    number[by_group] = torch.arange(len(by_group))
+    number -= (counts.cumsum(0) - counts)[came.group]
+    slot = (slots - free - counts)[came.group] + number
+    columns = torch.full((groups, slots), -1)
+    columns[came.group, slot] = came.block
+    places = came.per_row(came.group * tokens + slot * size) + came.offsets()
+    sources = torch.zeros(groups * tokens, dtype=torch.long)
+    sources[places] = torch.arange(len(places))
+    return columns, tokens, places, sources
 
 
 def _lengths(length: int, size: int) -> Tensor:
@@ -266,24 +395,33 @@ class Cut:
     """Makes masks of a rank's joint rows over some columns."""
 
     def __init__(self, blocks: Tensor, rows: Rows, computes: Tensor, layout: Layout):
-        # Of a shared row, the rank computes the columns that are its own to compute.
+        """``computes`` are the columns that are the rank's in shared rows, (groups, kv_blocks)."""
+        self._groups = len(computes)
+        computes = computes.repeat_interleave(blocks.shape[1] // self._groups, dim=0)[:, None]
         self._blocks = blocks[:, :, rows.blocks] & (~rows.are_shared[:, None] | computes)
         self._layout = layout
         self._q_len = len(rows.own) + sum(rows.shared_counts)
 
-    def static(self, columns: Tensor, device: torch.device) -> BlockMask | None:
-        """The mask over columns, ascending or with the sequence's last block last; None where it
-        selects nothing, which only a mask on the host can be asked."""
-        blocks = self._blocks[..., columns]
-        return self._mask(blocks.to(device), columns) if blocks.any() else None
+    def static(self, columns: Tensor, tokens: int, device: torch.device) -> BlockMask | None:
+        """The mask over columns of so many tokens, (groups or 1, slots); None where it selects
+        nothing, which only a mask on the host can be asked."""
+        blocks = self._of(columns)
+        return self._mask(blocks.to(device), tokens) if blocks.any() else None
 
-    def dynamic(self, columns: Tensor) -> BlockMask | None:
+    def dynamic(self, columns: Tensor, tokens: int) -> BlockMask | None:
         """As :meth:`static`, of a mask whose values the host does not know."""
-        if not len(columns) or not self._q_len:
+        if not tokens or not self._q_len:
             return None
-        return self._mask(self._blocks[..., upload(columns, self._blocks.device)], columns)
+        return self._mask(self._of(upload(columns, self._blocks.device)), tokens)
 
-    def _mask(self, blocks: Tensor, columns: Tensor) -> BlockMask:
+    def _of(self, columns: Tensor) -> Tensor:
+        if len(columns) == 1:
+            # None of the slots are empty.
+            return self._blocks.index_select(3, columns[0])
+        heads = columns.repeat_interleave(self._blocks.shape[1] // self._groups, dim=0)
+        heads = heads[None, :, None].expand(*self._blocks.shape[:3], -1)
+        return self._blocks.gather(3, heads.clamp(min=0)) & (heads >= 0)
+
+    def _mask(self, blocks: Tensor, tokens: int) -> BlockMask:
         layout = self._layout
-        kv_len = len(tokens_of(columns, layout.kv_block_size, layout.kv_len))
-        return BlockMask(blocks, self._q_len, kv_len, layout.q_block_size, layout.kv_block_size)
+        return BlockMask(blocks, self._q_len, tokens, layout.q_block_size, layout.kv_block_size)

@@ -17,8 +17,8 @@ class RankReport:
     blocks: float
     #: Blocks of keys that it holds.
     kv_blocks: int
-    #: Blocks of keys that others send it.
-    received: int
+    #: Blocks of keys that others send it, the mean over heads.
+    received: float
     #: What comes: keys, values, shared queries, partial outputs of shared queries.
     bytes_in: int
     #: What goes.
@@ -53,7 +53,7 @@ class Report:
         for number, rank in enumerate(self.ranks):
             lines.append(
                 f"{number:4}  {rank.q_blocks:8}  {rank.blocks:8.1f}  {rank.kv_blocks:9}  "
-                f"{rank.received:8}  {rank.bytes_in / 1e6:7.1f}  {rank.bytes_out / 1e6:7.1f}  "
+                f"{rank.received:8.1f}  {rank.bytes_in / 1e6:7.1f}  {rank.bytes_out / 1e6:7.1f}  "
                 f"{rank.ring_bytes / 1e6:12.1f}"
             )
         share = self.bytes_moved / self.ring_bytes if self.ring_bytes else 0.0
