@@ -24,7 +24,7 @@ from ..masks import BlockMask
 from .cut import check_extents
 from .exchange import Exchange, place_in
 from .merge import Merged
-from .plan import ContextPlan, RankPlan, Step
+from .plan import ContextPlan, Moves, RankPlan
 
 
 def context_attention(
@@ -182,19 +182,19 @@ class _Keys:
 
     def __init__(self, k: Tensor, v: Tensor, plan: RankPlan, group: Any):
         self._k, self._v, self._plan, self._group = k, v, plan, group
-        self._step: Step | None = None
+        self._moves: Moves | None = None
         # What is known can leave before anything else happens.
         known = plan.known()
         self._first = self._leave(known[0][0]) if known else None
 
-    def _leave(self, step: Step) -> Exchange:
+    def _leave(self, moves: Moves) -> Exchange:
         # (groups, tokens, batch, heads of a group, head_dim)
         parts = [
             x.unflatten(1, (self._plan.groups, -1)).permute(1, 3, 0, 2, 4)
             for x in (self._k, self._v)
         ]
-        rows = [part[step.send_groups, step.send_tokens] for part in parts]
-        return Exchange(torch.stack(rows, dim=1), step.send, step.receive, self._group)
+        rows = [part[moves.groups, moves.tokens] for part in parts]
+        return Exchange(torch.stack(rows, dim=1), moves.step.send, moves.step.receive, self._group)
 
     def __iter__(self) -> Any:
         steps = self._plan.steps()
@@ -202,22 +202,22 @@ class _Keys:
         if steps and coming is None:
             coming = self._leave(steps[0][0])
         self._first = None
-        for number, (step, mask) in enumerate(steps):
+        for number, (moves, mask) in enumerate(steps):
             after = self._leave(steps[number + 1][0]) if number + 1 < len(steps) else None
-            self._step = step
+            self._moves = moves
             rows = coming.wait()
-            if step.sources is not None and len(rows):
-                rows = rows.index_select(0, step.sources)
+            if moves.sources is not None and len(rows):
+                rows = rows.index_select(0, moves.sources)
             yield _heads_of(rows, self._plan.groups), mask
             coming = after
 
-    def send_back(self, dk: Tensor, dv: Tensor) -> tuple[Step, Exchange]:
+    def send_back(self, dk: Tensor, dv: Tensor) -> tuple[Moves, Exchange]:
         """Gradients of the keys that came last, on their way to their owners."""
-        step = self._step
+        moves = self._moves
         rows = _rows_of(dk, dv, self._plan.groups)
-        if step.places is not None:
-            rows = rows.index_select(0, step.places)
-        return step, Exchange(rows, step.receive, step.send, self._group)
+        if moves.places is not None:
+            rows = rows.index_select(0, moves.places)
+        return moves, Exchange(rows, moves.step.receive, moves.step.send, self._group)
 
     def gradients(self, dtype: torch.dtype) -> "_KeyGradients":
         """Nothing yet, for the rank's own keys."""
@@ -252,12 +252,12 @@ class _KeyGradients:
         for total, gradient in zip(_heads_of(self._rows, self._groups), (dk, dv), strict=True):
             total.add_(gradient)
 
-    def add_returned(self, step: Step, coming: Exchange) -> None:
+    def add_returned(self, moves: Moves, coming: Exchange) -> None:
         """Those that others send back: one rank's after the other, so that a token that several
         had is summed in the same order each time."""
         rows = coming.wait().to(self._rows.dtype)
-        numbers = step.send_groups * self._tokens + step.send_tokens
-        for places, part in zip(numbers.split(step.send), rows.split(step.send), strict=True):
+        numbers, send = moves.groups * self._tokens + moves.tokens, moves.step.send
+        for places, part in zip(numbers.split(send), rows.split(send), strict=True):
             if len(places):
                 self._rows.index_add_(0, places, part)
 

@@ -16,10 +16,20 @@ from torch import Tensor
 
 from ..masks import BlockMask, as_blocks
 from .layout import Layout
-from .plan import Cut, RankPlan, Step, as_chunks, groups_of, needs_of, own_columns, steps_of, upload
+from .plan import (
+    Cut,
+    Moves,
+    RankPlan,
+    as_chunks,
+    groups_of,
+    needs_of,
+    own_columns,
+    steps_of,
+    upload,
+)
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
-_all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Step]]]" = (
+_all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Moves]]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -93,27 +103,30 @@ class _DynamicRankPlan(RankPlan):
         local = self._cut.dynamic(own_columns(layout, rank), layout.count(rank, keys=True))
         super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
 
-    def known(self) -> list[tuple[Step, BlockMask | None]]:
+    def known(self) -> list[tuple[Moves, BlockMask | None]]:
         return self.steps() if self._made or self._all else []
 
-    def steps(self) -> list[tuple[Step, BlockMask | None]]:
+    def steps(self) -> list[tuple[Moves, BlockMask | None]]:
         if not self._made:
             self._steps = [
-                (step, self._cut.dynamic(step.columns, step.tokens)) for step in self._make()
+                (moves, self._cut.dynamic(moves.step.columns, moves.step.tokens))
+                for moves in self._make()
             ]
             self._made = True
         return self._steps
 
-    def _make(self) -> list[Step]:
+    def _make(self) -> list[Moves]:
         layout, rank, chunks, device = self._layout, self._rank, self._chunks, self._device
         if not self._all:
             # Here the host waits for what the mask needs.
-            return [step.to(device) for step in steps_of(self._needs.wait(), layout, rank, chunks)]
+            return [
+                step.moves(device) for step in steps_of(self._needs.wait(), layout, rank, chunks)
+            ]
         kept = _all_steps.setdefault(layout, {})
         key = rank, chunks, device
         if key not in kept:
             needs = torch.arange(layout.ranks)[None, :, None] != layout.kv_owners
-            kept[key] = [step.to(device) for step in steps_of(needs, layout, rank, chunks)]
+            kept[key] = [step.moves(device) for step in steps_of(needs, layout, rank, chunks)]
         return kept[key]
 
 

@@ -4,7 +4,7 @@ Called by users, who keep plans for as long as they keep masks, and by :mod:`.co
 carries them out. Pure: a plan knows all ranks, and needs no process group.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,20 +32,51 @@ class Step:
     # Rows from each rank, and to each.
     receive: list[int]
     send: list[int]
-    # Group, and position among the rank's own tokens, of each row to send, by rank it goes to.
-    send_groups: Tensor
-    send_tokens: Tensor
+    # Of each block to send, by rank it goes to: (group, its first token among the rank's own,
+    # tokens).
+    sent: Tensor
+    # Of each block that comes: (place of its first row among (groups, tokens), tokens).
+    came: Tensor
+
+    def moves(self, device: torch.device) -> "Moves":
+        """The step's rows on a device; blocks are few, so this is where they become rows. The
+        host does not wait."""
+        group, start, lengths = upload(self.sent, device).unbind(0)
+        count = sum(self.send)
+        tokens = _each_row(start, lengths, count) + _offsets(lengths, count)
+        places = sources = None
+        if len(self.columns) > 1:
+            start, came_lengths = upload(self.came, device).unbind(0)
+            count = sum(self.receive)
+            places = _each_row(start, came_lengths, count) + _offsets(came_lengths, count)
+            sources = places.new_zeros(len(self.columns) * self.tokens)
+            sources[places] = torch.arange(count, device=device)
+        return Moves(self, _each_row(group, lengths, sum(self.send)), tokens, places, sources)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The rows of a step, on a device."""
+
+    step: Step
+    # Group, and position among the rank's own tokens, of each row to send.
+    groups: Tensor
+    tokens: Tensor
     # Where received rows go among (groups, tokens), and, for each of these, the row that comes
     # there, any where none does; None if they lie as they come.
     places: Tensor | None
     sources: Tensor | None
 
-    def to(self, device: torch.device) -> "Step":
-        """The step with its positions on a device; the host does not wait for them."""
-        names = "send_groups", "send_tokens", "places", "sources"
-        moved = {name: getattr(self, name) for name in names}
-        moved = {name: x if x is None else upload(x, device) for name, x in moved.items()}
-        return replace(self, **moved)
+
+def _each_row(x: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """A value of each block, for each of its rows, ``count`` in all."""
+    return x.repeat_interleave(lengths, output_size=count)
+
+
+def _offsets(lengths: Tensor, count: int) -> Tensor:
+    """The place of each row in its block."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(count, device=lengths.device) - _each_row(starts, lengths, count)
 
 
 @dataclass(frozen=True)
@@ -67,7 +98,7 @@ class RankPlan:
         self,
         rows: Rows,
         local: BlockMask | None,
-        steps: list[tuple[Step, BlockMask | None]],
+        steps: list[tuple[Moves, BlockMask | None]],
         sizes: tuple[int, int],
         groups: int,
     ):
@@ -80,11 +111,11 @@ class RankPlan:
         self.block_sizes = sizes
         self._steps = steps
 
-    def known(self) -> list[tuple[Step, BlockMask | None]]:
+    def known(self) -> list[tuple[Moves, BlockMask | None]]:
         """Steps that are known before anything is computed."""
         return self._steps
 
-    def steps(self) -> list[tuple[Step, BlockMask | None]]:
+    def steps(self) -> list[tuple[Moves, BlockMask | None]]:
         """All steps, as many on each rank: the keys that come, and the mask over them."""
         return self._steps
 
@@ -181,7 +212,7 @@ class ContextPlan:
             rows = layout.rows(rank, torch.device("cpu"))
             cut = Cut(self.blocks, rows, shares.column_ranks == rank, layout)
             steps = [
-                (step.to(device), cut.static(step.columns, step.tokens, device))
+                (step.moves(device), cut.static(step.columns, step.tokens, device))
                 for step in steps_of(shares.needs, layout, rank, self.chunks)
             ]
             own = own_columns(layout, rank)
@@ -309,18 +340,16 @@ def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step
     starts = ((owners == rank).cumsum(0) - 1) * size
     steps = []
     for chunk in range(chunks):
-        send = gone.chunk(chunk)
-        columns, tokens, places, sources = _columns(came.chunk(chunk), layout, groups)
+        send, receive = gone.chunk(chunk), came.chunk(chunk)
+        columns, tokens, places = _columns(receive, layout, groups)
         steps.append(
             Step(
                 columns,
                 tokens,
-                came.chunk(chunk).rows_of_ranks(),
+                receive.rows_of_ranks(),
                 send.rows_of_ranks(),
-                send.per_row(send.group),
-                send.per_row(starts[send.block]) + send.offsets(),
-                places if groups > 1 else None,
-                sources if groups > 1 else None,
+                torch.stack((send.group, starts[send.block], send.lengths)),
+                torch.stack((places, receive.lengths)),
             )
         )
     return steps
@@ -351,18 +380,9 @@ class _Blocks:
         counts = torch.zeros(self._layout.ranks, dtype=torch.long)
         return counts.index_add_(0, self.rank, self.lengths).tolist()
 
-    def per_row(self, x: Tensor) -> Tensor:
-        """A value of each block, for each of its rows."""
-        return x.repeat_interleave(self.lengths)
 
-    def offsets(self) -> Tensor:
-        """The place of each row in its block."""
-        starts = self.lengths.cumsum(0) - self.lengths
-        return torch.arange(int(self.lengths.sum())) - self.per_row(starts)
-
-
-def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, Tensor, Tensor]:
-    """The columns of a step: blocks, their tokens, where rows go, and whence."""
+def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, Tensor]:
+    """The columns of a step, their tokens, and where each block's first row goes."""
     size = layout.kv_block_size
     short = layout.kv_len % size
     counts = came.group.bincount(minlength=groups)
@@ -381,10 +401,7 @@ def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, T
     slot = (slots - free - counts)[came.group] + number
     columns = torch.full((groups, slots), -1)
     columns[came.group, slot] = came.block
-    places = came.per_row(came.group * tokens + slot * size) + came.offsets()
-    sources = torch.zeros(groups * tokens, dtype=torch.long)
-    sources[places] = torch.arange(len(places))
-    return columns, tokens, places, sources
+    return columns, tokens, came.group * tokens + slot * size
 
 
 def _lengths(length: int, size: int) -> Tensor:
