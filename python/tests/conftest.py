@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +11,11 @@ def same_start():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes for tests of :mod:`flex_block_attn.distributed`, started by the first of them."""
+    started = Ranks()
+    yield started
+    started.close()

@@ -19,7 +19,7 @@ def test_the_python_examples_run(capsys):
     assert "density" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", ["demo", "benchmark.cpu"])
+@pytest.mark.parametrize("program", ["demo", "benchmark.cpu", "benchmark.distributed"])
 def test_programs_say_what_they_do(program):
     help_text = subprocess.run(
         [sys.executable, "-m", program, "--help"],

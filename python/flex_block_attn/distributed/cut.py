@@ -1,0 +1,56 @@
+"""Parts of a block mask. In: a :class:`BlockMask`. Out: its matrix, or the mask of some heads.
+
+Called by all that divides an attention between ranks. A part of a mask is made of the matrix of
+its blocks alone; that is the only thing asked of a mask here.
+"""
+
+import weakref
+
+from torch import Tensor
+
+from ..masks import BlockMask
+
+# A static mask is cut once, however often it is used.
+_of_heads: "weakref.WeakKeyDictionary[BlockMask, dict[range, BlockMask]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def whole_blocks(mask: BlockMask) -> Tensor:
+    """The matrix of a mask: bool (batch or 1, heads or 1, q_blocks, kv_blocks).
+
+    Raises:
+        TypeError: it is no BlockMask.
+        NotImplementedError: the mask also chooses tokens within blocks, by an expression: a part
+            of it would need the tokens' places in the whole sequence, which a part does not know.
+    """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
+    if getattr(mask, "expression", None) is not None:
+        raise NotImplementedError(
+            "mask chooses tokens within blocks by an expression, which cannot be divided between "
+            "ranks: give a mask of whole blocks, BlockMask(blocks, q_len, kv_len, ...)"
+        )
+    return mask.blocks
+
+
+def check_extents(blocks: Tensor, batch: int, heads: int) -> None:
+    """Raises unless a mask's batch and heads are 1 or those of the tensors."""
+    for name, dim, extent in (("batch", 0, batch), ("heads", 1, heads)):
+        if blocks.shape[dim] not in (1, extent):
+            raise ValueError(
+                f"mask has a {name} extent of {blocks.shape[dim]}, "
+                f"but must have 1 or that of q, {extent}"
+            )
+
+
+def mask_of_heads(mask: BlockMask, heads: range) -> BlockMask:
+    """The mask of some query heads: itself if all heads share it."""
+    blocks = whole_blocks(mask)
+    if blocks.shape[1] == 1 or len(heads) == blocks.shape[1]:
+        return mask
+    parts = _of_heads.setdefault(mask, {})
+    if heads not in parts:
+        sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
+        parts[heads] = BlockMask(blocks[:, heads.start : heads.stop], *sizes)
+    return parts[heads]

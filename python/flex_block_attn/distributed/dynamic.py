@@ -1,0 +1,148 @@
+"""Plans of masks that are made anew for each call. In: mask values on a device, and a layout. Out:
+a :class:`DynamicPlan`.
+
+Called by users of SSTA or MoBA masks. What ranks send depends on the mask, and torch's collectives
+want its sizes on the host. So the host has to learn them, once in a call: the blocks that each rank
+needs, ranks x blocks bools, are copied to it behind the mask, and it waits for them only after it
+has launched the attention over the rank's own keys, with which the GPU is then busy. Every rank
+has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend on
+the mask: all keys go to all ranks, the host waits for nothing, and CUDA graphs can be captured.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..masks import BlockMask, as_blocks
+from .layout import Layout
+from .plan import (
+    Cut,
+    Moves,
+    RankPlan,
+    as_chunks,
+    groups_of,
+    needs_of,
+    own_columns,
+    steps_of,
+    upload,
+)
+
+# Steps in which all keys travel, of each layout: they do not depend on masks.
+_all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Moves]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class DynamicPlan:
+    """As :class:`ContextPlan`, for a mask that is used once.
+
+    Args:
+        blocks: the whole mask, the same on every rank, bool, (batch or 1, heads or 1, q_blocks,
+            kv_blocks) or fewer dimensions; of q, k and v's device. :func:`gather_blocks` helps to
+            make it.
+        layout: where tokens are: :meth:`Layout.even`, or :meth:`Layout.balanced` of a mask like
+            those to come. Rows that it shares are computed where each column's keys are.
+        chunks: how many parts keys come in; one is computed with while the next is on its way.
+        exchange: "needed" sends the keys that rows keep; the host waits once in a forward pass,
+            after the attention over a rank's own keys has been launched, for a copy of the
+            blocks that each rank needs. "all" sends all keys to all ranks, and the host never
+            waits.
+    """
+
+    def __init__(
+        self, blocks: Tensor, layout: Layout, *, chunks: int = 2, exchange: str = "needed"
+    ):
+        self.blocks = as_blocks(blocks)
+        shape = len(layout.q_owners), len(layout.kv_owners)
+        if self.blocks.shape[2:] != shape:
+            raise ValueError(
+                f"blocks has {tuple(self.blocks.shape[2:])} blocks, but the layout {shape}"
+            )
+        if exchange not in ("needed", "all"):
+            raise ValueError(f'exchange must be "needed" or "all", got {exchange!r}')
+        self.layout = layout
+        self.chunks = as_chunks(chunks)
+        self.exchange = exchange
+
+    @property
+    def ranks(self) -> int:
+        """How many it is for."""
+        return self.layout.ranks
+
+    def of_heads(self, heads: range) -> "DynamicPlan":
+        """The plan for some query heads."""
+        if self.blocks.shape[1] == 1:
+            return self
+        part = self.blocks[:, heads.start : heads.stop]
+        return DynamicPlan(part, self.layout, chunks=self.chunks, exchange=self.exchange)
+
+    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
+        """What a rank does where k and v have so many heads."""
+        if self.blocks.device != device:
+            raise ValueError(f"blocks is on {self.blocks.device}, but q is on {device}")
+        return _DynamicRankPlan(self, rank, device, kv_heads)
+
+
+class _DynamicRankPlan(RankPlan):
+    """Masks are made as their turn comes, and steps when they must be known; both are kept for
+    the backward pass."""
+
+    def __init__(self, plan: DynamicPlan, rank: int, device: torch.device, kv_heads: int):
+        layout = plan.layout
+        self._all = plan.exchange == "all"
+        # All keys travel for all heads alike.
+        groups = 1 if self._all else groups_of(plan.blocks, kv_heads)
+        if not self._all:
+            self._needs = _OnHost(needs_of(plan.blocks, layout, groups))
+        rows = layout.rows(rank, device)
+        computes = upload(layout.kv_owners == rank, device).repeat(groups, 1)
+        self._cut = Cut(plan.blocks, rows, computes, layout)
+        self._layout, self._chunks, self._rank, self._device = layout, plan.chunks, rank, device
+        self._made = False
+        local = self._cut.dynamic(own_columns(layout, rank), layout.count(rank, keys=True))
+        super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
+
+    def known(self) -> list[tuple[Moves, BlockMask | None]]:
+        return self.steps() if self._made or self._all else []
+
+    def steps(self) -> list[tuple[Moves, BlockMask | None]]:
+        if not self._made:
+            self._steps = [
+                (moves, self._cut.dynamic(moves.step.columns, moves.step.tokens))
+                for moves in self._make()
+            ]
+            self._made = True
+        return self._steps
+
+    def _make(self) -> list[Moves]:
+        layout, rank, chunks, device = self._layout, self._rank, self._chunks, self._device
+        if not self._all:
+            # Here the host waits for what the mask needs.
+            return [
+                step.moves(device) for step in steps_of(self._needs.wait(), layout, rank, chunks)
+            ]
+        kept = _all_steps.setdefault(layout, {})
+        key = rank, chunks, device
+        if key not in kept:
+            needs = torch.arange(layout.ranks)[None, :, None] != layout.kv_owners
+            kept[key] = [step.moves(device) for step in steps_of(needs, layout, rank, chunks)]
+        return kept[key]
+
+
+class _OnHost:
+    """A small tensor on its way to the host, behind what is launched already."""
+
+    def __init__(self, x: Tensor):
+        self._copy = x
+        self._event = None
+        if x.is_cuda:
+            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._copy.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(x.device))
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy

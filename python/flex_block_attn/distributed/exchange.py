@@ -1,0 +1,128 @@
+"""Rows of tensors that change ranks. In: rows sorted by the rank they go to. Out: rows sorted by
+the rank they come from.
+
+Called by everything here that communicates. All of it is one collective, ``all_to_all_single``
+with counts: it runs on gloo as on NCCL, and a rank that has nothing to send is no special case.
+Bytes are sent, so every dtype travels on every backend.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def place_in(group: dist.ProcessGroup | None, name: str = "group") -> tuple[int, int]:
+    """This process's rank in a group, and the group's size; ``None`` is the group of all."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{name}: torch.distributed is not initialised; start the program with torchrun and "
+            "call torch.distributed.init_process_group() first"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        # Of a group that a process is not in, torch gives it a number instead.
+        raise ValueError(f"{name} must be a process group that this process is in, got {group!r}")
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+class Exchange:
+    """Rows on their way. They leave when this is made; :meth:`wait` gives those that came.
+
+    NCCL sends on a stream of its own, and :meth:`wait` makes the current stream wait, not the
+    host: what is launched between the two runs meanwhile. On gloo :meth:`wait` blocks.
+
+    Args:
+        rows: (rows, ...), those to rank 0 first.
+        send: rows for each rank of the group.
+        receive: rows from each rank of the group.
+        group: the ranks; ``None`` are all.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        group: dist.ProcessGroup | None,
+    ):
+        row_bytes = prod(rows.shape[1:]) * rows.element_size()
+        self._came = rows.new_empty((sum(receive), *rows.shape[1:]))
+        # gloo sends from the host's memory only.
+        self._staged = rows.is_cuda and dist.get_backend(group) == "gloo"
+        # Kept until they have left.
+        self._bytes = rows.reshape(-1).contiguous().view(torch.uint8)
+        self._target = self._came.view(-1).view(torch.uint8)
+        if self._staged:
+            self._bytes, self._target = self._bytes.cpu(), self._target.cpu()
+        self._work = dist.all_to_all_single(
+            self._target,
+            self._bytes,
+            [n * row_bytes for n in receive],
+            [n * row_bytes for n in send],
+            group=group,
+            async_op=True,
+        )
+
+    def wait(self) -> Tensor:
+        """(received rows, ...), those from rank 0 first."""
+        if self._work is not None:
+            self._work.wait()
+            if self._staged:
+                self._came.view(-1).view(torch.uint8).copy_(self._target)
+            self._work = self._bytes = self._target = None
+        return self._came
+
+
+class _Exchanged(torch.autograd.Function):
+    """Several exchanges at once. One node for all of them, so that in the backward pass every rank
+    takes part in each, whichever of the tensors a rank's result depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, counts: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.counts = group, counts
+        return _all(tensors, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        back = [(receive, send) for send, receive in ctx.counts]
+        return None, None, *_all(gradients, back, ctx.group)
+
+
+def _all(tensors: Sequence[Tensor], counts: Any, group: Any) -> tuple[Tensor, ...]:
+    under_way = [
+        Exchange(tensor, send, receive, group)
+        for tensor, (send, receive) in zip(tensors, counts, strict=True)
+    ]
+    return tuple(exchange.wait() for exchange in under_way)
+
+
+def exchanged(
+    tensors: Sequence[Tensor],
+    counts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, ...]:
+    """Rows of several tensors exchanged at once; differentiable: gradients go back where the rows
+    came from.
+
+    Args:
+        tensors: each (rows, ...), those to rank 0 first.
+        counts: of each tensor, the rows to send to each rank, and those to receive from each.
+    """
+    return _Exchanged.apply(group, counts, *tensors)
+
+
+def gathered(
+    rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None, name: str = "group"
+) -> Tensor:
+    """The rows of all ranks, in their order, on every rank; differentiable.
+
+    Args:
+        rows: (rows, ...).
+        counts: rows of each rank.
+    """
+    _, ranks = place_in(group, name)
+    copies = rows.repeat(ranks, *(1,) * (rows.dim() - 1))
+    return exchanged([copies], [([rows.shape[0]] * ranks, counts)], group)[0]

@@ -1,0 +1,444 @@
+"""What each rank computes and sends. In: a mask and a layout. Out: a :class:`ContextPlan`.
+
+Called by users, who keep plans for as long as they keep masks, and by :mod:`.context`, which
+carries them out. Pure: a plan knows all ranks, and needs no process group.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import BlockMask, as_size
+from .balance import balance, level
+from .cut import mask_of_heads, whole_blocks
+from .layout import Layout, Rows
+from .report import RankReport, Report
+
+
+@dataclass(frozen=True)
+class Step:
+    """Keys that come from other ranks at once.
+
+    A row is a token of one group of heads: heads with a mask of their own want other keys, so each
+    is a group; heads that share a mask are one.
+    """
+
+    # (groups, slots): the key blocks that become each group's columns; -1 where it has fewer.
+    columns: Tensor
+    # Tokens of a group's columns.
+    tokens: int
+    # Rows from each rank, and to each.
+    receive: list[int]
+    send: list[int]
+    # Of each block to send, by rank it goes to: (group, its first token among the rank's own,
+    # tokens).
+    sent: Tensor
+    # Of each block that comes: (place of its first row among (groups, tokens), tokens).
+    came: Tensor
+
+    def moves(self, device: torch.device) -> "Moves":
+        """The step's rows on a device; blocks are few, so this is where they become rows. The
+        host does not wait."""
+        group, start, lengths = upload(self.sent, device).unbind(0)
+        count = sum(self.send)
+        tokens = _each_row(start, lengths, count) + _offsets(lengths, count)
+        places = sources = None
+        if len(self.columns) > 1:
+            start, came_lengths = upload(self.came, device).unbind(0)
+            count = sum(self.receive)
+            places = _each_row(start, came_lengths, count) + _offsets(came_lengths, count)
+            sources = places.new_zeros(len(self.columns) * self.tokens)
+            sources[places] = torch.arange(count, device=device)
+        return Moves(self, _each_row(group, lengths, sum(self.send)), tokens, places, sources)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The rows of a step, on a device."""
+
+    step: Step
+    # Group, and position among the rank's own tokens, of each row to send.
+    groups: Tensor
+    tokens: Tensor
+    # Where received rows go among (groups, tokens), and, for each of these, the row that comes
+    # there, any where none does; None if they lie as they come.
+    places: Tensor | None
+    sources: Tensor | None
+
+
+def _each_row(x: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """A value of each block, for each of its rows, ``count`` in all."""
+    return x.repeat_interleave(lengths, output_size=count)
+
+
+def _offsets(lengths: Tensor, count: int) -> Tensor:
+    """The place of each row in its block."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(count, device=lengths.device) - _each_row(starts, lengths, count)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who needs and computes what of a mask."""
+
+    # bool (groups, ranks, kv_blocks): the keys of others that a rank needs for its own rows.
+    needs: Tensor
+    # (groups, kv_blocks): the rank that computes the column in rows that all share.
+    column_ranks: Tensor
+    # float (ranks,): blocks to compute, means over batch and heads.
+    loads: Tensor
+
+
+class RankPlan:
+    """A plan as one rank carries it out, on one device."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        local: BlockMask | None,
+        steps: list[tuple[Moves, BlockMask | None]],
+        sizes: tuple[int, int],
+        groups: int,
+    ):
+        self.rows = rows
+        # Groups of heads that keys travel for.
+        self.groups = groups
+        # The mask over the keys that the rank has; None if it selects nothing.
+        self.local = local
+        # Blocks of queries and of keys.
+        self.block_sizes = sizes
+        self._steps = steps
+
+    def known(self) -> list[tuple[Moves, BlockMask | None]]:
+        """Steps that are known before anything is computed."""
+        return self._steps
+
+    def steps(self) -> list[tuple[Moves, BlockMask | None]]:
+        """All steps, as many on each rank: the keys that come, and the mask over them."""
+        return self._steps
+
+
+class ContextPlan:
+    """Attention over a static mask, divided between ranks by tokens.
+
+    Each rank computes the queries that it holds, over its own keys and those that others send it:
+    blocks that its rows keep, in any head, and no more. Rows that the layout has all ranks share
+    are computed piece by piece: each column by a rank that has its keys anyway.
+
+    Args:
+        mask: over the whole sequence, of whole blocks.
+        ranks: how many there are; their layout is :meth:`Layout.balanced`.
+        layout: where tokens are, instead of ``ranks``.
+        chunks: how many parts keys come in; one is computed with while the next is on its way.
+
+    >>> plan = ContextPlan(BlockMask.sliding_window(960, 960, 64, 64, left=64, right=64), ranks=3)
+    >>> plan
+    ContextPlan(3 ranks, balance 0.96, 4 of 30 blocks sent)
+    """
+
+    def __init__(
+        self,
+        mask: BlockMask,
+        ranks: int | None = None,
+        *,
+        layout: Layout | None = None,
+        chunks: int = 2,
+    ):
+        blocks = whole_blocks(mask)
+        if (ranks is None) == (layout is None):
+            raise TypeError("either ranks or layout must be given, and not both")
+        self.layout = Layout.balanced(mask, ranks) if layout is None else layout
+        sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
+        if self.layout.sizes != sizes:
+            raise ValueError(
+                f"mask has (q_len, kv_len, q_block_size, kv_block_size) of {sizes}, "
+                f"but the layout {self.layout.sizes}"
+            )
+        self.chunks = as_chunks(chunks)
+        self.mask = mask
+        self.blocks = blocks.cpu()
+        self._shares: dict[int, Shares] = {}
+        self._of_rank: dict[tuple[int, torch.device, int], RankPlan] = {}
+        self._of_heads: dict[range, ContextPlan] = {}
+
+    @property
+    def ranks(self) -> int:
+        """How many it is for."""
+        return self.layout.ranks
+
+    def of_heads(self, heads: range) -> "ContextPlan":
+        """The plan for some query heads, with the same layout."""
+        mask = mask_of_heads(self.mask, heads)
+        if mask is self.mask:
+            return self
+        if heads not in self._of_heads:
+            self._of_heads[heads] = ContextPlan(mask, layout=self.layout, chunks=self.chunks)
+        return self._of_heads[heads]
+
+    def shares(self, kv_heads: int | None = None) -> Shares:
+        """Who needs and computes what, where k and v have so many heads; as many as the mask, if
+        not given."""
+        groups = groups_of(self.blocks, kv_heads or self.blocks.shape[1])
+        if groups not in self._shares:
+            self._shares[groups] = self._shares_of(groups)
+        return self._shares[groups]
+
+    def _shares_of(self, groups: int) -> Shares:
+        layout = self.layout
+        needs = needs_of(self.blocks, layout, groups)
+        # (groups, q_blocks, kv_blocks), adding up to means over batch and heads.
+        kept = self.blocks.double().mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
+        kept /= self.blocks.shape[1]
+        loads = torch.zeros(layout.ranks, dtype=torch.float64)
+        alone = ~layout.shared
+        loads.index_add_(0, layout.q_owners[alone], kept[:, alone].sum(dim=(0, 2)))
+        # Shared rows in pieces: a column of a group each, for whoever has its keys anyway.
+        pieces = kept[:, layout.shared].sum(dim=1)
+        has = needs | (torch.arange(layout.ranks)[:, None] == layout.kv_owners)
+        column_ranks = layout.kv_owners.repeat(groups, 1)
+        some = pieces > 0
+        column_ranks[some] = level(loads, pieces[some], has.transpose(0, 1)[:, some])
+        loads.index_add_(0, column_ranks.flatten(), pieces.flatten())
+        return Shares(needs, column_ranks, loads)
+
+    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
+        """What a rank does where k and v have so many heads; made once for a device."""
+        groups = groups_of(self.blocks, kv_heads)
+        key = rank, device, groups
+        if key not in self._of_rank:
+            layout, shares = self.layout, self.shares(kv_heads)
+            rows = layout.rows(rank, torch.device("cpu"))
+            cut = Cut(self.blocks, rows, shares.column_ranks == rank, layout)
+            steps = [
+                (step.moves(device), cut.static(step.columns, step.tokens, device))
+                for step in steps_of(shares.needs, layout, rank, self.chunks)
+            ]
+            own = own_columns(layout, rank)
+            local = cut.static(own, layout.count(rank, keys=True), device)
+            sizes = layout.q_block_size, layout.kv_block_size
+            self._of_rank[key] = RankPlan(layout.rows(rank, device), local, steps, sizes, groups)
+        return self._of_rank[key]
+
+    def report(
+        self, *, heads: int, head_dim: int, kv_heads: int | None = None, itemsize: int = 2
+    ) -> Report:
+        """Rows, blocks and bytes of each rank, beside those of a ring that sends all keys.
+
+        Args:
+            heads, head_dim: of q.
+            kv_heads: of k and v, if fewer.
+            itemsize: bytes of a number.
+
+        >>> mask = BlockMask.sliding_window(960, 960, 64, 64, left=64, right=64)
+        >>> print(ContextPlan(mask, ranks=3).report(heads=8, head_dim=64))
+        rank  q blocks    blocks  kv blocks  received    MB in   MB out  MB in a ring
+           0         5      14.0          5       1.0      0.1      0.1           1.3
+           1         5      15.0          5       2.0      0.3      0.3           1.3
+           2         5      14.0          5       1.0      0.1      0.1           1.3
+        balance 0.956, 0.5 MB moved, 13.3% of a ring's
+        """
+        layout = self.layout
+        heads, head_dim = as_size("heads", heads), as_size("head_dim", head_dim)
+        kv_heads = heads if kv_heads is None else as_size("kv_heads", kv_heads)
+        itemsize = as_size("itemsize", itemsize)
+        batch = self.blocks.shape[0]
+        q_tokens = _lengths(layout.q_len, layout.q_block_size)
+        kv_tokens = _lengths(layout.kv_len, layout.kv_block_size)
+        shares = self.shares(kv_heads)
+        groups = len(shares.needs)
+        key = 2 * batch * kv_heads * head_dim * itemsize
+        ranks = []
+        of_all = int(q_tokens[layout.shared].sum())
+        for rank in range(layout.ranks):
+            has = layout.kv_owners == rank
+            own = int(q_tokens[layout.shared & (layout.q_owners == rank)].sum())
+            others = layout.ranks - 1
+            query = batch * heads * head_dim * itemsize
+            # Partial outputs and gradients travel in float32, with the lse.
+            partial = batch * heads * (head_dim + 1) * 4
+            keys_in = int((shares.needs[:, rank] * kv_tokens).sum()) * key // groups
+            keys_out = int((shares.needs[:, :, has] * kv_tokens[has]).sum()) * key // groups
+            ranks.append(
+                RankReport(
+                    q_blocks=int((layout.q_owners == rank).sum()),
+                    blocks=shares.loads[rank].item(),
+                    kv_blocks=int(has.sum()),
+                    received=shares.needs[:, rank].sum().item() / groups,
+                    bytes_in=keys_in + (of_all - own) * query + others * own * partial,
+                    bytes_out=keys_out + others * own * query + (of_all - own) * partial,
+                    ring_bytes=int(kv_tokens[~has].sum()) * key,
+                )
+            )
+        return Report(ranks)
+
+    def __repr__(self) -> str:
+        shares = self.shares()
+        sent = shares.needs.sum().item() / len(shares.needs)
+        ring = (self.ranks - 1) * len(self.layout.kv_owners)
+        return (
+            f"ContextPlan({self.ranks} ranks, balance {balance(shares.loads):.2f}, "
+            f"{sent:.0f} of {ring} blocks sent)"
+        )
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without the host waiting for it."""
+    if device.type != "cuda" or not x.numel():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def as_chunks(chunks: int) -> int:
+    chunks = as_size("chunks", chunks)
+    if not chunks:
+        raise ValueError("chunks must be positive, got 0")
+    return chunks
+
+
+def groups_of(blocks: Tensor, kv_heads: int) -> int:
+    """Groups of heads that want the same keys: one if all share a mask, else a key head each."""
+    return 1 if blocks.shape[1] == 1 else kv_heads
+
+
+def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
+    """Which key blocks of others each rank needs for the rows that it computes alone: bool
+    (groups, ranks, kv_blocks), on the device of ``blocks``."""
+    device = blocks.device
+    wanted = blocks.any(dim=0).unflatten(0, (groups, -1)).any(dim=1)
+    wanted &= ~layout.shared.to(device)[:, None]
+    q_owners, kv_owners = layout.q_owners.to(device), layout.kv_owners.to(device)
+    rank = torch.arange(layout.ranks, device=device)[:, None]
+    # A product of matrices counts the rows that want a block.
+    counts = (rank == q_owners).float() @ wanted.float()
+    return (counts > 0) & (rank != kv_owners)
+
+
+def own_columns(layout: Layout, rank: int) -> Tensor:
+    """A rank's own key blocks, as columns of all groups: (1, blocks)."""
+    return (layout.kv_owners == rank).nonzero().flatten()[None]
+
+
+def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step]:
+    """The steps of a rank, as many for each; each list of blocks from one rank to another is
+    divided between them, so that every step uses all connections.
+
+    Without loops over ranks, groups or blocks: for a dynamic mask this is done in each call.
+
+    Args:
+        needs: as of :func:`needs_of`, on the host.
+    """
+    if not needs.any():
+        return []
+    size, groups = layout.kv_block_size, len(needs)
+    owners = layout.kv_owners
+    ranks = torch.arange(layout.ranks)[:, None, None]
+    came = _Blocks((needs[:, rank] & (owners == ranks)).nonzero(), layout, chunks)
+    gone = _Blocks((needs & (owners == rank)).transpose(0, 1).nonzero(), layout, chunks)
+    # The rank's own blocks ascend, and only the last may be short.
+    starts = ((owners == rank).cumsum(0) - 1) * size
+    steps = []
+    for chunk in range(chunks):
+        send, receive = gone.chunk(chunk), came.chunk(chunk)
+        columns, tokens, places = _columns(receive, layout, groups)
+        steps.append(
+            Step(
+                columns,
+                tokens,
+                receive.rows_of_ranks(),
+                send.rows_of_ranks(),
+                torch.stack((send.group, starts[send.block], send.lengths)),
+                torch.stack((places, receive.lengths)),
+            )
+        )
+    return steps
+
+
+class _Blocks:
+    """Blocks on their way from or to ranks, in the order (rank, group, block)."""
+
+    def __init__(self, entries: Tensor, layout: Layout, chunks: int, of_chunk: Any = None):
+        self.rank, self.group, self.block = entries.unbind(1)
+        self._layout, self._entries, self._chunks = layout, entries, chunks
+        self.lengths = _lengths(layout.kv_len, layout.kv_block_size)[self.block]
+        self._of_chunk = of_chunk
+        if of_chunk is None:
+            # Of a list of n blocks, from one rank for one group, chunk c begins with n c / chunks.
+            key = self.rank * (int(self.group.max()) + 1 if len(entries) else 1) + self.group
+            _, which, counts = key.unique_consecutive(return_inverse=True, return_counts=True)
+            number = torch.arange(len(key)) - (counts.cumsum(0) - counts)[which]
+            self._of_chunk = ((number + 1) * chunks - 1).div(counts[which], rounding_mode="floor")
+
+    def chunk(self, chunk: int) -> "_Blocks":
+        """Those of a chunk."""
+        mine = self._of_chunk == chunk
+        return _Blocks(self._entries[mine], self._layout, self._chunks, self._of_chunk[mine])
+
+    def rows_of_ranks(self) -> list[int]:
+        """Rows of each rank."""
+        counts = torch.zeros(self._layout.ranks, dtype=torch.long)
+        return counts.index_add_(0, self.rank, self.lengths).tolist()
+
+
+def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, Tensor]:
+    """The columns of a step, their tokens, and where each block's first row goes."""
+    size = layout.kv_block_size
+    short = layout.kv_len % size
+    counts = came.group.bincount(minlength=groups)
+    # Lists end in the last slot, where a short block has to be. A group without it, beside others
+    # that have it, leaves that slot free.
+    has_short = torch.zeros(groups, dtype=torch.bool)
+    if short:
+        has_short[came.group[came.block == len(layout.kv_owners) - 1]] = True
+    free = (~has_short & has_short.any()).long()
+    slots = int((counts + free).max())
+    tokens = slots * size - (size - short if has_short.any() else 0)
+    by_group = came.group.argsort(stable=True)
+    number = torch.empty_like(by_group)
+    number[by_group] = torch.arange(len(by_group))
+    number -= (counts.cumsum(0) - counts)[came.group]
+    slot = (slots - free - counts)[came.group] + number
+    columns = torch.full((groups, slots), -1)
+    columns[came.group, slot] = came.block
+    return columns, tokens, came.group * tokens + slot * size
+
+
+def _lengths(length: int, size: int) -> Tensor:
+    return (length - torch.arange(0, length, size)).clamp(max=size)
+
+
+class Cut:
+    """Makes masks of a rank's joint rows over some columns."""
+
+    def __init__(self, blocks: Tensor, rows: Rows, computes: Tensor, layout: Layout):
+        """``computes`` are the columns that are the rank's in shared rows, (groups, kv_blocks)."""
+        self._groups = len(computes)
+        computes = computes.repeat_interleave(blocks.shape[1] // self._groups, dim=0)[:, None]
+        self._blocks = blocks[:, :, rows.blocks] & (~rows.are_shared[:, None] | computes)
+        self._layout = layout
+        self._q_len = len(rows.own) + sum(rows.shared_counts)
+
+    def static(self, columns: Tensor, tokens: int, device: torch.device) -> BlockMask | None:
+        """The mask over columns of so many tokens, (groups or 1, slots); None where it selects
+        nothing, which only a mask on the host can be asked."""
+        blocks = self._of(columns)
+        return self._mask(blocks.to(device), tokens) if blocks.any() else None
+
+    def dynamic(self, columns: Tensor, tokens: int) -> BlockMask | None:
+        """As :meth:`static`, of a mask whose values the host does not know."""
+        if not tokens or not self._q_len:
+            return None
+        return self._mask(self._of(upload(columns, self._blocks.device)), tokens)
+
+    def _of(self, columns: Tensor) -> Tensor:
+        if len(columns) == 1:
+            # None of the slots are empty.
+            return self._blocks.index_select(3, columns[0])
+        heads = columns.repeat_interleave(self._blocks.shape[1] // self._groups, dim=0)
+        heads = heads[None, :, None].expand(*self._blocks.shape[:3], -1)
+        return self._blocks.gather(3, heads.clamp(min=0)) & (heads >= 0)
+
+    def _mask(self, blocks: Tensor, tokens: int) -> BlockMask:
+        layout = self._layout
+        return BlockMask(blocks, self._q_len, tokens, layout.q_block_size, layout.kv_block_size)
