@@ -157,7 +157,7 @@ def as_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there is nothing to do for :func:`_tensors`: most calls on a GPU, in little time."""
+    """Whether there is nothing to do for :func:`as_inputs`: most calls on a GPU, in little time."""
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
         return False
     dtype, device = q.dtype, q.device

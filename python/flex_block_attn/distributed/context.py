@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..api import _default_scale, _tensors, flex_block_attn
+from ..api import _default_scale, as_inputs, flex_block_attn
 from ..masks import BlockMask
 from .cut import check_extents
 from .exchange import Exchange, place_in
@@ -53,7 +53,7 @@ def context_attention(
     Returns:
         ``out``, of q's shape; ``out, lse`` with ``return_lse``.
     """
-    q, k, v = _tensors(q, k, v)
+    q, k, v = as_inputs(q, k, v)
     check_plan(plan)
     rank, ranks = place_in(group)
     layout = plan.layout
@@ -158,8 +158,9 @@ def _backward(
     def derive(k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
         if mask is None or not q_all.numel() or not k.numel():
             return torch.zeros_like(k), torch.zeros_like(v)
+        settings = *sizes, scale, torch.are_deterministic_algorithms_enabled()
         dq_, dk_, dv_ = ops.backward(
-            row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan, *sizes, scale, [True] * 3
+            row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan, *settings, [True] * 3
         )
         dq.add_(dq_)
         return dk_, dv_

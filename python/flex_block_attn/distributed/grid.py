@@ -12,7 +12,7 @@ the first belongs between GPUs of one host, the second between hosts.
 import torch.distributed as dist
 from torch import Tensor
 
-from ..api import _default_scale, _tensors
+from ..api import _default_scale, as_inputs
 from .context import check_plan, context_attention
 from .cut import check_extents
 from .dynamic import DynamicPlan
@@ -48,7 +48,7 @@ def grid_attention(
     Returns:
         ``out``, of q's shape; ``out, lse`` with ``return_lse``.
     """
-    q, k, v = _tensors(q, k, v)
+    q, k, v = as_inputs(q, k, v)
     check_plan(plan)
     check_extents(plan.blocks, q.shape[0], q.shape[1])
     lengths = _lengths(plan.layout, context_group, heads_group)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..api import _default_scale, _tensors, flex_block_attn
+from ..api import _default_scale, as_inputs, flex_block_attn
 from ..masks import BlockMask, as_size
 from .cut import check_extents, mask_of_heads
 from .exchange import exchanged, place_in
@@ -77,7 +77,7 @@ def ulysses_attention(
         ``out``, of q's shape; ``out, lse`` with ``return_lse``; with text ``out, text_out``, or
         ``out, text_out, lse, text_lse``. The text's are the same on every rank.
     """
-    q, k, v = _tensors(q, k, v)
+    q, k, v = as_inputs(q, k, v)
     if not isinstance(mask, BlockMask) and not callable(mask):
         raise TypeError(
             f"mask must be a BlockMask or a function that makes one, got {type(mask).__name__}"
@@ -216,7 +216,7 @@ def _spread(x: Tensor, heads: range, group: int) -> Tensor:
 def _text(text: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(text, (tuple, list)) or len(text) != 3:
         raise TypeError("text must be three tensors: q, k and v of the text's tokens")
-    text = _tensors(*text)
+    text = as_inputs(*text)
     for name, tensor, of, like in (("q", text[0], "q", q), ("k", text[1], "k", k)):
         expected = like.shape[0], like.shape[1], like.shape[3]
         if (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != expected:
