@@ -123,9 +123,8 @@ def _forward(
     for (k_, v_), mask in keys:
         attend(k_, v_, mask)
 
-    sums = torch.promote_types(q.dtype, torch.float32)
-    out, lse = rows.part(*merged.result(q_all, sums))
-    return out.to(q.dtype), lse, q_all
+    out, lse = rows.part(*merged.result(q_all), q.dtype)
+    return out, lse, q_all
 
 
 def _backward(
@@ -298,8 +297,8 @@ class _SharedRows:
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rank's own rows, and those of its rows that are shared, tokens first."""
-        own = x.index_select(2, self._rows.own)
-        return own, x.index_select(2, self._rows.shared).movedim(2, 0)
+        own, shared = self._rows.own, self._rows.shared
+        return own.of(x), shared.of(x).movedim(2, 0)
 
     def join(self, x: Tensor) -> Tensor:
         """Values of the joint rows, from those of the rank's: (batch, heads, rows, ...)."""
@@ -311,23 +310,25 @@ class _SharedRows:
     def _place(self, own: Tensor, shared: Tensor) -> Tensor:
         """The rank's rows in their order."""
         whole = own.new_empty((*own.shape[:2], own.shape[2] + shared.shape[2], *own.shape[3:]))
-        whole.index_copy_(2, self._rows.own, own)
-        return whole.index_copy_(2, self._rows.shared, shared)
+        self._rows.own.put(whole, own)
+        self._rows.shared.put(whole, shared)
+        return whole
 
-    def part(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and lse of the rank's rows, from those of the joint rows."""
+    def part(self, out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Output, in a dtype, and lse of the rank's rows, from those of the joint rows."""
         if not self._some:
-            return out, lse
+            return out.to(dtype), lse
         out, shared_out = self._rows.part(out)
         lse, shared_lse = self._rows.part(lse)
         # The sums' dtype: a partial output that is rounded, and merged, would be rounded twice.
-        both = torch.cat((shared_out, shared_lse.unsqueeze(3)), dim=3).movedim(2, 0)
+        both = torch.cat((shared_out.to(lse.dtype), shared_lse.unsqueeze(3)), dim=3).movedim(2, 0)
         merged = Merged()
         for of_rank in self._to_owners(both):
             of_rank = of_rank.movedim(0, 2)
             merged.add(of_rank[..., :-1], of_rank[..., -1])
-        shared_out, shared_lse = merged.result(shared_out, lse.dtype)
-        return self._place(out, shared_out), self._place(lse, shared_lse)
+        shared_out, shared_lse = merged.result(shared_out)
+        out = self._place(out.to(dtype), shared_out.to(dtype))
+        return out, self._place(lse, shared_lse)
 
     def gradients(
         self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor

@@ -6,7 +6,8 @@ each layer's mask is then planned for the same layout.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -30,14 +31,47 @@ def tokens_of(blocks: Tensor, block_size: int, length: int) -> Tensor:
     return tokens[tokens < length]
 
 
+class Positions:
+    """Some of a rank's tokens, ascending, in dimension 2 of its tensors: a view of them where they
+    follow each other, as all do where shared rows are the sequence's last."""
+
+    def __init__(self, positions: Tensor):
+        self._positions = positions
+        self._count = len(positions)
+        self._start = int(positions[0]) if len(positions) else 0
+        last = int(positions[-1]) if len(positions) else -1
+        self._together = last + 1 - self._start == len(positions)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def to(self, device: torch.device) -> "Positions":
+        moved = copy(self)
+        moved._positions = self._positions.to(device)
+        return moved
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of a tensor."""
+        if self._together:
+            return x.narrow(2, self._start, self._count)
+        return x.index_select(2, self._positions)
+
+    def put(self, x: Tensor, part: Tensor) -> None:
+        """Sets their part of a tensor."""
+        if self._together:
+            x.narrow(2, self._start, self._count).copy_(part)
+        else:
+            x.index_copy_(2, self._positions, part)
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a rank computes the queries of: its own, and those that all ranks share, as they lie in
     one tensor."""
 
-    # Positions among the rank's queries of those it computes alone, and of those it shares.
-    own: Tensor
-    shared: Tensor
+    # Which of the rank's queries it computes alone, and which it shares.
+    own: "Positions"
+    shared: "Positions"
     # Shared queries of each rank.
     shared_counts: list[int]
     # The query blocks of the joint tensor.
@@ -48,9 +82,13 @@ class Rows:
     shared_last: bool
 
     def to(self, device: torch.device) -> "Rows":
-        moved = (x.to(device) for x in (self.own, self.shared, self.blocks, self.are_shared))
-        own, shared, blocks, are_shared = moved
-        return Rows(own, shared, self.shared_counts, blocks, are_shared, self.shared_last)
+        return replace(
+            self,
+            own=self.own.to(device),
+            shared=self.shared.to(device),
+            blocks=self.blocks.to(device),
+            are_shared=self.are_shared.to(device),
+        )
 
     def join(self, own: Tensor, shared: Tensor, dim: int = 2) -> Tensor:
         """The joint tensor of values of the rank's own rows and of all shared ones."""
@@ -272,8 +310,8 @@ class Layout:
         parts = [own, torch.cat(shared)] if last else [torch.cat(shared), own]
         blocks = torch.cat(parts)
         return Rows(
-            positions[~is_shared],
-            positions[is_shared],
+            Positions(positions[~is_shared]),
+            Positions(positions[is_shared]),
             counts,
             blocks,
             self.shared[blocks],
