@@ -29,8 +29,8 @@ bench: extension $(VENV)/.test ## Speed of the CPU backend beside torch's own at
 
 format: $(VENV)/.test ## Format Rust and Python
 	cargo fmt
-	$(BIN)/ruff format python demo benchmark
-	$(BIN)/ruff check --fix python demo benchmark
+	$(BIN)/ruff format python demo benchmark examples
+	$(BIN)/ruff check --fix python demo benchmark examples
 
 clean: ## Remove everything that was built or installed
 	rm -rf target $(VENV) demo/out
