@@ -3,10 +3,10 @@ a :class:`DynamicPlan`.
 
 Called by users of SSTA or MoBA masks. What ranks send depends on the mask, and torch's collectives
 want its sizes on the host. So the host has to learn them, once in a call: the blocks that each rank
-needs, ranks x blocks bools, are copied to it behind the mask, and it waits for them only after it
-has launched the attention over the rank's own keys, with which the GPU is then busy. Every rank
-has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend on
-the mask: all keys go to all ranks, the host waits for nothing, and CUDA graphs can be captured.
+needs, heads x ranks x blocks bools, are copied to it behind the mask, and it waits for them only
+after it has launched the attention over the rank's own keys, with which the GPU is then busy. Every
+rank has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend
+on the mask: all keys go to all ranks, and the host waits for nothing.
 """
 
 import weakref
@@ -23,9 +23,7 @@ from .plan import (
     as_chunks,
     groups_of,
     needs_of,
-    own_columns,
     steps_of,
-    upload,
 )
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
@@ -96,11 +94,12 @@ class _DynamicRankPlan(RankPlan):
         if not self._all:
             self._needs = _OnHost(needs_of(plan.blocks, layout, groups))
         rows = layout.rows(rank, device)
-        computes = upload(layout.kv_owners == rank, device).repeat(groups, 1)
+        computes = (layout.owners(device)[1] == rank).repeat(groups, 1)
         self._cut = Cut(plan.blocks, rows, computes, layout)
         self._layout, self._chunks, self._rank, self._device = layout, plan.chunks, rank, device
         self._made = False
-        local = self._cut.dynamic(own_columns(layout, rank), layout.count(rank, keys=True))
+        own = layout.own_columns(rank, device)
+        local = self._cut.dynamic(own, layout.count(rank, keys=True))
         super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
 
     def known(self) -> list[tuple[Moves, BlockMask | None]]:
@@ -109,7 +108,7 @@ class _DynamicRankPlan(RankPlan):
     def steps(self) -> list[tuple[Moves, BlockMask | None]]:
         if not self._made:
             self._steps = [
-                (moves, self._cut.dynamic(moves.step.columns, moves.step.tokens))
+                (moves, self._cut.dynamic(moves.columns, moves.step.tokens))
                 for moves in self._make()
             ]
             self._made = True

@@ -31,6 +31,13 @@ def tokens_of(blocks: Tensor, block_size: int, length: int) -> Tensor:
     return tokens[tokens < length]
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without the host waiting for it."""
+    if device.type != "cuda" or not x.numel():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Positions:
     """Some of a rank's tokens, ascending, in dimension 2 of its tensors: a view of them where they
     follow each other, as all do where shared rows are the sequence's last."""
@@ -144,7 +151,10 @@ class Layout:
         self.shared = torch.zeros(len(self.q_owners), dtype=torch.bool)
         # With one rank there is no one to share with.
         self.shared[_rows_in("shared_rows", shared_rows, len(self.shared))] = self.ranks > 1
+        # What a device has been given already.
         self._rows: dict[tuple[int, torch.device], Rows] = {}
+        self._columns: dict[tuple[int, torch.device], Tensor] = {}
+        self._of_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._counts = [
             [len(tokens) for tokens in map(of, range(self.ranks))]
             for of in (self.q_tokens, self.kv_tokens)
@@ -295,6 +305,21 @@ class Layout:
         if key not in self._rows:
             self._rows[key] = self._rows_of(rank).to(device)
         return self._rows[key]
+
+    def owners(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Owners of queries' and of keys' blocks, and which rows are shared, on a device."""
+        if device not in self._of_device:
+            host = self.q_owners, self.kv_owners, self.shared
+            self._of_device[device] = tuple(upload(x, device) for x in host)
+        return self._of_device[device]
+
+    def own_columns(self, rank: int, device: torch.device) -> Tensor:
+        """A rank's own key blocks, as columns of all groups of heads: (1, blocks)."""
+        key = rank, device
+        if key not in self._columns:
+            own = (self.kv_owners == rank).nonzero().flatten()[None]
+            self._columns[key] = upload(own, device)
+        return self._columns[key]
 
     def _rows_of(self, rank: int) -> Rows:
         mine = self.q_owners == rank

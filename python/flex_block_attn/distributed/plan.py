@@ -13,7 +13,7 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import balance, level
 from .cut import mask_of_heads, whole_blocks
-from .layout import Layout, Rows
+from .layout import Layout, Rows, upload
 from .report import RankReport, Report
 
 
@@ -51,7 +51,9 @@ class Step:
             places = _each_row(start, came_lengths, count) + _offsets(came_lengths, count)
             sources = places.new_zeros(len(self.columns) * self.tokens)
             sources[places] = torch.arange(count, device=device)
-        return Moves(self, _each_row(group, lengths, sum(self.send)), tokens, places, sources)
+        groups = _each_row(group, lengths, sum(self.send))
+        columns = upload(self.columns, device)
+        return Moves(self, columns, groups, tokens, places, sources)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Moves:
     """The rows of a step, on a device."""
 
     step: Step
+    # As the step's.
+    columns: Tensor
     # Group, and position among the rank's own tokens, of each row to send.
     groups: Tensor
     tokens: Tensor
@@ -124,8 +128,9 @@ class ContextPlan:
     """Attention over a static mask, divided between ranks by tokens.
 
     Each rank computes the queries that it holds, over its own keys and those that others send it:
-    blocks that its rows keep, in any head, and no more. Rows that the layout has all ranks share
-    are computed piece by piece: each column by a rank that has its keys anyway.
+    blocks that its rows keep, and no more; of heads with masks of their own, each head's. Rows that
+    the layout has all ranks share are computed piece by piece: each column by a rank that has its
+    keys anyway.
 
     Args:
         mask: over the whole sequence, of whole blocks.
@@ -180,7 +185,7 @@ class ContextPlan:
     def shares(self, kv_heads: int | None = None) -> Shares:
         """Who needs and computes what, where k and v have so many heads; as many as the mask, if
         not given."""
-        groups = groups_of(self.blocks, kv_heads or self.blocks.shape[1])
+        groups = groups_of(self.blocks, self.blocks.shape[1] if kv_heads is None else kv_heads)
         if groups not in self._shares:
             self._shares[groups] = self._shares_of(groups)
         return self._shares[groups]
@@ -215,7 +220,7 @@ class ContextPlan:
                 (step.moves(device), cut.static(step.columns, step.tokens, device))
                 for step in steps_of(shares.needs, layout, rank, self.chunks)
             ]
-            own = own_columns(layout, rank)
+            own = layout.own_columns(rank, torch.device("cpu"))
             local = cut.static(own, layout.count(rank, keys=True), device)
             sizes = layout.q_block_size, layout.kv_block_size
             self._of_rank[key] = RankPlan(layout.rows(rank, device), local, steps, sizes, groups)
@@ -227,7 +232,7 @@ class ContextPlan:
         """Rows, blocks and bytes of each rank, beside those of a ring that sends all keys.
 
         Args:
-            heads, head_dim: of q.
+            heads, head_dim: of q; the batch is the mask's.
             kv_heads: of k and v, if fewer.
             itemsize: bytes of a number.
 
@@ -283,13 +288,6 @@ class ContextPlan:
         )
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without the host waiting for it."""
-    if device.type != "cuda" or not x.numel():
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 def as_chunks(chunks: int) -> int:
     chunks = as_size("chunks", chunks)
     if not chunks:
@@ -299,6 +297,10 @@ def as_chunks(chunks: int) -> int:
 
 def groups_of(blocks: Tensor, kv_heads: int) -> int:
     """Groups of heads that want the same keys: one if all share a mask, else a key head each."""
+    if blocks.shape[1] > 1 and (not kv_heads or blocks.shape[1] % kv_heads):
+        raise ValueError(
+            f"kv_heads is {kv_heads}, which does not divide the mask's {blocks.shape[1]} heads"
+        )
     return 1 if blocks.shape[1] == 1 else kv_heads
 
 
@@ -307,17 +309,12 @@ def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
     (groups, ranks, kv_blocks), on the device of ``blocks``."""
     device = blocks.device
     wanted = blocks.any(dim=0).unflatten(0, (groups, -1)).any(dim=1)
-    wanted &= ~layout.shared.to(device)[:, None]
-    q_owners, kv_owners = layout.q_owners.to(device), layout.kv_owners.to(device)
+    q_owners, kv_owners, shared = layout.owners(device)
+    wanted &= ~shared[:, None]
     rank = torch.arange(layout.ranks, device=device)[:, None]
     # A product of matrices counts the rows that want a block.
     counts = (rank == q_owners).float() @ wanted.float()
     return (counts > 0) & (rank != kv_owners)
-
-
-def own_columns(layout: Layout, rank: int) -> Tensor:
-    """A rank's own key blocks, as columns of all groups: (1, blocks)."""
-    return (layout.kv_owners == rank).nonzero().flatten()[None]
 
 
 def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step]:
@@ -429,7 +426,7 @@ class Cut:
         """As :meth:`static`, of a mask whose values the host does not know."""
         if not tokens or not self._q_len:
             return None
-        return self._mask(self._of(upload(columns, self._blocks.device)), tokens)
+        return self._mask(self._of(columns), tokens)
 
     def _of(self, columns: Tensor) -> Tensor:
         if len(columns) == 1:
