@@ -15,7 +15,7 @@ from flex_block_attn import BlockMask
 from flex_block_attn.distributed import ContextPlan, DynamicPlan, Layout
 from flex_block_attn.distributed.balance import assign, balance, level
 from flex_block_attn.distributed.cut import whole_blocks
-from flex_block_attn.distributed.plan import steps_of
+from flex_block_attn.distributed.steps import steps_of
 
 CPU = torch.device("cpu")
 

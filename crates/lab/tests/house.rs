@@ -112,6 +112,7 @@ fn every_file_says_what_it_is_and_is_not_long() {
         ("python", "pyi", "\"\"\""),
         ("demo", "py", "\"\"\""),
         ("benchmark", "py", "\"\"\""),
+        ("examples", "py", "\"\"\""),
     ] {
         let mut files = Vec::new();
         sources(&root().join(folder), ending, &mut files);

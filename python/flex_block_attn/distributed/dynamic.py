@@ -16,15 +16,8 @@ from torch import Tensor
 
 from ..masks import BlockMask, as_blocks
 from .layout import Layout
-from .plan import (
-    Cut,
-    Moves,
-    RankPlan,
-    as_chunks,
-    groups_of,
-    needs_of,
-    steps_of,
-)
+from .plan import Cut, RankPlan, as_chunks
+from .steps import Moves, groups_of, needs_of, steps_of
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
 _all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Moves]]]" = (
@@ -41,7 +34,9 @@ class DynamicPlan:
             make it.
         layout: where tokens are: :meth:`Layout.even`, or :meth:`Layout.balanced` of a mask like
             those to come. Rows that it shares are computed where each column's keys are.
-        chunks: how many parts keys come in; one is computed with while the next is on its way.
+        chunks: how many parts keys come in; one is computed with while the next is on its way. If
+            not given, 1 for two ranks, whose own keys are enough to compute with until all others
+            have come, and 2 for more.
         exchange: "needed" sends the keys that rows keep; the host waits once in a forward pass,
             after the attention over a rank's own keys has been launched, for a copy of the
             blocks that each rank needs. "all" sends all keys to all ranks, and the host never
@@ -49,7 +44,7 @@ class DynamicPlan:
     """
 
     def __init__(
-        self, blocks: Tensor, layout: Layout, *, chunks: int = 2, exchange: str = "needed"
+        self, blocks: Tensor, layout: Layout, *, chunks: int | None = None, exchange: str = "needed"
     ):
         self.blocks = as_blocks(blocks)
         shape = len(layout.q_owners), len(layout.kv_owners)
@@ -60,7 +55,7 @@ class DynamicPlan:
         if exchange not in ("needed", "all"):
             raise ValueError(f'exchange must be "needed" or "all", got {exchange!r}')
         self.layout = layout
-        self.chunks = as_chunks(chunks)
+        self.chunks = as_chunks(chunks, layout.ranks)
         self.exchange = exchange
 
     @property

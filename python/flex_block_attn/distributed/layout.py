@@ -31,6 +31,11 @@ def tokens_of(blocks: Tensor, block_size: int, length: int) -> Tensor:
     return tokens[tokens < length]
 
 
+def block_lengths(length: int, block_size: int) -> Tensor:
+    """Tokens of each block."""
+    return (length - torch.arange(0, length, block_size)).clamp(max=block_size)
+
+
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without the host waiting for it."""
     if device.type != "cuda" or not x.numel():
