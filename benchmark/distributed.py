@@ -25,7 +25,7 @@ from torch import Tensor
 from flex_block_attn import BlockMask, flex_block_attn
 from flex_block_attn.distributed import ContextPlan, Layout, context_attention, ulysses_attention
 from flex_block_attn.distributed.balance import balance
-from flex_block_attn.distributed.ulysses import chunk_lengths, shares
+from flex_block_attn.distributed.ulysses import chunk_lengths, head_parts
 
 Tiles = tuple[int, int, int]
 
@@ -101,7 +101,7 @@ def print_division(name: str, case: Case, contexts: int, parts: int) -> None:
     layout = Layout.balanced(case.mask, contexts)
     plan = ContextPlan(case.mask, layout=layout)
     loads, received, ring = [], [], []
-    for heads in shares(case.heads, parts):
+    for heads in head_parts(case.heads, parts):
         of_heads = plan.of_heads(heads)
         report = of_heads.report(heads=len(heads), head_dim=case.head_dim)
         for number, rank in enumerate(report.ranks):

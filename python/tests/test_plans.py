@@ -15,7 +15,7 @@ from flex_block_attn import BlockMask
 from flex_block_attn.distributed import ContextPlan, DynamicPlan, Layout
 from flex_block_attn.distributed.balance import assign, balance, level
 from flex_block_attn.distributed.cut import whole_blocks
-from flex_block_attn.distributed.plan import own_columns, steps_of
+from flex_block_attn.distributed.steps import steps_of
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def computed(plan, rank, kv_heads):
     times = torch.zeros(plan.blocks.shape, dtype=torch.int)
     has = torch.zeros(heads, len(layout.kv_owners), dtype=torch.int)
     size, last = layout.kv_block_size, len(layout.kv_owners) - 1
-    local = own_columns(layout, rank), layout.count(rank, keys=True), own.local
+    local = layout.own_columns(rank, CPU), layout.count(rank, keys=True), own.local
     steps = [(moves.step.columns, moves.step.tokens, mask) for moves, mask in own.steps()]
     for columns, tokens, mask in [local, *steps]:
         columns = columns.repeat_interleave(heads // len(columns), dim=0)
@@ -259,15 +259,24 @@ def test_what_comes_has_gone(ranks):
 
 def test_simulation_prints_a_line_for_each_division():
     table = subprocess.run(
-        [sys.executable, "-m", "benchmark.distributed", "--simulate", "--case", "SSTA, near tiles"],
+        [
+            sys.executable,
+            "-m",
+            "benchmark.distributed",
+            "--simulate",
+            "--small",
+            "--ranks",
+            "2",
+            "4",
+        ],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     lines = [re.split(r" {2,}", line) for line in table.splitlines()[1:]]
-    assert [line[1] for line in lines] == ["2", *["8"] * 3, *["64"] * 4]
-    assert all(float(line[3].split()[0]) >= 0.95 for line in lines)
+    assert [line[2] for line in lines if line[0] == "STA"] == ["2 x 1", "4 x 1", "2 x 2"]
+    assert {line[0] for line in lines} >= {"SSTA, near tiles", "dense, 1 head"}
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -277,6 +286,7 @@ def test_errors_name_the_argument():
     mask = BlockMask.full(100, 100, 16, 16)
     layout = Layout.even(100, 100, 16, 16, ranks=2)
     seven = [0] * 6 + [1]
+    per_head = BlockMask(torch.ones(3, 7, 7).bool(), 100, 100, 16, 16)
     for kind, text, call in (
         (TypeError, "either ranks or layout", lambda: ContextPlan(mask)),
         (TypeError, "either ranks or layout", lambda: ContextPlan(mask, 2, layout=layout)),
@@ -312,6 +322,11 @@ def test_errors_name_the_argument():
             ValueError,
             "q_block_size must be positive",
             lambda: Layout.even(100, 100, 0, 16, ranks=2),
+        ),
+        (
+            ValueError,
+            "kv_heads is 2, which does not divide the mask's 3 heads",
+            lambda: ContextPlan(per_head, 2).report(heads=3, kv_heads=2, head_dim=16),
         ),
         (ValueError, "x has 99 tokens", lambda: layout.shard(torch.zeros(99), 0, dim=0)),
         (

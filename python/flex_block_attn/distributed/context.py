@@ -22,9 +22,11 @@ from .. import ops
 from ..api import _default_scale, as_inputs, flex_block_attn
 from ..masks import BlockMask
 from .cut import check_extents
-from .exchange import Exchange, place_in
+from .exchange import place_in
+from .keys import Keys
 from .merge import Merged
-from .plan import ContextPlan, Moves, RankPlan
+from .plan import ContextPlan, RankPlan
+from .shared import SharedRows
 
 
 def context_attention(
@@ -110,9 +112,12 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, group: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and lse of the rank's rows, and queries of all rows that it computes."""
-    keys = _Keys(k, v, plan, group)
-    rows = _SharedRows(plan, group)
-    q_all = rows.join(q)
+    rows = SharedRows(plan, group)
+    # A group's exchanges follow each other. What the first attention waits for leaves first, lest
+    # it wait for keys as well.
+    joined = rows.join(q)
+    keys = Keys(k, v, plan, group)
+    q_all = joined()
     merged = Merged()
 
     def attend(k: Tensor, v: Tensor, mask: BlockMask | None) -> None:
@@ -123,9 +128,8 @@ def _forward(
     for (k_, v_), mask in keys:
         attend(k_, v_, mask)
 
-    sums = torch.promote_types(q.dtype, torch.float32)
-    out, lse = rows.part(*merged.result(q_all, sums))
-    return out.to(q.dtype), lse, q_all
+    out, lse = rows.part(*merged.result(q_all), q.dtype)
+    return out, lse, q_all
 
 
 def _backward(
@@ -146,10 +150,12 @@ def _backward(
     keys, and all else that the derivative needs of the rest is the row sum of dout * out. So a
     part's gradients are those of an attention that had this output and lse.
     """
-    keys = _Keys(k, v, plan, group)
-    rows = _SharedRows(plan, group)
+    rows = SharedRows(plan, group)
     dout = torch.zeros_like(out) if dout is None else dout
-    row = rows.gradients(dout, dlse, out, lse)
+    # The order is that of the forward pass, for the same reason.
+    joined = rows.gradients(dout, dlse, out, lse)
+    keys = Keys(k, v, plan, group)
+    row = joined()
     sums = lse.dtype
     dq = torch.zeros(q_all.shape, dtype=sums, device=q_all.device)
     gradients = keys.gradients(sums)
@@ -176,190 +182,3 @@ def _backward(
         gradients.add_returned(*returning)
     dk, dv = gradients.result()
     return rows.sum(dq).to(q_all.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-class _Keys:
-    """k and v as steps bring them: the next are on their way while these are computed with."""
-
-    def __init__(self, k: Tensor, v: Tensor, plan: RankPlan, group: Any):
-        self._k, self._v, self._plan, self._group = k, v, plan, group
-        self._moves: Moves | None = None
-        # What is known can leave before anything else happens.
-        known = plan.known()
-        self._first = self._leave(known[0][0]) if known else None
-
-    def _leave(self, moves: Moves) -> Exchange:
-        # (groups, tokens, batch, heads of a group, head_dim)
-        parts = [
-            x.unflatten(1, (self._plan.groups, -1)).permute(1, 3, 0, 2, 4)
-            for x in (self._k, self._v)
-        ]
-        rows = [part[moves.groups, moves.tokens] for part in parts]
-        return Exchange(torch.stack(rows, dim=1), moves.step.send, moves.step.receive, self._group)
-
-    def __iter__(self) -> Any:
-        steps = self._plan.steps()
-        coming = self._first
-        if steps and coming is None:
-            coming = self._leave(steps[0][0])
-        self._first = None
-        for number, (moves, mask) in enumerate(steps):
-            after = self._leave(steps[number + 1][0]) if number + 1 < len(steps) else None
-            self._moves = moves
-            rows = coming.wait()
-            if moves.sources is not None and len(rows):
-                rows = rows.index_select(0, moves.sources)
-            yield _heads_of(rows, self._plan.groups), mask
-            coming = after
-
-    def send_back(self, dk: Tensor, dv: Tensor) -> tuple[Moves, Exchange]:
-        """Gradients of the keys that came last, on their way to their owners."""
-        moves = self._moves
-        rows = _rows_of(dk, dv, self._plan.groups)
-        if moves.places is not None:
-            rows = rows.index_select(0, moves.places)
-        return moves, Exchange(rows, moves.step.receive, moves.step.send, self._group)
-
-    def gradients(self, dtype: torch.dtype) -> "_KeyGradients":
-        """Nothing yet, for the rank's own keys."""
-        return _KeyGradients(self._k, self._plan.groups, dtype)
-
-
-def _rows_of(k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Rows as they travel, (groups * tokens, 2, batch, heads of a group, head_dim)."""
-    both = torch.stack((k, v)).unflatten(2, (groups, -1))
-    return both.permute(2, 4, 0, 1, 3, 5).flatten(0, 1).contiguous()
-
-
-def _heads_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """k and v, (batch, heads, tokens, head_dim), of rows as they travel."""
-    # Either groups or the heads of one are 1, so nothing is copied.
-    both = rows.unflatten(0, (groups, -1)).permute(2, 3, 0, 4, 1, 5)
-    k, v = both.flatten(2, 3).unbind(0)
-    return k, v
-
-
-class _KeyGradients:
-    """Sums of gradients of a rank's keys and values, from all ranks that had them."""
-
-    def __init__(self, k: Tensor, groups: int, dtype: torch.dtype):
-        batch, heads, self._tokens, head_dim = k.shape
-        shape = groups * self._tokens, 2, batch, heads // groups, head_dim
-        self._groups = groups
-        self._rows = torch.zeros(shape, dtype=dtype, device=k.device)
-
-    def add(self, dk: Tensor, dv: Tensor) -> None:
-        """Those of all keys."""
-        for total, gradient in zip(_heads_of(self._rows, self._groups), (dk, dv), strict=True):
-            total.add_(gradient)
-
-    def add_returned(self, moves: Moves, coming: Exchange) -> None:
-        """Those that others send back: one rank's after the other, so that a token that several
-        had is summed in the same order each time."""
-        rows = coming.wait().to(self._rows.dtype)
-        numbers, send = moves.groups * self._tokens + moves.tokens, moves.step.send
-        for places, part in zip(numbers.split(send), rows.split(send), strict=True):
-            if len(places):
-                self._rows.index_add_(0, places, part)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """dk and dv, (batch, heads, tokens, head_dim)."""
-        return _heads_of(self._rows, self._groups)
-
-
-class _RowGradients:
-    """What the backward pass reads of each of the joint rows."""
-
-    def __init__(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor):
-        self.dout, self.dlse, self.out, self.lse = dout, dlse, out, lse
-
-
-class _SharedRows:
-    """Rows that all ranks share, on their way: their queries to all ranks, results back."""
-
-    def __init__(self, plan: RankPlan, group: Any):
-        self._rows, self._group = plan.rows, group
-        counts = self._rows.shared_counts
-        self._some = any(counts)
-        self._mine = len(self._rows.shared)
-        self._counts = counts
-
-    def _to_all(self, rows: Tensor) -> Exchange:
-        """The shared rows of all ranks, (rows, ...), from this rank's."""
-        ranks = len(self._counts)
-        copies = rows.repeat(ranks, *(1,) * (rows.dim() - 1))
-        return Exchange(copies, [self._mine] * ranks, self._counts, self._group)
-
-    def _to_owners(self, rows: Tensor) -> Tensor:
-        """All ranks' results for this rank's shared rows, (ranks, rows, ...), from this rank's
-        results for those of all."""
-        ranks = len(self._counts)
-        came = Exchange(rows.contiguous(), self._counts, [self._mine] * ranks, self._group).wait()
-        return came.view(ranks, self._mine, *rows.shape[1:])
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The rank's own rows, and those of its rows that are shared, tokens first."""
-        own = x.index_select(2, self._rows.own)
-        return own, x.index_select(2, self._rows.shared).movedim(2, 0)
-
-    def join(self, x: Tensor) -> Tensor:
-        """Values of the joint rows, from those of the rank's: (batch, heads, rows, ...)."""
-        if not self._some:
-            return x
-        own, shared = self._split(x)
-        return self._rows.join(own, self._to_all(shared).wait().movedim(0, 2))
-
-    def _place(self, own: Tensor, shared: Tensor) -> Tensor:
-        """The rank's rows in their order."""
-        whole = own.new_empty((*own.shape[:2], own.shape[2] + shared.shape[2], *own.shape[3:]))
-        whole.index_copy_(2, self._rows.own, own)
-        return whole.index_copy_(2, self._rows.shared, shared)
-
-    def part(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and lse of the rank's rows, from those of the joint rows."""
-        if not self._some:
-            return out, lse
-        out, shared_out = self._rows.part(out)
-        lse, shared_lse = self._rows.part(lse)
-        # The sums' dtype: a partial output that is rounded, and merged, would be rounded twice.
-        both = torch.cat((shared_out, shared_lse.unsqueeze(3)), dim=3).movedim(2, 0)
-        merged = Merged()
-        for of_rank in self._to_owners(both):
-            of_rank = of_rank.movedim(0, 2)
-            merged.add(of_rank[..., :-1], of_rank[..., -1])
-        shared_out, shared_lse = merged.result(shared_out, lse.dtype)
-        return self._place(out, shared_out), self._place(lse, shared_lse)
-
-    def gradients(
-        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> _RowGradients:
-        """What the backward pass reads of the joint rows, from this rank's rows."""
-        if not self._some:
-            return _RowGradients(dout, dlse, out, lse)
-        dlse = torch.zeros_like(lse) if dlse is None else dlse
-        own_dout, shared_dout = self._split(dout)
-        douts = self._to_all(shared_dout)
-        own_out, shared_out = self._split(out)
-        own_lse, shared_lse = self._split(lse)
-        own_dlse, shared_dlse = self._split(dlse)
-        # Of a row's output, the derivative reads but the sum of dout * out, and subtracts dlse.
-        # With an output of 0 and this dlse it is the same, and no output needs to travel.
-        shared_dlse = shared_dlse - (shared_dout.to(lse.dtype) * shared_out).sum(dim=-1)
-        numbers = self._to_all(torch.stack((shared_lse, shared_dlse), dim=1))
-        of_all = douts.wait().movedim(0, 2)
-        lses, dlses = numbers.wait().movedim(0, 3).unbind(0)
-        join = self._rows.join
-        return _RowGradients(
-            join(own_dout, of_all),
-            join(own_dlse, dlses),
-            join(own_out, torch.zeros_like(of_all)),
-            join(own_lse, lses),
-        )
-
-    def sum(self, dq: Tensor) -> Tensor:
-        """Gradients of the rank's queries, from those of the joint rows."""
-        if not self._some:
-            return dq
-        own, shared = self._rows.part(dq)
-        shared = self._to_owners(shared.movedim(2, 0)).sum(dim=0).movedim(0, 2)
-        return self._place(own, shared)

@@ -3,10 +3,10 @@ a :class:`DynamicPlan`.
 
 Called by users of SSTA or MoBA masks. What ranks send depends on the mask, and torch's collectives
 want its sizes on the host. So the host has to learn them, once in a call: the blocks that each rank
-needs, ranks x blocks bools, are copied to it behind the mask, and it waits for them only after it
-has launched the attention over the rank's own keys, with which the GPU is then busy. Every rank
-has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend on
-the mask: all keys go to all ranks, the host waits for nothing, and CUDA graphs can be captured.
+needs, heads x ranks x blocks bools, are copied to it behind the mask, and it waits for them only
+after it has launched the attention over the rank's own keys, with which the GPU is then busy. Every
+rank has the whole mask, so sizes need not be exchanged. With ``exchange="all"`` sizes do not depend
+on the mask: all keys go to all ranks, and the host waits for nothing.
 """
 
 import weakref
@@ -16,17 +16,8 @@ from torch import Tensor
 
 from ..masks import BlockMask, as_blocks
 from .layout import Layout
-from .plan import (
-    Cut,
-    Moves,
-    RankPlan,
-    as_chunks,
-    groups_of,
-    needs_of,
-    own_columns,
-    steps_of,
-    upload,
-)
+from .plan import Cut, RankPlan, as_chunks
+from .steps import Moves, groups_of, needs_of, steps_of
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
 _all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Moves]]]" = (
@@ -43,7 +34,9 @@ class DynamicPlan:
             make it.
         layout: where tokens are: :meth:`Layout.even`, or :meth:`Layout.balanced` of a mask like
             those to come. Rows that it shares are computed where each column's keys are.
-        chunks: how many parts keys come in; one is computed with while the next is on its way.
+        chunks: how many parts keys come in; one is computed with while the next is on its way. If
+            not given, 1 for two ranks, whose own keys are enough to compute with until all others
+            have come, and 2 for more.
         exchange: "needed" sends the keys that rows keep; the host waits once in a forward pass,
             after the attention over a rank's own keys has been launched, for a copy of the
             blocks that each rank needs. "all" sends all keys to all ranks, and the host never
@@ -51,7 +44,7 @@ class DynamicPlan:
     """
 
     def __init__(
-        self, blocks: Tensor, layout: Layout, *, chunks: int = 2, exchange: str = "needed"
+        self, blocks: Tensor, layout: Layout, *, chunks: int | None = None, exchange: str = "needed"
     ):
         self.blocks = as_blocks(blocks)
         shape = len(layout.q_owners), len(layout.kv_owners)
@@ -62,7 +55,7 @@ class DynamicPlan:
         if exchange not in ("needed", "all"):
             raise ValueError(f'exchange must be "needed" or "all", got {exchange!r}')
         self.layout = layout
-        self.chunks = as_chunks(chunks)
+        self.chunks = as_chunks(chunks, layout.ranks)
         self.exchange = exchange
 
     @property
@@ -96,11 +89,12 @@ class _DynamicRankPlan(RankPlan):
         if not self._all:
             self._needs = _OnHost(needs_of(plan.blocks, layout, groups))
         rows = layout.rows(rank, device)
-        computes = upload(layout.kv_owners == rank, device).repeat(groups, 1)
+        computes = (layout.owners(device)[1] == rank).repeat(groups, 1)
         self._cut = Cut(plan.blocks, rows, computes, layout)
         self._layout, self._chunks, self._rank, self._device = layout, plan.chunks, rank, device
         self._made = False
-        local = self._cut.dynamic(own_columns(layout, rank), layout.count(rank, keys=True))
+        own = layout.own_columns(rank, device)
+        local = self._cut.dynamic(own, layout.count(rank, keys=True))
         super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
 
     def known(self) -> list[tuple[Moves, BlockMask | None]]:
@@ -109,7 +103,7 @@ class _DynamicRankPlan(RankPlan):
     def steps(self) -> list[tuple[Moves, BlockMask | None]]:
         if not self._made:
             self._steps = [
-                (moves, self._cut.dynamic(moves.step.columns, moves.step.tokens))
+                (moves, self._cut.dynamic(moves.columns, moves.step.tokens))
                 for moves in self._make()
             ]
             self._made = True

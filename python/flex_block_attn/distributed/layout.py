@@ -6,7 +6,8 @@ each layer's mask is then planned for the same layout.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -30,14 +31,59 @@ def tokens_of(blocks: Tensor, block_size: int, length: int) -> Tensor:
     return tokens[tokens < length]
 
 
+def block_lengths(length: int, block_size: int) -> Tensor:
+    """Tokens of each block."""
+    return (length - torch.arange(0, length, block_size)).clamp(max=block_size)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without the host waiting for it."""
+    if device.type != "cuda" or not x.numel():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+class Positions:
+    """Some of a rank's tokens, ascending, in dimension 2 of its tensors: a view of them where they
+    follow each other, as all do where shared rows are the sequence's last."""
+
+    def __init__(self, positions: Tensor):
+        self._positions = positions
+        self._count = len(positions)
+        self._start = int(positions[0]) if len(positions) else 0
+        last = int(positions[-1]) if len(positions) else -1
+        self._together = last + 1 - self._start == len(positions)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def to(self, device: torch.device) -> "Positions":
+        moved = copy(self)
+        moved._positions = self._positions.to(device)
+        return moved
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of a tensor."""
+        if self._together:
+            return x.narrow(2, self._start, self._count)
+        return x.index_select(2, self._positions)
+
+    def put(self, x: Tensor, part: Tensor) -> None:
+        """Sets their part of a tensor."""
+        if self._together:
+            x.narrow(2, self._start, self._count).copy_(part)
+        else:
+            x.index_copy_(2, self._positions, part)
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a rank computes the queries of: its own, and those that all ranks share, as they lie in
     one tensor."""
 
-    # Positions among the rank's queries of those it computes alone, and of those it shares.
-    own: Tensor
-    shared: Tensor
+    # Which of the rank's queries it computes alone, and which it shares.
+    own: "Positions"
+    shared: "Positions"
     # Shared queries of each rank.
     shared_counts: list[int]
     # The query blocks of the joint tensor.
@@ -48,9 +94,13 @@ class Rows:
     shared_last: bool
 
     def to(self, device: torch.device) -> "Rows":
-        moved = (x.to(device) for x in (self.own, self.shared, self.blocks, self.are_shared))
-        own, shared, blocks, are_shared = moved
-        return Rows(own, shared, self.shared_counts, blocks, are_shared, self.shared_last)
+        return replace(
+            self,
+            own=self.own.to(device),
+            shared=self.shared.to(device),
+            blocks=self.blocks.to(device),
+            are_shared=self.are_shared.to(device),
+        )
 
     def join(self, own: Tensor, shared: Tensor, dim: int = 2) -> Tensor:
         """The joint tensor of values of the rank's own rows and of all shared ones."""
@@ -106,7 +156,10 @@ class Layout:
         self.shared = torch.zeros(len(self.q_owners), dtype=torch.bool)
         # With one rank there is no one to share with.
         self.shared[_rows_in("shared_rows", shared_rows, len(self.shared))] = self.ranks > 1
+        # What a device has been given already.
         self._rows: dict[tuple[int, torch.device], Rows] = {}
+        self._columns: dict[tuple[int, torch.device], Tensor] = {}
+        self._of_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._counts = [
             [len(tokens) for tokens in map(of, range(self.ranks))]
             for of in (self.q_tokens, self.kv_tokens)
@@ -258,6 +311,21 @@ class Layout:
             self._rows[key] = self._rows_of(rank).to(device)
         return self._rows[key]
 
+    def owners(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Owners of queries' and of keys' blocks, and which rows are shared, on a device."""
+        if device not in self._of_device:
+            host = self.q_owners, self.kv_owners, self.shared
+            self._of_device[device] = tuple(upload(x, device) for x in host)
+        return self._of_device[device]
+
+    def own_columns(self, rank: int, device: torch.device) -> Tensor:
+        """A rank's own key blocks, as columns of all groups of heads: (1, blocks)."""
+        key = rank, device
+        if key not in self._columns:
+            own = (self.kv_owners == rank).nonzero().flatten()[None]
+            self._columns[key] = upload(own, device)
+        return self._columns[key]
+
     def _rows_of(self, rank: int) -> Rows:
         mine = self.q_owners == rank
         # Positions among the rank's queries: its blocks ascend, and only the last may be short.
@@ -272,8 +340,8 @@ class Layout:
         parts = [own, torch.cat(shared)] if last else [torch.cat(shared), own]
         blocks = torch.cat(parts)
         return Rows(
-            positions[~is_shared],
-            positions[is_shared],
+            Positions(positions[~is_shared]),
+            Positions(positions[is_shared]),
             counts,
             blocks,
             self.shared[blocks],

@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 class Merged:
-    """Attention of some rows over the keys so far; none, at first: output 0, lse -inf.
+    """Attention of some rows over several parts of the keys; of none, output 0 and lse -inf.
 
-    Sums are kept in lse's dtype: float32, or float64 for float64 tensors.
+    Parts are kept as they come and summed at the end, once, in lse's dtype: float32, or float64
+    for float64 tensors. Outputs are large, and a sum kept up to date would be read and written
+    again for each part.
     """
 
     def __init__(self) -> None:
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, out: Tensor, lse: Tensor) -> None:
         """The same rows over other keys.
@@ -25,19 +26,22 @@ class Merged:
             out: (..., rows, head_dim).
             lse: (..., rows), float32 or float64; -inf for rows without any key.
         """
-        if self._out is None:
-            self._out, self._lse = out.to(lse.dtype), lse
-            return
-        total = torch.logaddexp(self._lse, lse)
-        # Rows without any key yet: exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
-        base = total.masked_fill(total == -torch.inf, 0.0)
-        before, now = ((x - base).exp().unsqueeze(-1) for x in (self._lse, lse))
-        self._out, self._lse = self._out * before + out * now, total
+        self._parts.append((out, lse))
 
-    def result(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Output, and lse of this dtype, for rows of the shape of ``like``; both in ``dtype``."""
-        if self._out is None:
-            return like.new_zeros(like.shape, dtype=dtype), like.new_full(
-                like.shape[:-1], -torch.inf, dtype=dtype
-            )
-        return self._out, self._lse
+    def result(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and lse, for rows of the shape of ``like``; both in lse's dtype, but the output of
+        a single part is as it came."""
+        if not self._parts:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            lse = like.new_full(like.shape[:-1], -torch.inf, dtype=dtype)
+            return torch.zeros_like(like), lse
+        if len(self._parts) == 1:
+            return self._parts[0]
+        lse = torch.stack([lse for _, lse in self._parts]).logsumexp(dim=0)
+        # Rows without any key: exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
+        base = lse.masked_fill(lse == -torch.inf, 0.0)
+        out = 0.0
+        for part, part_lse in self._parts:
+            share = (part_lse - base).exp().unsqueeze(-1)
+            out = part * share if isinstance(out, float) else out.addcmul_(part, share)
+        return out, lse

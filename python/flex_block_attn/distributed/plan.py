@@ -5,7 +5,6 @@ carries them out. Pure: a plan knows all ranks, and needs no process group.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,70 +12,9 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import balance, level
 from .cut import mask_of_heads, whole_blocks
-from .layout import Layout, Rows
+from .layout import Layout, Rows, block_lengths
 from .report import RankReport, Report
-
-
-@dataclass(frozen=True)
-class Step:
-    """Keys that come from other ranks at once.
-
-    A row is a token of one group of heads: heads with a mask of their own want other keys, so each
-    is a group; heads that share a mask are one.
-    """
-
-    # (groups, slots): the key blocks that become each group's columns; -1 where it has fewer.
-    columns: Tensor
-    # Tokens of a group's columns.
-    tokens: int
-    # Rows from each rank, and to each.
-    receive: list[int]
-    send: list[int]
-    # Of each block to send, by rank it goes to: (group, its first token among the rank's own,
-    # tokens).
-    sent: Tensor
-    # Of each block that comes: (place of its first row among (groups, tokens), tokens).
-    came: Tensor
-
-    def moves(self, device: torch.device) -> "Moves":
-        """The step's rows on a device; blocks are few, so this is where they become rows. The
-        host does not wait."""
-        group, start, lengths = upload(self.sent, device).unbind(0)
-        count = sum(self.send)
-        tokens = _each_row(start, lengths, count) + _offsets(lengths, count)
-        places = sources = None
-        if len(self.columns) > 1:
-            start, came_lengths = upload(self.came, device).unbind(0)
-            count = sum(self.receive)
-            places = _each_row(start, came_lengths, count) + _offsets(came_lengths, count)
-            sources = places.new_zeros(len(self.columns) * self.tokens)
-            sources[places] = torch.arange(count, device=device)
-        return Moves(self, _each_row(group, lengths, sum(self.send)), tokens, places, sources)
-
-
-@dataclass(frozen=True)
-class Moves:
-    """The rows of a step, on a device."""
-
-    step: Step
-    # Group, and position among the rank's own tokens, of each row to send.
-    groups: Tensor
-    tokens: Tensor
-    # Where received rows go among (groups, tokens), and, for each of these, the row that comes
-    # there, any where none does; None if they lie as they come.
-    places: Tensor | None
-    sources: Tensor | None
-
-
-def _each_row(x: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """A value of each block, for each of its rows, ``count`` in all."""
-    return x.repeat_interleave(lengths, output_size=count)
-
-
-def _offsets(lengths: Tensor, count: int) -> Tensor:
-    """The place of each row in its block."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(count, device=lengths.device) - _each_row(starts, lengths, count)
+from .steps import Moves, groups_of, needs_of, steps_of
 
 
 @dataclass(frozen=True)
@@ -124,14 +62,17 @@ class ContextPlan:
     """Attention over a static mask, divided between ranks by tokens.
 
     Each rank computes the queries that it holds, over its own keys and those that others send it:
-    blocks that its rows keep, in any head, and no more. Rows that the layout has all ranks share
-    are computed piece by piece: each column by a rank that has its keys anyway.
+    blocks that its rows keep, and no more; of heads with masks of their own, each head's. Rows that
+    the layout has all ranks share are computed piece by piece: each column by a rank that has its
+    keys anyway.
 
     Args:
         mask: over the whole sequence, of whole blocks.
         ranks: how many there are; their layout is :meth:`Layout.balanced`.
         layout: where tokens are, instead of ``ranks``.
-        chunks: how many parts keys come in; one is computed with while the next is on its way.
+        chunks: how many parts keys come in; one is computed with while the next is on its way. If
+            not given, 1 for two ranks, whose own keys are enough to compute with until all others
+            have come, and 2 for more.
 
     >>> plan = ContextPlan(BlockMask.sliding_window(960, 960, 64, 64, left=64, right=64), ranks=3)
     >>> plan
@@ -144,7 +85,7 @@ class ContextPlan:
         ranks: int | None = None,
         *,
         layout: Layout | None = None,
-        chunks: int = 2,
+        chunks: int | None = None,
     ):
         blocks = whole_blocks(mask)
         if (ranks is None) == (layout is None):
@@ -156,7 +97,7 @@ class ContextPlan:
                 f"mask has (q_len, kv_len, q_block_size, kv_block_size) of {sizes}, "
                 f"but the layout {self.layout.sizes}"
             )
-        self.chunks = as_chunks(chunks)
+        self.chunks = as_chunks(chunks, self.layout.ranks)
         self.mask = mask
         self.blocks = blocks.cpu()
         self._shares: dict[int, Shares] = {}
@@ -180,7 +121,7 @@ class ContextPlan:
     def shares(self, kv_heads: int | None = None) -> Shares:
         """Who needs and computes what, where k and v have so many heads; as many as the mask, if
         not given."""
-        groups = groups_of(self.blocks, kv_heads or self.blocks.shape[1])
+        groups = groups_of(self.blocks, self.blocks.shape[1] if kv_heads is None else kv_heads)
         if groups not in self._shares:
             self._shares[groups] = self._shares_of(groups)
         return self._shares[groups]
@@ -215,7 +156,7 @@ class ContextPlan:
                 (step.moves(device), cut.static(step.columns, step.tokens, device))
                 for step in steps_of(shares.needs, layout, rank, self.chunks)
             ]
-            own = own_columns(layout, rank)
+            own = layout.own_columns(rank, torch.device("cpu"))
             local = cut.static(own, layout.count(rank, keys=True), device)
             sizes = layout.q_block_size, layout.kv_block_size
             self._of_rank[key] = RankPlan(layout.rows(rank, device), local, steps, sizes, groups)
@@ -227,7 +168,7 @@ class ContextPlan:
         """Rows, blocks and bytes of each rank, beside those of a ring that sends all keys.
 
         Args:
-            heads, head_dim: of q.
+            heads, head_dim: of q; the batch is the mask's.
             kv_heads: of k and v, if fewer.
             itemsize: bytes of a number.
 
@@ -244,8 +185,8 @@ class ContextPlan:
         kv_heads = heads if kv_heads is None else as_size("kv_heads", kv_heads)
         itemsize = as_size("itemsize", itemsize)
         batch = self.blocks.shape[0]
-        q_tokens = _lengths(layout.q_len, layout.q_block_size)
-        kv_tokens = _lengths(layout.kv_len, layout.kv_block_size)
+        q_tokens = block_lengths(layout.q_len, layout.q_block_size)
+        kv_tokens = block_lengths(layout.kv_len, layout.kv_block_size)
         shares = self.shares(kv_heads)
         groups = len(shares.needs)
         key = 2 * batch * kv_heads * head_dim * itemsize
@@ -283,129 +224,14 @@ class ContextPlan:
         )
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without the host waiting for it."""
-    if device.type != "cuda" or not x.numel():
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def as_chunks(chunks: int) -> int:
+def as_chunks(chunks: int | None, ranks: int) -> int:
+    """Parts that keys come in, if given, else by the number of ranks."""
+    if chunks is None:
+        return 1 if ranks <= 2 else 2
     chunks = as_size("chunks", chunks)
     if not chunks:
         raise ValueError("chunks must be positive, got 0")
     return chunks
-
-
-def groups_of(blocks: Tensor, kv_heads: int) -> int:
-    """Groups of heads that want the same keys: one if all share a mask, else a key head each."""
-    return 1 if blocks.shape[1] == 1 else kv_heads
-
-
-def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
-    """Which key blocks of others each rank needs for the rows that it computes alone: bool
-    (groups, ranks, kv_blocks), on the device of ``blocks``."""
-    device = blocks.device
-    wanted = blocks.any(dim=0).unflatten(0, (groups, -1)).any(dim=1)
-    wanted &= ~layout.shared.to(device)[:, None]
-    q_owners, kv_owners = layout.q_owners.to(device), layout.kv_owners.to(device)
-    rank = torch.arange(layout.ranks, device=device)[:, None]
-    # A product of matrices counts the rows that want a block.
-    counts = (rank == q_owners).float() @ wanted.float()
-    return (counts > 0) & (rank != kv_owners)
-
-
-def own_columns(layout: Layout, rank: int) -> Tensor:
-    """A rank's own key blocks, as columns of all groups: (1, blocks)."""
-    return (layout.kv_owners == rank).nonzero().flatten()[None]
-
-
-def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step]:
-    """The steps of a rank, as many for each; each list of blocks from one rank to another is
-    divided between them, so that every step uses all connections.
-
-    Without loops over ranks, groups or blocks: for a dynamic mask this is done in each call.
-
-    Args:
-        needs: as of :func:`needs_of`, on the host.
-    """
-    if not needs.any():
-        return []
-    size, groups = layout.kv_block_size, len(needs)
-    owners = layout.kv_owners
-    ranks = torch.arange(layout.ranks)[:, None, None]
-    came = _Blocks((needs[:, rank] & (owners == ranks)).nonzero(), layout, chunks)
-    gone = _Blocks((needs & (owners == rank)).transpose(0, 1).nonzero(), layout, chunks)
-    # The rank's own blocks ascend, and only the last may be short.
-    starts = ((owners == rank).cumsum(0) - 1) * size
-    steps = []
-    for chunk in range(chunks):
-        send, receive = gone.chunk(chunk), came.chunk(chunk)
-        columns, tokens, places = _columns(receive, layout, groups)
-        steps.append(
-            Step(
-                columns,
-                tokens,
-                receive.rows_of_ranks(),
-                send.rows_of_ranks(),
-                torch.stack((send.group, starts[send.block], send.lengths)),
-                torch.stack((places, receive.lengths)),
-            )
-        )
-    return steps
-
-
-class _Blocks:
-    """Blocks on their way from or to ranks, in the order (rank, group, block)."""
-
-    def __init__(self, entries: Tensor, layout: Layout, chunks: int, of_chunk: Any = None):
-        self.rank, self.group, self.block = entries.unbind(1)
-        self._layout, self._entries, self._chunks = layout, entries, chunks
-        self.lengths = _lengths(layout.kv_len, layout.kv_block_size)[self.block]
-        self._of_chunk = of_chunk
-        if of_chunk is None:
-            # Of a list of n blocks, from one rank for one group, chunk c begins with n c / chunks.
-            key = self.rank * (int(self.group.max()) + 1 if len(entries) else 1) + self.group
-            _, which, counts = key.unique_consecutive(return_inverse=True, return_counts=True)
-            number = torch.arange(len(key)) - (counts.cumsum(0) - counts)[which]
-            self._of_chunk = ((number + 1) * chunks - 1).div(counts[which], rounding_mode="floor")
-
-    def chunk(self, chunk: int) -> "_Blocks":
-        """Those of a chunk."""
-        mine = self._of_chunk == chunk
-        return _Blocks(self._entries[mine], self._layout, self._chunks, self._of_chunk[mine])
-
-    def rows_of_ranks(self) -> list[int]:
-        """Rows of each rank."""
-        counts = torch.zeros(self._layout.ranks, dtype=torch.long)
-        return counts.index_add_(0, self.rank, self.lengths).tolist()
-
-
-def _columns(came: _Blocks, layout: Layout, groups: int) -> tuple[Tensor, int, Tensor]:
-    """The columns of a step, their tokens, and where each block's first row goes."""
-    size = layout.kv_block_size
-    short = layout.kv_len % size
-    counts = came.group.bincount(minlength=groups)
-    # Lists end in the last slot, where a short block has to be. A group without it, beside others
-    # that have it, leaves that slot free.
-    has_short = torch.zeros(groups, dtype=torch.bool)
-    if short:
-        has_short[came.group[came.block == len(layout.kv_owners) - 1]] = True
-    free = (~has_short & has_short.any()).long()
-    slots = int((counts + free).max())
-    tokens = slots * size - (size - short if has_short.any() else 0)
-    by_group = came.group.argsort(stable=True)
-    number = torch.empty_like(by_group)
-    number[by_group] = torch.arange(len(by_group))
-    number -= (counts.cumsum(0) - counts)[came.group]
-    slot = (slots - free - counts)[came.group] + number
-    columns = torch.full((groups, slots), -1)
-    columns[came.group, slot] = came.block
-    return columns, tokens, came.group * tokens + slot * size
-
-
-def _lengths(length: int, size: int) -> Tensor:
-    return (length - torch.arange(0, length, size)).clamp(max=size)
 
 
 class Cut:
@@ -429,7 +255,7 @@ class Cut:
         """As :meth:`static`, of a mask whose values the host does not know."""
         if not tokens or not self._q_len:
             return None
-        return self._mask(self._of(upload(columns, self._blocks.device)), tokens)
+        return self._mask(self._of(columns), tokens)
 
     def _of(self, columns: Tensor) -> Tensor:
         if len(columns) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .exchange import gathered, place_in
 from .layout import Layout
-from .ulysses import shares
+from .ulysses import head_parts
 
 
 def gather_heads(x: Tensor, heads: int, *, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def gather_heads(x: Tensor, heads: int, *, group: dist.ProcessGroup | None = Non
         one process computes.
     """
     rank, ranks = place_in(group)
-    parts = shares(heads, ranks)
+    parts = head_parts(heads, ranks)
     if x.shape[1] != len(parts[rank]):
         raise ValueError(
             f"x has {x.shape[1]} heads, but rank {rank} of {ranks} has {len(parts[rank])} of "

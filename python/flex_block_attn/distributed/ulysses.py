@@ -25,9 +25,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, range], tuple[Tensor, Tensor]]
 MaskOf = Callable[[Tensor, Tensor, range], BlockMask]
 
 
-def shares(count: int, ranks: int) -> list[range]:
-    """``count`` things in order, divided between ranks as evenly as it goes."""
-    cuts = [count * rank // ranks for rank in range(ranks + 1)]
+def head_parts(heads: int, ranks: int) -> list[range]:
+    """The heads of each rank: neighbours, as evenly divided as it goes."""
+    cuts = [heads * rank // ranks for rank in range(ranks + 1)]
     return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
@@ -132,7 +132,7 @@ def by_heads(
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, but k has {tuple(k.shape)}")
 
-    parts = shares(q_heads, ranks)
+    parts = head_parts(q_heads, ranks)
     kv_parts = [_kv_heads(heads, q_heads // kv_heads) for heads in parts]
     mine = parts[rank]
     sent, counts = [], []
