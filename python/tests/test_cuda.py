@@ -109,6 +109,52 @@ def test_random_gradients(seed: int):
         assert relative_error(got, expected) < 1e-2
 
 
+@pytest.mark.parametrize("seed", range(2000, 2080))
+def test_deterministic_gradients(seed: int):
+    """The same bits each time, and up to rounding those of sums in any order."""
+    x = Random(seed, 1500)
+    inputs = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
+
+    def gradients(deterministic):
+        out = flex_block_attn(*inputs, x.mask, scale=x.scale, deterministic=deterministic)
+        return torch.autograd.grad(out, inputs, x.dout)
+
+    first = gradients(True)
+    for _ in range(3):
+        again = gradients(True)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    for got, default in zip(first, gradients(False), strict=True):
+        assert relative_error(got, default) < 5e-3
+
+
+def test_deterministic_gradients_of_more_blocks_than_run_at_once():
+    q, k, v = (torch.randn(1, 6, 6000, 128, device="cuda").bfloat16() for _ in "qkv")
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    for mask in (
+        BlockMask.full(6000, 6000, 128, 128),
+        BlockMask.causal(6000, 6000, 64, 64),
+        BlockMask.sliding_window(6000, 6000, 64, 128, left=512, right=512),
+        BlockMask.random(6000, 6000, 384, 384, density=0.3, seed=2),
+    ):
+        out = flex_block_attn(*inputs, mask.to("cuda"), deterministic=True)
+        runs = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(4)]
+        assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def test_torch_can_ask_for_deterministic_gradients():
+    q, k, v, mask = problem()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    asked = torch.autograd.grad(flex_block_attn(*inputs, mask, deterministic=True).sum(), inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = flex_block_attn(*inputs, mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(torch.autograd.grad(out.sum(), inputs), asked, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_gradients_of_some_inputs():
     q, k, v, mask = problem()
     wanted = torch.autograd.grad(flex_block_attn(q, k.requires_grad_(), v, mask).sum(), k)[0]

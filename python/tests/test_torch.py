@@ -40,23 +40,23 @@ def bits_equal(got, expected):
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_of_forward(grad):
     q, k, v = inputs(grad=grad)
-    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3))
+    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3, grad))
 
 
 def test_opcheck_of_transposed_tensors():
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs())
-    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3))
+    torch.library.opcheck(ops.forward, (q, k, v, MASK.plan, 16, 16, 0.3, False))
 
 
 @pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False]])
 @pytest.mark.parametrize("with_dlse", [False, True])
 def test_opcheck_of_backward(wanted, with_dlse):
     q, k, v = inputs(grad=False)
-    out, lse = ops.forward(q, k, v, MASK.plan, 16, 16, 0.3)
+    out, lse = ops.forward(q, k, v, MASK.plan, 16, 16, 0.3, False)
     dlse = torch.randn_like(lse) if with_dlse else None
     torch.library.opcheck(
         ops.backward,
-        (torch.randn_like(out), dlse, q, k, v, out, lse, MASK.plan, 16, 16, 0.3, wanted),
+        (torch.randn_like(out), dlse, q, k, v, out, lse, MASK.plan, 16, 16, 0.3, True, wanted),
     )
 
 
@@ -182,6 +182,55 @@ def test_output_changed_before_backward_is_noticed():
     out.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+# --- deterministic gradients ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the backward operator is told."""
+    told = []
+
+    def backward(*arguments):
+        told.append(arguments[-2])
+        return original(*arguments)
+
+    original = ops.backward
+    monkeypatch.setattr(ops, "backward", backward)
+    return told
+
+
+def of_both_functions(tensors, **settings):
+    outs = (
+        flex_block_attn_func(*tensors, 16, 16, BLOCKS, **settings),
+        flex_block_attn(*tensors, MASK, **settings),
+    )
+    return [torch.autograd.grad(out.cos().sum(), tensors) for out in outs]
+
+
+def test_deterministic_is_a_keyword_of_both_functions(seen):
+    tensors = inputs()
+    default = of_both_functions(tensors)
+    asked = of_both_functions(tensors, deterministic=True)
+    assert seen == [False, False, True, True]
+    # CPUs always repeat.
+    assert all(bits_equal(a, b) for a, b in zip(asked, default, strict=True))
+    with pytest.raises(TypeError, match="positional argument"):
+        flex_block_attn_func(*tensors, 16, 16, BLOCKS, True)
+
+
+def test_torch_can_ask_for_deterministic_gradients(seen, fresh_compiler):
+    tensors = inputs()
+    compiled = torch.compile(by_block_mask, fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients(by_block_mask, tensors)
+    torch.use_deterministic_algorithms(True)
+    try:
+        of_both_functions(tensors)
+        assert bits_equal(value_and_gradients(compiled, tensors), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen[:3] == [False, True, True]
 
 
 # --- compilation ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 //! Races between warps, thread blocks and proxies; and orders that are none.
 
-use flex_block_attn_emulator::{Kind, Memory};
+use flex_block_attn_emulator::{Kind, Memory, Options, emulate};
 use flex_block_attn_ptx::ir::{Fence, Scope};
 use flex_block_attn_ptx::{Arg, Builder, Kernel, Launch};
 
@@ -254,5 +254,77 @@ fn fences_cover_earlier_writes_of_their_memory() {
         caught(&wrong, &launch, &memory, |kind| {
             matches!(kind, Kind::ProxyFence { .. })
         });
+    }
+}
+
+/// What may be missing of what orders two blocks' sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    Nothing,
+    WaitForTurn,
+    ProxyFence,
+    WaitForSums,
+    Release,
+}
+
+/// Two blocks add to the same numbers, the first one first.
+fn sums_in_turn(missing: Missing) -> Kernel {
+    Builder::kernel("sums", 32, |k| {
+        let buffer = k.param::<u64>("buffer");
+        k.set_shared_bytes(128);
+        let (smem, tid, turn) = (k.shared_base(), k.tid(), buffer.at(512));
+        k.store_shared(smem + (tid << 2), tid.to_f32());
+        k.fence(Fence::ProxyAsyncShared);
+        k.warp_sync();
+        k.if_(tid.equals(0), || {
+            if missing != Missing::WaitForTurn {
+                k.loop_(|leave| {
+                    leave.when(k.load_acquire(turn, Scope::Gpu).equals(k.cta_x()));
+                });
+            }
+            if missing != Missing::ProxyFence {
+                k.fence(Fence::ProxyAsyncGlobal);
+            }
+            k.bulk_reduce_add(buffer, smem, 128u32);
+            k.bulk_commit();
+            match missing {
+                Missing::WaitForSums => k.bulk_wait_read(0),
+                _ => k.bulk_wait(0),
+            }
+            match missing {
+                Missing::Release => {
+                    k.atomic_add_global(turn, 1);
+                }
+                _ => k.store_release(turn, k.cta_x() + 1, Scope::Gpu),
+            }
+        });
+    })
+}
+
+#[test]
+fn sums_that_must_repeat_need_an_order() {
+    let (memory, launch) = buffer();
+    let run = |missing, options: Options, ordered_sums| {
+        let options = Options {
+            ordered_sums,
+            ..options
+        };
+        let result = emulate(
+            &sums_in_turn(missing),
+            &launch,
+            &mut memory.clone(),
+            &options,
+        );
+        result.map_err(|fault| fault.kind)
+    };
+    for options in Options::all(4) {
+        run(Missing::Nothing, options, true).expect("the order is whole");
+        for missing in [Missing::WaitForTurn, Missing::WaitForSums, Missing::Release] {
+            run(missing, options, false).expect("sums may come in any order");
+            let kind = run(missing, options, true).expect_err("a part of the order is missing");
+            assert!(matches!(kind, Kind::Race { .. }), "{missing:?}: {kind}");
+        }
+        let kind = run(Missing::ProxyFence, options, true).expect_err("the fence is missing");
+        assert!(matches!(kind, Kind::ProxyFence { .. }), "{kind}");
     }
 }

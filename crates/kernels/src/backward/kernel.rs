@@ -81,10 +81,10 @@ impl Config {
 
     /// Which part of a tile's dq is the unit of consumer `index`: its first piece, and which panel.
     pub(super) fn own_unit<'k>(self, index: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
-        let none = index.builder().var(0u32);
+        let none = || index.builder().var(0u32);
         match self.share() {
-            Share::Columns => (none, index),
-            Share::Rows => (index * self.unit_pieces(), none),
+            Share::Columns => (none(), index),
+            Share::Rows => (index * self.unit_pieces(), none()),
         }
     }
 
