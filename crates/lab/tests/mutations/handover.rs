@@ -128,7 +128,7 @@ fn jobs() -> Vec<Mutation> {
             name: "the head of keys is written behind the announcement",
             kind: "early arrival",
             base: Base::Wide,
-            edit: |s| earlier(s, JOB_FULL, stores(1)),
+            edit: |s| earlier(s, JOB_FULL, stores(2)),
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
