@@ -1,4 +1,5 @@
-//! [`Exact`]: the expression of a mask as instructions, which hide what it hides of a partial block.
+//! Masks with an expression: [`Mask`], what a kernel is built with, and `Exact`, its instructions, which
+//! hide of a partial block what the expression hides.
 //!
 //! In: a tile of scores in registers, and where in the problem it lies. Out: -inf in the place of what
 //! does not count. Called by both passes, for tiles of partial blocks only.
