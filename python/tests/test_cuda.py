@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from reference import attention, relative_error
+from reference import attention, relative_error, token_mask
+from torch.nn.functional import scaled_dot_product_attention
+from training import TOKENS, denoising
 
 from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
 from flex_block_attn.moba import moba_attention
@@ -347,3 +349,22 @@ def test_moba_is_that_of_the_cpu():
     out = moba_attention(q, k[:, :2], v[:, :2], 128, 2)
     expected = moba_attention(q.cpu(), k[:, :2].cpu(), v[:, :2].cpu(), 128, 2)
     assert relative_error(out.cpu(), expected) < 0.05
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_training_on_video(deterministic: bool):
+    """The losses over patches of a clip are those with torch's own attention, densely masked."""
+    mask = BlockMask.sliding_window(TOKENS, TOKENS, 32, 16, left=48, right=32)
+    tokens = token_mask(mask.blocks, TOKENS, TOKENS, 32, 16).cuda()
+    mask = mask.to("cuda")
+
+    def losses(attend):
+        def rounded(q, k, v):
+            return attend(*(x.bfloat16() for x in (q, k, v))).float()
+
+        return list(denoising(rounded, 128, 2, 40, "cuda"))
+
+    sparse = losses(lambda q, k, v: flex_block_attn(q, k, v, mask, deterministic=deterministic))
+    dense = losses(lambda q, k, v: scaled_dot_product_attention(q, k, v, tokens))
+    assert sparse[-1] < 0.3 * sparse[0]
+    assert sparse == pytest.approx(dense, rel=2e-2)

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from reference import attention, random_qkv, relative_error
-from torch import nn
+from reference import attention, random_qkv, relative_error, token_mask
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from training import TOKENS, Model, denoising
 
 from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func, ops
 
@@ -395,23 +396,6 @@ def test_calls_from_a_forked_process():
 # --- a model -------------------------------------------------------------------------------------
 
 
-class Model(nn.Module):
-    """Two layers of attention and a readout; ``attend`` is the attention of (q, k, v)."""
-
-    def __init__(self, attend, width=16, heads=2):
-        super().__init__()
-        self.attend, self.heads = attend, heads
-        self.project = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
-        self.merge = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.readout = nn.Linear(width, 1)
-
-    def forward(self, x):
-        for project, merge in zip(self.project, self.merge, strict=True):
-            q, k, v = project(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + merge(self.attend(q, k, v).transpose(1, 2).flatten(2))
-        return self.readout(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_training(dtype):
     """Twenty steps of Adam: the losses are those of the same model with dense masked attention."""
@@ -435,3 +419,15 @@ def test_training(dtype):
     assert sparse[-1] < 0.3 * sparse[0]
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     assert sparse == pytest.approx(dense, rel=tolerance)
+
+
+def test_training_on_video():
+    """The losses over patches of a clip are those with torch's own attention, densely masked."""
+    mask = BlockMask.sliding_window(TOKENS, TOKENS, 32, 16, left=48, right=32)
+    tokens = token_mask(mask.blocks, TOKENS, TOKENS, 32, 16)
+    sparse = list(denoising(lambda q, k, v: flex_block_attn(q, k, v, mask), 64, 2, 30))
+    dense = list(
+        denoising(lambda q, k, v: scaled_dot_product_attention(q, k, v, tokens), 64, 2, 30)
+    )
+    assert sparse[-1] < 0.3 * sparse[0]
+    assert sparse == pytest.approx(dense, rel=1e-3)

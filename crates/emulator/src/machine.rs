@@ -23,8 +23,9 @@ const TURN: usize = 64;
 /// Looks in vain (`mbarrier.test_wait` and its kin) between two copies' completions: a kernel that
 /// polls always moves, so copies cannot wait until none does.
 const PATIENCE: u64 = 256;
-/// Looks in vain, with no copy under way, before a kernel is given up.
-const LONGEST_PATIENCE: u64 = 1 << 22;
+/// Looks in vain, with no copy under way and nobody telling anybody anything, before a kernel is given
+/// up.
+const LONGEST_PATIENCE: u64 = 1 << 16;
 
 /// A warp's place: its cluster among those resident, its block there, its index.
 #[derive(Debug, Clone, Copy)]
@@ -138,6 +139,24 @@ fn fits(kernel: &Kernel, launch: &Launch) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Whether an instruction may be what another warp looks for.
+fn tells(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Store { .. }
+            | Op::StoreRelease { .. }
+            | Op::StoreMatrix { .. }
+            | Op::Atomic { .. }
+            | Op::Reduce { .. }
+            | Op::MbarrierArrive { .. }
+            | Op::MbarrierArriveExpect { .. }
+            | Op::BarrierSync { .. }
+            | Op::BarrierArrive { .. }
+            | Op::ClusterArrive
+            | Op::BulkWait { .. }
+    )
 }
 
 impl<'m> Machine<'m> {
@@ -303,6 +322,9 @@ impl<'m> Machine<'m> {
             }
             if !matches!(inst.inst.op, Op::Wgmma { .. }) {
                 warp.check(program, inst, lanes)?;
+            }
+            if self.vain > 0 && tells(&inst.inst.op) {
+                self.vain = 0;
             }
             match self.execute(here, warp, inst, lanes)? {
                 Flow::Next => warp.step += 1,

@@ -311,6 +311,7 @@ impl Backward {
                 near("dv", args.dv, expected.dv),
             ],
         )
+        .about(1)
         .with_scratch(args.dq)
         .with_scratch(args.tickets)
     }

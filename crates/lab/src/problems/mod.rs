@@ -36,6 +36,8 @@ pub struct Setup {
     /// Memory before them.
     pub memory: Memory,
     steps: Vec<Step>,
+    /// Which of them the problem is about.
+    main: usize,
     expected: Vec<Expected>,
     /// Addresses of allocations that may be left in any state.
     scratch: Vec<u64>,
@@ -95,9 +97,16 @@ impl Setup {
         Self {
             memory,
             steps,
+            main: 0,
             expected,
             scratch: Vec::new(),
         }
+    }
+
+    /// Says which step the problem is about, if it is not the first.
+    fn about(mut self, step: usize) -> Self {
+        self.main = step;
+        self
     }
 
     /// Lets the allocation at an address be left in any state.
@@ -106,24 +115,24 @@ impl Setup {
         self
     }
 
-    /// The first kernel.
+    /// The kernel that the problem is about.
     pub fn kernel(&self) -> &Kernel {
-        &self.steps[0].kernel
+        &self.steps[self.main].kernel
     }
 
-    /// The first kernel, to be changed.
+    /// The kernel, to be changed.
     pub fn kernel_mut(&mut self) -> &mut Kernel {
-        &mut self.steps[0].kernel
+        &mut self.steps[self.main].kernel
     }
 
     /// Its launch.
     pub fn launch(&self) -> &Launch {
-        &self.steps[0].launch
+        &self.steps[self.main].launch
     }
 
     /// Its launch, to be changed.
     pub fn launch_mut(&mut self) -> &mut Launch {
-        &mut self.steps[0].launch
+        &mut self.steps[self.main].launch
     }
 
     /// Runs everything in the emulator, on a copy of the memory, and compares. What must repeat may

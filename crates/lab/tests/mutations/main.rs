@@ -6,12 +6,13 @@
 //!
 //! - `edit`: ways to change a kernel;
 //! - `fences`, `phases`, `handover`, `lists`, `groups`, `warps`, `places`, `values`: the table, by
-//!   what is broken;
+//!   what is broken; `gradients`: the same of the backward pass;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
 mod edit;
 mod fences;
+mod gradients;
 mod groups;
 mod handover;
 mod lists;
@@ -28,8 +29,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
-use flex_block_attn_kernels::{Element, forward};
-use flex_block_attn_lab::problems::{Failure, Forward, Product, Setup};
+use flex_block_attn_kernels::{Element, backward, forward};
+use flex_block_attn_lab::problems::{Backward, Failure, Forward, Product, Setup};
 use flex_block_attn_ptx::verify;
 
 /// Problems: small, but every ring goes round and, in the first two, all that orders others is
@@ -49,9 +50,21 @@ enum Base {
     /// block short; blocks of 256 queries, the last so short that of its tiles there is but one, and
     /// not all of that; two batches with masks of their own, two thread blocks.
     Ragged,
+    /// Attention backward, head dimension 128, three thread blocks, with five tiles of queries, four
+    /// and one: last ones in either stage, and some behind them.
+    Gradients,
+    /// The same, deterministic: thread blocks wait for each other.
+    InOrder,
 }
 
-const BASES: [Base; 4] = [Base::Gemm, Base::Wide, Base::Short, Base::Ragged];
+const BASES: [Base; 6] = [
+    Base::Gemm,
+    Base::Wide,
+    Base::Short,
+    Base::Ragged,
+    Base::Gradients,
+    Base::InOrder,
+];
 
 impl Base {
     fn setup(self) -> Setup {
@@ -105,8 +118,25 @@ impl Base {
                 }
                 .setup()
             }
+            Self::Gradients => gradients(false),
+            Self::InOrder => gradients(true),
         }
     }
+}
+
+/// Five blocks of queries see the last 128 keys, four the first, one those between.
+fn gradients(deterministic: bool) -> Setup {
+    let mask = mask(
+        [320, 384, 64, 128],
+        [1, 1],
+        &[&[0, 2], &[0, 1, 2], &[2], &[0, 2], &[0, 2]],
+    );
+    let chosen = backward::Config::choose(Element::Bf16, 128, 64, 128);
+    let config = backward::Config {
+        deterministic,
+        ..chosen.expect("blocks are multiples of 16")
+    };
+    Backward::new(config, mask).setup()
 }
 
 /// The mask of some batches and heads that keeps these blocks of keys in each row of blocks.
@@ -158,17 +188,19 @@ fn table() -> Vec<Mutation> {
         warps::table(),
         places::table(),
         values::table(),
+        gradients::table(),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// The ways in which kernels are run here. The limit is a hundred times what right kernels need.
-fn ways() -> Vec<Options> {
+/// The ways in which kernels are run here, with so many seeds. The limit is a hundred times what right
+/// kernels need.
+fn ways(seeds: u64) -> Vec<Options> {
     let limit = 1 << 24;
     let limited = |options| Options { limit, ..options };
-    Options::all(2).into_iter().map(limited).collect()
+    Options::all(seeds).into_iter().map(limited).collect()
 }
 
 /// The name of an enum's variant.
@@ -179,12 +211,12 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 }
 
 /// Who found a mistake in a launch, and what is said of it; none if nobody did.
-fn found(setup: &Setup) -> Option<(String, String)> {
+fn found(setup: &Setup, ways: &[Options]) -> Option<(String, String)> {
     if let Err(error) = verify(setup.kernel()) {
         let who = format!("verifier: {}", variant(&error.fault));
         return Some((who, error.to_string()));
     }
-    ways().iter().find_map(|options| match setup.run(options) {
+    ways.iter().find_map(|options| match setup.run(options) {
         Ok(_) => None,
         Err(Failure::Fault(fault)) => {
             let who = format!("emulator: {}", variant(&fault.kind));
@@ -202,7 +234,7 @@ impl Mutation {
         if (self.edit)(&mut setup) == 0 {
             return Err("the edit changes nothing".to_owned());
         }
-        let Some((who, text)) = found(&setup) else {
+        let Some((who, text)) = found(&setup, &ways(2)) else {
             return Err("not found".to_owned());
         };
         let (finder, kinds) = match self.by {
@@ -242,7 +274,10 @@ fn each<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
 
 #[test]
 fn unchanged_kernels_are_right() {
-    for (base, found) in BASES.iter().zip(each(&BASES, |base| found(&base.setup()))) {
+    for (base, found) in BASES
+        .iter()
+        .zip(each(&BASES, |base| found(&base.setup(), &ways(2))))
+    {
         assert!(found.is_none(), "{base:?}: {found:?}");
     }
 }

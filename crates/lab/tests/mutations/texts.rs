@@ -5,14 +5,14 @@ use flex_block_attn_ptx::ir::{Op, Operand};
 
 use crate::edit::Which::All;
 use crate::edit::{arrives_on, op, remove};
-use crate::{Base, found};
+use crate::{Base, found, ways};
 
 /// Asserts that a mistake is found as `who` by a text that holds all of `parts`.
 #[track_caller]
 fn assert_names(edit: fn(&mut crate::Setup) -> usize, who: &str, parts: &[&str]) {
     let mut setup = Base::Wide.setup();
     assert!(edit(&mut setup) > 0, "nothing is changed");
-    let (by, text) = found(&setup).expect("it is wrong");
+    let (by, text) = found(&setup, &ways(2)).expect("it is wrong");
     assert_eq!(by, who, "{text}");
     for part in parts {
         assert!(text.contains(part), "{part} is not in:\n{text}");
