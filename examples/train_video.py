@@ -212,7 +212,7 @@ def train(
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     division = divide(how, context, device)
     parts = dist.get_world_size(context)
     samples = dist.get_world_size(everyone) // parts

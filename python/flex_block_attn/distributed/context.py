@@ -22,6 +22,7 @@ from .. import ops
 from ..api import _default_scale, as_inputs, flex_block_attn
 from ..masks import BlockMask
 from .cut import check_extents
+from .dynamic import DynamicPlan
 from .exchange import place_in
 from .keys import Keys
 from .merge import Merged
@@ -33,7 +34,7 @@ def context_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: ContextPlan,
+    plan: ContextPlan | DynamicPlan,
     *,
     group: dist.ProcessGroup | None = None,
     scale: float | None = None,
@@ -81,7 +82,8 @@ def context_attention(
 
 
 def check_plan(plan: Any) -> None:
-    if not hasattr(plan, "of_rank"):
+    """Raises unless it is one."""
+    if not isinstance(plan, (ContextPlan, DynamicPlan)):
         raise TypeError(
             f"plan must be a ContextPlan or DynamicPlan, got {type(plan).__name__}: "
             "ContextPlan(mask, ranks) makes one"
