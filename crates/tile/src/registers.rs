@@ -148,7 +148,7 @@ impl<'k> RegTile<'k> {
     }
 
     /// `2^(scale x - offset)` of each element, in place, `offset` being the row's, no result above 1.
-    /// One in `by_polynomial` elements, if that is not 0, is computed by [`exp2_by_polynomial`].
+    /// One in `by_polynomial` elements, if that is not 0, is computed by a polynomial, to 1e-4.
     #[track_caller]
     pub fn exp2_scaled(&self, scale: Reg<'k, f32>, offset: RowPair<'k>, by_polynomial: usize) {
         let negated = offset.map(|x| -x);

@@ -131,7 +131,7 @@ fn gradients(deterministic: bool) -> Setup {
         [1, 1],
         &[&[0, 2], &[0, 1, 2], &[2], &[0, 2], &[0, 2]],
     );
-    let chosen = backward::Config::choose(Element::Bf16, 128, 64, 128);
+    let chosen = backward::Config::choose(Element::Bf16, 128, 64, 128, None);
     let config = backward::Config {
         deterministic,
         ..chosen.expect("blocks are multiples of 16")
