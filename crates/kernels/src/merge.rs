@@ -11,7 +11,7 @@ use crate::lists::PARTIAL;
 pub(crate) const WARP_TOKENS: u32 = 16;
 /// Warps that multiply, and lists.
 pub(crate) const WARPS: u32 = 8;
-/// In the place of a block: there are no more.
+/// In the place of a block, from here on: there are no more.
 pub(crate) const NO_BLOCK: u32 = !PARTIAL;
 /// In a want, which has a bit for each warp, from here on those to which the block is partial.
 pub(crate) const PARTIAL_WANTS: u32 = 16;
@@ -75,7 +75,10 @@ impl<'k> Merge<'k> {
 
     /// Takes the first block, or [`NO_BLOCK`] if there is none, and who wants it.
     pub(crate) fn take(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
-        let own = self.entry & !PARTIAL;
+        let own = match self.partial {
+            true => self.entry & !PARTIAL,
+            false => self.entry,
+        };
         let first = own.warp_min();
         let has_it = own.equals(first);
         let mut wants = has_it.ballot();

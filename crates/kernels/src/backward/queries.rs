@@ -194,7 +194,7 @@ impl<'a, 'k> Walk<'a, 'k> {
         let k = problem.k;
         k.if_(left.equals(0), || {
             let (block, warps) = self.lists.take();
-            k.if_(block.differs(NO_BLOCK), || {
+            k.if_(block.lt(NO_BLOCK), || {
                 self.warps.set(warps);
                 query.set(block * problem.q_block);
                 // The sequence's last block may be short.

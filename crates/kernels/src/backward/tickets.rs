@@ -247,7 +247,13 @@ impl<'a, 'k> Tickets<'a, 'k> {
         let entry = k.var(NO_ENTRY);
         let look = |at: Reg<'k, u32>| {
             entry.set(NO_ENTRY);
-            k.if_(at.lt(end), || entry.set(self.rows.word(at) & !PARTIAL));
+            k.if_(at.lt(end), || {
+                let word = self.rows.word(at);
+                entry.set(match self.problem.exact {
+                    None => word,
+                    Some(_) => word & !PARTIAL,
+                });
+            });
         };
         // The starts of 32 parts of 32: it is in the last that starts below the bound, or behind it.
         look(start + k.lane() * 32);

@@ -287,7 +287,7 @@ impl<'a, 'k> Pieces<'a, 'k> {
         let (mut key, mut left) = (self.key, self.left);
         k.if_(left.equals(0), || {
             let (block, warps) = self.lists.take();
-            k.if_(block.differs(NO_BLOCK), || {
+            k.if_(block.lt(NO_BLOCK), || {
                 self.warps.set(warps);
                 key.set(block * problem.kv_block);
                 left.set(rounded_up(problem.keys_of_block(key), piece));
