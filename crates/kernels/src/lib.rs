@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backward;
+pub mod canvas;
 mod chunk;
 pub mod exact;
 pub mod forward;

@@ -111,6 +111,41 @@ impl<'k> RegTile<'k> {
         }
     }
 
+    /// Puts `value` in the columns whose bits are 0, of a word for each 32 columns; `lane` holds its
+    /// part of them.
+    ///
+    /// # Panics
+    /// If there are not as many words.
+    #[track_caller]
+    pub fn set_columns_without(&self, bits: &[Reg<'k, u32>], lane: Reg<'k, u32>, value: f32) {
+        assert_eq!(self.columns().div_ceil(32) as usize, bits.len(), "words");
+        let own = |&word: &Reg<'k, u32>| word >> ((lane & 3) * 2);
+        let own: Vec<_> = bits.iter().map(own).collect();
+        for (eight, four) in (0u32..).zip(self.registers.chunks_exact(4)) {
+            for x in 0..2 {
+                let bit = own[eight as usize / 4] & (1 << (eight % 4 * 8 + x));
+                let kept = bit.differs(0);
+                for register in [four[x as usize], four[2 + x as usize]] {
+                    register.set(kept.select(register, value));
+                }
+            }
+        }
+    }
+
+    /// Adds to the numbers of one column; `lane` holds its part of it.
+    #[track_caller]
+    pub fn add_to_column(&self, column: Reg<'k, u32>, lane: Reg<'k, u32>, value: Reg<'k, f32>) {
+        let own = column - (lane & 3) * 2;
+        for (eight, four) in (0u32..).zip(self.registers.chunks_exact(4)) {
+            for x in 0..2 {
+                let is_it = own.equals(8 * eight + x);
+                for register in [four[x as usize], four[2 + x as usize]] {
+                    register.set(is_it.select(register + value, register));
+                }
+            }
+        }
+    }
+
     /// Multiplies each row by its factor, in place.
     #[track_caller]
     pub fn scale_rows(&self, factors: RowPair<'k>) {

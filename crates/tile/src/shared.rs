@@ -4,10 +4,11 @@
 use std::cell::Cell;
 
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
+use flex_block_attn_ptx::ir::Operand;
 use flex_block_attn_ptx::{Builder, Reg};
 
 use crate::barrier::BARRIER_BYTES;
-use crate::shape::PANEL_ROW;
+use crate::shape::{MATRIX_AXES, PANEL_ROW};
 use crate::{Barrier, Barriers, Place, Shape};
 
 /// The swizzle's pattern repeats every 8 rows of 128 bytes; tiles start at a multiple of it.
@@ -227,6 +228,32 @@ impl<'k> SharedTile<'k> {
                 options,
             );
         }
+    }
+
+    /// Loads one panel of the view by any map whose copies are as many rows of a panel's width, from
+    /// the coordinates that the map wants. The barrier counts the bytes.
+    #[track_caller]
+    pub fn load_panel(
+        self,
+        panel: u32,
+        map: Reg<'k, u64>,
+        coordinates: [Operand; MATRIX_AXES],
+        barrier: Barrier<'k>,
+    ) {
+        self.k.tma_load(
+            self.panel(panel).address(),
+            map,
+            &coordinates,
+            barrier.address(),
+            TmaOptions::default(),
+        );
+    }
+
+    /// Stores one panel of the view likewise, see [`SharedTile::store`].
+    #[track_caller]
+    pub fn store_panel(self, panel: u32, map: Reg<'k, u64>, coordinates: [Operand; MATRIX_AXES]) {
+        self.k
+            .tma_store(map, &coordinates, self.panel(panel).address());
     }
 
     /// Stores the view, one panel at a time, by a map for just as many rows and one panel

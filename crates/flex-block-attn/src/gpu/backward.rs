@@ -110,6 +110,7 @@ pub fn backward_steps(
         batch,
         heads,
         q_len,
+        canvas: None,
     };
     let main = Args {
         q: read("q", q)?,
@@ -129,6 +130,7 @@ pub fn backward_steps(
         kv_heads: k.shape[1] as u32,
         scale,
         tables: &[],
+        canvas: None,
     };
     let after = finish::Args {
         sums,
@@ -137,9 +139,18 @@ pub fn backward_steps(
         heads,
         q_len,
         scale,
+        canvas: None,
     };
-    let first = prepare::Config { element, head_dim };
-    let last = finish::Config { element, head_dim };
+    let first = prepare::Config {
+        element,
+        head_dim,
+        boxes: None,
+    };
+    let last = finish::Config {
+        element,
+        head_dim,
+        boxes: None,
+    };
     Ok(Some(BackwardSteps {
         zeroed: (sums, numbers.sums),
         launches: vec![

@@ -57,6 +57,7 @@ pub fn forward_step(
         counter: workspace,
         blocks: multiprocessors,
         tables: &[],
+        canvas: None,
     };
     Ok(Some((Step::Forward(config), config.launch(&args))))
 }

@@ -18,6 +18,7 @@ use flex_block_attn_tile::{
 use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
 use super::queries::{KeyTile, Problem};
 use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
+use crate::canvas::least_scale;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::PARTIAL_WANTS;
@@ -67,6 +68,36 @@ struct Hidden<'k> {
     /// block do not.
     inside: [Reg<'k, bool>; 2],
     cut: Reg<'k, bool>,
+    /// Of a video: what is added to the scores of each of the thread's keys.
+    weights: Option<[Reg<'k, f32>; 2]>,
+}
+
+impl<'k> Hidden<'k> {
+    /// For a thread of a consumer.
+    fn new(problem: &Problem<'k>, keys: KeyTile<'k>, wg: Warpgroup<'k>) -> Self {
+        let k = problem.k;
+        let own = keys.first + wg.index * OWN + wg.row();
+        let warp = k.var(1u32) << (wg.index * 4 + wg.warp);
+        let Some(grid) = &problem.grid else {
+            return Self {
+                warp,
+                inside: [0, 8].map(|row| (own + row).lt(problem.kv_len)),
+                cut: (keys.first + KEYS).gt(problem.kv_len),
+                weights: None,
+            };
+        };
+        let spots = [0, 8].map(|row| grid.spot(own + row));
+        let inside = spots.map(|spot| grid.is_inside(spot));
+        let weights = spots.map(|spot| grid.weight(spot));
+        let unlike = weights.map(|weight| weight.gt(0.0));
+        let cut = (!(inside[0] & inside[1]) | unlike[0] | unlike[1]).any();
+        Self {
+            warp,
+            inside,
+            cut,
+            weights: Some(weights),
+        }
+    }
 }
 
 impl<'a, 'k> Consumer<'a, 'k> {
@@ -79,7 +110,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
-        let own = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
@@ -106,13 +136,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
             dq: RegTile::uninit(k, UNIT),
             dk,
             dv,
-            hidden: Hidden {
-                warp: k.var(1u32) << (wg.index * 4 + wg.warp),
-                inside: [0, 8].map(|row| (own + row).lt(problem.kv_len)),
-                cut: (keys.first + KEYS).gt(problem.kv_len),
-            },
+            hidden: Hidden::new(problem, keys, wg),
             // Masked scores are -inf, of which 0 times would be NaN.
-            scale: problem.scale.max(f32::MIN_POSITIVE) * std::f32::consts::LOG2_E,
+            scale: problem.scale.max(least_scale(config.canvas)) * std::f32::consts::LOG2_E,
         }
     }
 
@@ -280,6 +306,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
         }
         k.if_(hidden.cut, || {
             for (score, row) in self.scores.elements() {
+                if let Some(weights) = hidden.weights {
+                    score.set(score + weights[row]);
+                }
                 score.set(hidden.inside[row].select(score, f32::NEG_INFINITY));
             }
         });
@@ -352,10 +381,22 @@ impl<'a, 'k> Consumer<'a, 'k> {
         wg.store(&self.dk, pair, own_keys);
         wg.sync(wg.index + OWN_SYNC);
         k.if_(wg.first_thread, || {
-            let place = Place::rows(keys.first + wg.index * OWN, keys.head, keys.batch);
-            let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
-            own_keys.store(maps.dk, panels());
-            own_values.store(maps.dv, panels());
+            let first = keys.first + wg.index * OWN;
+            if let Some(grid) = &self.problem.grid {
+                let piece = self.config.piece;
+                for i in 0..OWN / piece {
+                    let spot = grid.spot(first + i * piece);
+                    let line = [keys.head, keys.batch];
+                    let part = |tile: SharedTile<'k>| tile.row_range(i * piece, piece);
+                    grid.store(part(own_keys), maps.dk.boxes(), spot, line);
+                    grid.store(part(own_values), maps.dv.boxes(), spot, line);
+                }
+            } else {
+                let place = Place::rows(first, keys.head, keys.batch);
+                let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
+                own_keys.store(maps.dk.rows(), panels());
+                own_values.store(maps.dv.rows(), panels());
+            }
             k.bulk_commit();
             k.bulk_wait(0);
         });

@@ -7,6 +7,7 @@ use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
 use super::{ROW_BYTES, UNIT, UNIT_BYTES, Workspace};
+use crate::canvas::{self, Canvas, Grid};
 use crate::chunk::{self, Rows};
 use crate::forward::Tensor;
 use crate::gemm::pair;
@@ -24,6 +25,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of dq: 64 or 128.
     pub head_dim: u32,
+    /// Tokens of the main kernel's pieces, if tokens are a video's.
+    pub boxes: Option<u32>,
 }
 
 /// What a launch gives it.
@@ -37,10 +40,12 @@ pub struct Args {
     pub batch: u32,
     /// Heads of q.
     pub heads: u32,
-    /// Queries, at least 1.
+    /// Queries, at least 1; of a video with all padding of tiles.
     pub q_len: u32,
     /// What the sums are multiplied by: the factor of the scores.
     pub scale: f32,
+    /// The video: sums are in the order of tiles, dq is not.
+    pub canvas: Option<Canvas>,
 }
 
 impl Config {
@@ -48,7 +53,16 @@ impl Config {
     pub fn all() -> Vec<Self> {
         [Element::Bf16, Element::F16]
             .iter()
-            .flat_map(|&element| [64, 128].map(|head_dim| Self { element, head_dim }))
+            .flat_map(|&element| {
+                let rows = [64, 128].map(|head_dim| (head_dim, None));
+                let boxes = super::BOXES.map(|(head_dim, piece)| (head_dim, Some(piece)));
+                let config = move |(head_dim, boxes)| Self {
+                    element,
+                    head_dim,
+                    boxes,
+                };
+                rows.into_iter().chain(boxes).map(config)
+            })
             .collect()
     }
 
@@ -67,6 +81,7 @@ impl Config {
             Arg::U32(args.heads),
             Arg::F32(args.scale),
         ]);
+        list.extend(canvas::args(self.boxes, args.canvas));
         Launch {
             grid: [
                 args.q_len.div_ceil(GROUP * (THREADS / 32)),
@@ -79,8 +94,13 @@ impl Config {
 
     /// The kernel.
     pub fn kernel(self) -> Kernel {
-        let Self { element, head_dim } = self;
-        let name = format!("finish_{element:?}_d{head_dim}").to_lowercase();
+        let Self {
+            element,
+            head_dim,
+            boxes,
+        } = self;
+        let tag = canvas::tag(boxes);
+        let name = format!("finish_{element:?}_d{head_dim}{tag}").to_lowercase();
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -90,6 +110,7 @@ impl Config {
         let (q_len, units) = (k.param::<u32>("q_len"), k.param::<u32>("units"));
         let heads = k.param::<u32>("heads");
         let scale = k.param::<f32>("scale");
+        let grid = self.boxes.map(|piece| Grid::new(k, piece));
 
         let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
         let (row, odd) = (k.lane() % GROUP, k.lane() / GROUP);
@@ -101,7 +122,8 @@ impl Config {
         let first = sums + row_of_panel * u64::from(ROW_BYTES) + own.times_wide(4);
         let panel_bytes = (units * UNIT_BYTES).to_u64();
         let query = group * GROUP + row;
-        k.if_(query.lt(q_len), || {
+        let (token, inside) = canvas::token(&grid, query, q_len);
+        k.if_(inside, || {
             // Two lanes of a row take turns at its eights of columns.
             for i in 0..self.head_dim / EIGHT / 2 {
                 let eight = odd + 2 * i;
@@ -111,7 +133,7 @@ impl Config {
                     let [a, b]: [Reg<'_, f32>; 2] = k.load_constants(at.at(16 * two));
                     (a * scale).pack(b * scale, self.pair())
                 });
-                k.store_globals(dq.chunk(query, eight), words);
+                k.store_globals(dq.chunk(token, eight), words);
             }
         });
     }

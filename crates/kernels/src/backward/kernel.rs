@@ -14,6 +14,7 @@ use super::consume::Consumer;
 use super::queries::{KeyTile, Problem, Walk};
 use super::tickets::Tickets;
 use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
+use crate::canvas::Source;
 use crate::merge::WARPS;
 
 /// Stages of q, of dout and of the scores' gradients.
@@ -26,12 +27,12 @@ pub(super) const END: u32 = u32::MAX;
 /// The tensor maps.
 #[derive(Clone, Copy)]
 pub(super) struct Maps<'k> {
-    q: Reg<'k, u64>,
-    k: Reg<'k, u64>,
-    v: Reg<'k, u64>,
-    dout: Reg<'k, u64>,
-    pub(super) dk: Reg<'k, u64>,
-    pub(super) dv: Reg<'k, u64>,
+    q: Source<'k>,
+    k: Source<'k>,
+    v: Source<'k>,
+    dout: Source<'k>,
+    pub(super) dk: Source<'k>,
+    pub(super) dv: Source<'k>,
 }
 
 /// What is in shared memory.
@@ -99,15 +100,16 @@ impl Config {
     }
 
     pub(super) fn body(self, k: &Builder) {
+        let source = |name| Source::new(k, name, self.canvas);
         let maps = Maps {
-            q: k.tensor_map("q"),
-            k: k.tensor_map("k"),
-            v: k.tensor_map("v"),
-            dout: k.tensor_map("dout"),
-            dk: k.tensor_map("dk"),
-            dv: k.tensor_map("dv"),
+            q: source("q"),
+            k: source("k"),
+            v: source("v"),
+            dout: source("dout"),
+            dk: source("dk"),
+            dv: source("dv"),
         };
-        let problem = Problem::new(k, self.mask);
+        let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
         let gradient = Shape::new(self.queries(), KEYS, self.element);
@@ -191,10 +193,24 @@ impl Config {
             stores
                 .keys_full
                 .arrive_expect(2 * stores.keys.shape.bytes());
-            let place = Place::rows(keys.first, keys.head, keys.batch);
-            stores.keys.load(maps.k, place, stores.keys_full, options);
-            stores.values.load(maps.v, place, stores.keys_full, options);
+            if problem.grid.is_none() {
+                let place = Place::rows(keys.first, keys.head, keys.batch);
+                let full = stores.keys_full;
+                stores.keys.load(maps.k.rows(), place, full, options);
+                stores.values.load(maps.v.rows(), place, full, options);
+            }
         });
+        if let Some(grid) = &problem.grid {
+            k.warp_sync();
+            k.if_(k.lane().lt(KEYS / self.piece), || {
+                let spot = grid.spot(keys.first + k.lane() * self.piece);
+                for (tile, from) in [(stores.keys, maps.k), (stores.values, maps.v)] {
+                    let part = tile.part(k.lane(), self.piece);
+                    let line = [keys.head, keys.batch];
+                    grid.load(part, from.boxes(), spot, line, stores.keys_full);
+                }
+            });
+        }
         let walk = Walk::new(problem, self, keys);
         // Tiles go into the stages in turn, whatever head they are of. Lane i has a tile's piece i.
         let copies = k.lane().lt(self.pieces());
@@ -208,9 +224,17 @@ impl Config {
             });
             leave.when(!some);
             let (row, want) = (k.var(0u32), k.var(0u32));
+            let spot = problem.grid.as_ref().map(|_| k.var(0u32));
             for i in 0..self.pieces() {
-                let next = walk.next_piece();
                 let own = k.lane().equals(i);
+                let next = match (&problem.grid, spot) {
+                    (Some(grid), Some(spot)) => {
+                        let (row, want, next) = walk.next_box(grid);
+                        spot.set(own.select(next, spot));
+                        (row, want)
+                    }
+                    _ => walk.next_piece(),
+                };
                 row.set(own.select(next.0, row));
                 want.set(own.select(next.1, want));
             }
@@ -220,22 +244,30 @@ impl Config {
                 k.store_shared(own.at(4), row);
                 k.store_shared(own.at(8), want);
             });
-            let load =
-                |tile: SharedTile<'k>, full: Barrier<'k>, map, to: Address<'k, u32>, from| {
-                    // Behind the notes, and before the copies that it expects.
-                    k.warp_sync();
-                    let bytes = tile.shape.bytes() + self.numbers_bytes();
-                    k.if_(leader, || full.arrive_expect(bytes));
-                    k.warp_sync();
-                    k.if_(copies, || {
+            let load = |tile: SharedTile<'k>,
+                        full: Barrier<'k>,
+                        source: Source<'k>,
+                        to: Address<'k, u32>,
+                        from| {
+                // Behind the notes, and before the copies that it expects.
+                k.warp_sync();
+                let bytes = tile.shape.bytes() + self.numbers_bytes();
+                k.if_(leader, || full.arrive_expect(bytes));
+                k.warp_sync();
+                k.if_(copies, || {
+                    let part = tile.part(k.lane(), self.piece);
+                    if let (Some(grid), Some(spot)) = (&problem.grid, spot) {
+                        let line = [walk.head(), keys.batch];
+                        grid.load(part, source.boxes(), spot, line, full);
+                    } else {
                         let place = Place::rows(row, walk.head(), keys.batch);
-                        let part = tile.part(k.lane(), self.piece);
-                        part.load_panels(map, place, full, options);
-                        let number = walk.line().times_wide(problem.line) + row.to_u64();
-                        let bytes = 4 * self.piece;
-                        full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
-                    });
-                };
+                        part.load_panels(source.rows(), place, full, options);
+                    }
+                    let number = walk.line().times_wide(problem.line) + row.to_u64();
+                    let bytes = 4 * self.piece;
+                    full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
+                });
+            };
             load(tile, full, maps.q, stores.lse[stage], problem.lse);
             let (tile, full) = douts.wait(stage);
             load(tile, full, maps.dout, stores.deltas[stage], problem.delta);

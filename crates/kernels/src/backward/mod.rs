@@ -24,8 +24,9 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
+use crate::canvas::{self, Canvas};
 use crate::exact::{Mask, Table};
-use crate::forward::Tensor;
+use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
 
 /// Keys of a thread block.
@@ -41,6 +42,9 @@ const UNIT_BYTES: u32 = UNIT * ROW_BYTES;
 const TICKET: u32 = 16;
 /// Words before the tickets: the first counts thread blocks, the others are not used.
 const HEADER: u32 = 4;
+
+/// Head dimensions and pieces of videos.
+const BOXES: [(u32, u32); 2] = [(64, 64), (128, 64)];
 
 /// Entries of a list at least that thread blocks start at different places of.
 const FEWEST_SPREAD: u32 = 16;
@@ -60,6 +64,8 @@ pub struct Config {
     pub order: Order,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
+    /// Whether tokens are a video's, with text behind, and pieces boxes of it.
+    pub canvas: bool,
 }
 
 /// What results do not depend on, but for the order of dq's sums where that is free.
@@ -143,6 +149,8 @@ pub struct Args<'a> {
     pub scale: f32,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
+    /// The video, as for the forward pass.
+    pub canvas: Option<Canvas>,
 }
 
 impl Order {
@@ -186,8 +194,20 @@ impl Config {
                         deterministic,
                         order: Order::CHOSEN,
                         mask: None,
+                        canvas: false,
                     }));
                 }
+            }
+            for (head_dim, piece) in BOXES {
+                all.extend([false, true].map(|deterministic| Self {
+                    element,
+                    head_dim,
+                    piece,
+                    deterministic,
+                    order: Order::CHOSEN,
+                    mask: None,
+                    canvas: true,
+                }));
             }
         }
         // To be compared, for one element and piece each.
@@ -202,6 +222,7 @@ impl Config {
                 deterministic: false,
                 order,
                 mask: None,
+                canvas: false,
             }));
         }
         all
@@ -230,6 +251,20 @@ impl Config {
             deterministic: false,
             order: Order::CHOSEN,
             mask,
+            canvas: false,
+        })
+    }
+
+    /// The config for a head dimension and a video in tiles of so many tokens, likewise; none if
+    /// head_dim is neither 64 nor 128, or the forward pass has none.
+    pub fn choose_for_canvas(element: Element, head_dim: u32, block: u32) -> Option<Self> {
+        let forward = forward::Config::choose_for_canvas(element, head_dim, block)?;
+        let config = Self::choose(element, head_dim, block, block, None)?;
+        // Both cut tiles alike.
+        Some(Self {
+            piece: forward.piece,
+            canvas: true,
+            ..config
         })
     }
 
@@ -283,13 +318,23 @@ impl Config {
         };
         let rows = layout.rows() as u32;
         let spread = self.order.spread && ordered && rows >= FEWEST_SPREAD;
-        let mut list = vec![
-            panels(self.piece_shape(), args.q, of_q),
-            whole(self.kv_shape(), args.k, of_kv),
-            whole(self.kv_shape(), args.v, of_kv),
-            panels(self.piece_shape(), args.dout, of_q),
-            panels(self.out_shape(), args.dk, of_kv),
-            panels(self.out_shape(), args.dv, of_kv),
+        assert_eq!(self.canvas, args.canvas.is_some(), "{self:?}");
+        let [of_q, of_kv] = [(of_q, call.heads), (of_kv, call.kv_heads)];
+        type Rows = fn(Shape, Tensor, [u64; 4]) -> Arg;
+        let source = |rows: Rows, shape, tensor, (extents, heads)| match args.canvas {
+            None => vec![rows(shape, tensor, extents)],
+            Some(canvas) => canvas.source(self.piece_shape(), tensor, [heads, call.batch]),
+        };
+        let mut list = [
+            source(panels, self.piece_shape(), args.q, of_q),
+            source(whole, self.kv_shape(), args.k, of_kv),
+            source(whole, self.kv_shape(), args.v, of_kv),
+            source(panels, self.piece_shape(), args.dout, of_q),
+            source(panels, self.out_shape(), args.dk, of_kv),
+            source(panels, self.out_shape(), args.dv, of_kv),
+        ]
+        .concat();
+        list.extend([
             Arg::U64(args.lse),
             Arg::U64(args.delta),
             Arg::U64(args.dq),
@@ -304,8 +349,13 @@ impl Config {
             Arg::U32(workspace.line as u32),
             Arg::U32(workspace.units as u32),
             Arg::U32(if spread { rows } else { 0 }),
-        ];
+        ]);
         list.extend(lists::args(args.plan, layout, Side::Columns));
+        if let Some(canvas) = args.canvas {
+            canvas.check(layout);
+            let scale = args.scale.max(canvas::least_scale(true));
+            list.extend(canvas.args(self.piece, scale));
+        }
         list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         if self.deterministic {
             list.extend(tickets::args(args));
@@ -325,6 +375,7 @@ impl Config {
             deterministic,
             order,
             mask,
+            canvas,
         } = self;
         let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
         if deterministic {
@@ -336,6 +387,9 @@ impl Config {
         }
         if order.outgoing > 1 {
             name += "_out2";
+        }
+        if canvas {
+            name += "_canvas";
         }
         Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
     }

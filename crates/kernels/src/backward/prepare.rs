@@ -9,6 +9,7 @@ use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 
 use super::Workspace;
+use crate::canvas::{self, Canvas, Grid};
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
 
@@ -23,6 +24,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of out and dout: a multiple of 8 from 32 to 256.
     pub head_dim: u32,
+    /// Tokens of the main kernel's pieces, if tokens are a video's.
+    pub boxes: Option<u32>,
 }
 
 /// What a launch gives it.
@@ -44,8 +47,10 @@ pub struct Args {
     pub batch: u32,
     /// Heads.
     pub heads: u32,
-    /// Queries, at least 1.
+    /// Queries, at least 1; of a video with all padding of tiles.
     pub q_len: u32,
+    /// The video: numbers are in the order of tiles, tensors are not.
+    pub canvas: Option<Canvas>,
 }
 
 impl Config {
@@ -54,7 +59,16 @@ impl Config {
         let dims = [64, 96, 128, 192, 256];
         [Element::Bf16, Element::F16]
             .iter()
-            .flat_map(|&element| dims.map(|head_dim| Self { element, head_dim }))
+            .flat_map(|&element| {
+                let rows = dims.map(|head_dim| (head_dim, None));
+                let boxes = super::BOXES.map(|(head_dim, piece)| (head_dim, Some(piece)));
+                let config = move |(head_dim, boxes)| Self {
+                    element,
+                    head_dim,
+                    boxes,
+                };
+                rows.into_iter().chain(boxes).map(config)
+            })
             .collect()
     }
 
@@ -74,6 +88,7 @@ impl Config {
         let line = Workspace::new(args.q_len as usize).line as u32;
         list.extend([args.lse, args.dlse, args.log2, args.delta].map(Arg::U64));
         list.extend([args.q_len, line].map(Arg::U32));
+        list.extend(canvas::args(self.boxes, args.canvas));
         Launch {
             grid: [line.div_ceil(self.rows()), args.heads, args.batch],
             args: list,
@@ -82,8 +97,13 @@ impl Config {
 
     /// The kernel.
     pub fn kernel(self) -> Kernel {
-        let Self { element, head_dim } = self;
-        let name = format!("prepare_{element:?}_d{head_dim}").to_lowercase();
+        let Self {
+            element,
+            head_dim,
+            boxes,
+        } = self;
+        let tag = canvas::tag(boxes);
+        let name = format!("prepare_{element:?}_d{head_dim}{tag}").to_lowercase();
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -92,6 +112,7 @@ impl Config {
         let (lse, dlse) = (k.param::<u64>("lse"), k.param::<u64>("dlse"));
         let (log2, delta) = (k.param::<u64>("log2"), k.param::<u64>("delta"));
         let (q_len, line) = (k.param::<u32>("q_len"), k.param::<u32>("line"));
+        let grid = self.boxes.map(|piece| Grid::new(k, piece));
 
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
@@ -99,8 +120,9 @@ impl Config {
         let first = k.cta_x() * self.rows() + warp * (DEPTH as u32 * lanes.rows) + own;
         let loaded: [_; DEPTH] = std::array::from_fn(|i| {
             let row = first + i as u32 * lanes.rows;
-            let inside = row.lt(q_len) & chunk.lt(lanes.chunks);
-            [out, dout].map(|tensor| k.load_constants_where(inside, tensor.chunk(row, chunk)))
+            let (token, inside) = canvas::token(&grid, row, q_len);
+            let inside = inside & chunk.lt(lanes.chunks);
+            [out, dout].map(|tensor| k.load_constants_where(inside, tensor.chunk(token, chunk)))
         });
         let sums = loaded.map(|chunks| {
             let [a, b] = chunks.map(|words| chunk::floats(words, self.element));
@@ -119,7 +141,7 @@ impl Config {
         let written = head.times_wide(line) + row.to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
             let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
-            k.if_(row.lt(q_len), || {
+            k.if_(canvas::token(&grid, row, q_len).1, || {
                 let lse = k.load_constant::<f32>(lse + (read << 2));
                 let less = k.var(0f32);
                 k.if_(dlse.differs(0), || {

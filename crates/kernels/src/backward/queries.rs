@@ -4,9 +4,10 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
-use crate::exact::{Exact, Mask};
+use crate::canvas::{self, Grid};
+use crate::exact::Exact;
 use crate::lists::Lists;
-use crate::merge::{Merge, NO_BLOCK};
+use crate::merge::{Merge, NO_BLOCK, WARP_TOKENS};
 
 /// The golden ratio's part behind the point, times 2^32.
 const GOLDEN: u32 = 0x9E37_79B9;
@@ -38,6 +39,8 @@ pub(super) struct Problem<'k> {
     pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
     pub(super) exact: Option<Exact<'k>>,
+    /// The video whose tokens these are, if they are one's.
+    pub(super) grid: Option<Grid<'k>>,
 }
 
 /// The keys of this thread block.
@@ -63,11 +66,19 @@ pub(super) struct Walk<'a, 'k> {
     query: Reg<'k, u32>,
     left: Reg<'k, u32>,
     warps: Reg<'k, u32>,
+    boxes: Option<Boxes<'k>>,
+}
+
+/// What a walk through a video's tiles has besides.
+struct Boxes<'k> {
+    walk: canvas::Walk<'k>,
+    /// Not 0 where the keys of the lane's warp have a token: else nobody sees them.
+    tokens: Reg<'k, u32>,
 }
 
 impl<'k> Problem<'k> {
     /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder, mask: Option<Mask>) -> Self {
+    pub(super) fn new(k: &'k Builder, config: Config) -> Self {
         let mut problem = Self {
             k,
             lse: k.param("lse"),
@@ -86,9 +97,11 @@ impl<'k> Problem<'k> {
             spread: k.param("spread"),
             lists: Lists::new(k),
             exact: None,
+            grid: None,
         };
         let lengths = [problem.q_len, problem.kv_len];
-        problem.exact = mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.exact = config.mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.grid = config.canvas.then(|| Grid::new(k, config.piece));
         problem
     }
 
@@ -141,6 +154,20 @@ impl<'a, 'k> Walk<'a, 'k> {
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
+            boxes: problem.grid.as_ref().map(|grid| Boxes {
+                walk: canvas::Walk {
+                    corner: k.var(0u32),
+                    inner: k.var(0u32),
+                },
+                tokens: match config.deterministic {
+                    false => {
+                        let key = keys.first + k.lane() * WARP_TOKENS;
+                        grid.is_inside(grid.spot(key)).select(1u32, 0u32)
+                    }
+                    // Who waits for a turn expects all whose keys are listed.
+                    true => k.var(1u32),
+                },
+            }),
         }
     }
 
@@ -161,6 +188,10 @@ impl<'a, 'k> Walk<'a, 'k> {
             self.lists.start(self.keys.first, problem.kv_len, |key| {
                 let column = key / problem.kv_block;
                 let (list, count) = (lists.list(record, column), lists.count(record, column));
+                let count = match &self.boxes {
+                    None => count,
+                    Some(boxes) => count * boxes.tokens,
+                };
                 let start = problem.start(self.keys, count);
                 let second = (at & 1).equals(1);
                 (
@@ -180,6 +211,42 @@ impl<'a, 'k> Walk<'a, 'k> {
     /// Which line of the workspace is the head's.
     pub(super) fn line(&self) -> Reg<'k, u32> {
         self.keys.batch * self.problem.heads + self.head()
+    }
+
+    /// As [`Walk::next_piece`], of a video: of boxes that have a token. Where they are is told, too.
+    pub(super) fn next_box(&self, grid: &Grid<'k>) -> (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, u32>) {
+        let (problem, piece) = (self.problem, self.config.piece);
+        let Some(Boxes { walk, .. }) = self.boxes else {
+            panic!("a walk through a video");
+        };
+        let Self { query, left, .. } = *self;
+        let k = problem.k;
+        let (row, want) = (k.var(problem.padded()), k.var(0u32));
+        let spot = grid.nowhere();
+        k.loop_(|leave| {
+            k.if_(left.equals(0), || {
+                let (block, warps) = self.lists.take();
+                k.if_(block.lt(NO_BLOCK), || {
+                    self.warps.set(warps);
+                    query.set(block * problem.q_block);
+                    let queries = (problem.q_len - query).min(problem.q_block);
+                    left.set((queries + (piece - 1)) & !(piece - 1));
+                    walk.corner.set(grid.corner(block));
+                    walk.inner.set(0u32);
+                });
+            });
+            leave.when(left.equals(0));
+            spot.set(grid.take(walk));
+            row.set(query);
+            want.set(self.warps);
+            query.set(query + piece);
+            left.set(left - piece);
+            leave.when(grid.is_inside(spot));
+            row.set(problem.padded());
+            want.set(0u32);
+            spot.set(grid.nowhere());
+        });
+        (row, want, spot)
     }
 
     /// The first query of the head's next piece, and the warps whose keys it sees. If there is none,

@@ -40,10 +40,39 @@ impl Config {
                 piece,
                 by_polynomial: 0,
                 mask,
+                canvas: false,
             })
         });
         let mut configs = configs.filter(|config| config.takes(q_block, kv_block));
         configs.next()
+    }
+
+    /// The config for a head dimension and a video in tiles of so many tokens; none if head_dim is
+    /// neither 64 nor 128, or tiles are no multiples of 16.
+    pub fn choose_for_canvas(element: Element, head_dim: u32, block: u32) -> Option<Self> {
+        let mut configs = Self::all_of_canvases(element, head_dim);
+        configs.find(|config| config.takes(block, block))
+    }
+
+    /// All configs for videos.
+    pub(super) fn all_of_canvases(element: Element, head_dim: u32) -> impl Iterator<Item = Self> {
+        // Small boxes have fewer tokens beside the video, and wide tiles of keys are made of them
+        // as well.
+        let order: &[(Rows, u32, u32)] = match head_dim {
+            128 => &[(Rows::Whole(128), 192, 64)],
+            64 => &[(Rows::Whole(192), 128, 64), (Rows::Whole(128), 192, 64)],
+            _ => &[],
+        };
+        order.iter().map(move |&(rows, kv_tile, piece)| Self {
+            element,
+            head_dim,
+            rows,
+            kv_tile,
+            piece,
+            by_polynomial: 0,
+            mask: None,
+            canvas: true,
+        })
     }
 
     /// Whether it can compute masks of blocks of so many queries and keys.

@@ -7,12 +7,13 @@ use flex_block_attn_tile::{
     Warpgroup,
 };
 
-use super::keys::Keys;
+use super::keys::Pieces;
 use super::problem::Problem;
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
 use super::work::{Jobs, plan};
-use super::{Config, OWN};
+use super::{Config, OWN, tiles};
+use crate::canvas::Source;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::lists::PARTIAL;
@@ -27,20 +28,21 @@ const TURN: u32 = 2;
 /// The tensor maps.
 #[derive(Clone, Copy)]
 pub(super) struct Maps<'k> {
-    pub(super) q: Reg<'k, u64>,
-    pub(super) k: Reg<'k, u64>,
-    pub(super) v: Reg<'k, u64>,
-    pub(super) out: Reg<'k, u64>,
+    pub(super) q: Source<'k>,
+    pub(super) k: Source<'k>,
+    pub(super) v: Source<'k>,
+    pub(super) out: Source<'k>,
 }
 
 impl<'k> Maps<'k> {
     /// Declares them.
-    pub(super) fn new(k: &'k Builder) -> Self {
+    pub(super) fn new(k: &'k Builder, canvas: bool) -> Self {
+        let source = |name| Source::new(k, name, canvas);
         Self {
-            q: k.tensor_map("q"),
-            k: k.tensor_map("k"),
-            v: k.tensor_map("v"),
-            out: k.tensor_map("out"),
+            q: source("q"),
+            k: source("k"),
+            v: source("v"),
+            out: source("out"),
         }
     }
 }
@@ -52,25 +54,26 @@ struct Stores<'k> {
     keys: Ring<'k>,
     values: Ring<'k>,
     /// Of the tile in each stage, the first keys of its pieces: the loader's notes, for which it has no
-    /// registers. Where blocks may be partial, consumers read them, too.
+    /// registers. Where blocks may be partial, consumers read them, too. Of a video, see
+    /// [`super::tiles`].
     rows: Vec<Address<'k, u32>>,
 }
 
 impl Config {
     pub(super) fn body(self, k: &Builder) {
-        let maps = Maps::new(k);
-        let problem = Problem::new(k, self.mask);
+        let maps = Maps::new(k, self.canvas);
+        let problem = Problem::new(k, self);
 
         let shared = Shared::new(k);
         // Tiles first: they are aligned to more than all else.
         let ring = || Ring::new(&shared, STAGES, self.kv_shape(), 4 * self.consumers());
         let stores = Stores {
-            queries: Queries::new(&shared, self.q_shape()),
+            queries: Queries::new(&shared, self),
             keys: ring(),
             values: ring(),
-            jobs: Jobs::new(&shared),
+            jobs: Jobs::new(&shared, self.canvas),
             rows: (0..STAGES)
-                .map(|_| shared.bytes(4 * self.pieces(), 4))
+                .map(|_| shared.bytes(self.note_bytes(), 4))
                 .collect(),
         };
         shared.finish();
@@ -89,9 +92,14 @@ impl Config {
             || {
                 Warpgroup::release_registers(k, producer);
                 k.if_(k.tid().equals(0), || self.load(maps, &problem, &stores));
-                k.if_(k.tid().equals(PLANNER), || {
-                    plan(&problem, self, &stores.jobs);
-                });
+                match &problem.grid {
+                    None => k.if_(k.tid().equals(PLANNER), || {
+                        plan(&problem, self, &stores.jobs);
+                    }),
+                    Some(grid) => k.if_((k.tid() >> 5).equals(PLANNER / 32), || {
+                        tiles::plan(&problem, grid, self, &stores.jobs);
+                    }),
+                }
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
@@ -120,31 +128,38 @@ impl Config {
             leave.when(note.is_end());
             let tiles = note.tiles;
             let (kv_head, batch) = (jobs.kv_head(k), note.batch());
-            let place = |row| Place::rows(row, kv_head, batch);
+            let line = [kv_head, batch];
             let some = || {
-                let walk = Keys::new(problem, self, jobs.start(k));
+                let walk = Pieces::new(problem, self, jobs.start(k));
                 let load_keys = |stage: usize| {
-                    let empty = match self.mask {
-                        None => {
+                    let empty = match self.notes_are_read() {
+                        false => {
                             walk.next_tile(rows[stage]);
                             keys.wait(stage)
                         }
-                        Some(_) => {
+                        true => {
                             // Consumers read of the tile before until then.
                             let empty = keys.wait(stage);
                             walk.next_tile(rows[stage]);
                             empty
                         }
                     };
-                    self.load_tile(empty, maps.k, rows[stage], &place);
+                    self.load_tile(problem, empty, maps.k, rows[stage], line);
                 };
                 let load_values = |stage: usize| {
-                    self.load_tile(values.wait(stage), maps.v, rows[stage], &place);
+                    let empty = values.wait(stage);
+                    self.load_tile(problem, empty, maps.v, rows[stage], line);
                 };
                 // The first keys do not wait for the last output to be stored.
                 load_keys(0);
                 emptied.wait();
-                queries.fill(k, maps.q, jobs.note(k));
+                match (&problem.grid, maps.q) {
+                    (Some(grid), Source::Canvas(maps)) => {
+                        queries.keep_spots(k, jobs.spots());
+                        queries.fill_boxes(grid, maps, jobs.note(k));
+                    }
+                    (_, map) => queries.fill(k, map.rows(), jobs.note(k)),
+                }
                 jobs.release();
                 each_after_first(k, tiles, |stage, before| {
                     load_keys(stage);
@@ -154,6 +169,7 @@ impl Config {
             };
             let none = || {
                 emptied.wait();
+                queries.keep_spots(k, jobs.spots());
                 queries.pass(k, note);
                 jobs.release();
             };
@@ -166,19 +182,27 @@ impl Config {
     /// Has an empty stage filled with the pieces whose first keys are at `rows`.
     fn load_tile<'k>(
         self,
+        problem: &Problem<'k>,
         (tile, full): (SharedTile<'k>, Barrier<'k>),
-        map: Reg<'k, u64>,
+        from: Source<'k>,
         rows: Address<'k, u32>,
-        place: &impl Fn(Reg<'k, u32>) -> Place,
+        line: [Reg<'k, u32>; 2],
     ) {
-        let (k, options) = (map.builder(), TmaOptions::default());
+        let (k, options) = (problem.k, TmaOptions::default());
         full.arrive_expect(tile.shape.bytes());
         for i in 0..self.pieces() {
             let row = k.load_shared(rows.at(4 * i));
-            let place = place(match self.mask {
+            if let (Some(grid), Source::Canvas(maps)) = (&problem.grid, from) {
+                let part = tile.row_range(i * self.piece, self.piece);
+                grid.load(part, maps, row, line, full);
+                continue;
+            }
+            let map = from.rows();
+            let row = match self.mask {
                 None => row,
                 Some(_) => row & !PARTIAL,
-            });
+            };
+            let place = Place::rows(row, line[0], line[1]);
             if self.pieces() == 1 {
                 tile.load(map, place, full, options);
             } else {
@@ -188,7 +212,7 @@ impl Config {
         }
     }
 
-    fn consume<'k>(self, out: Reg<'k, u64>, problem: &Problem<'k>, stores: &Stores<'k>) {
+    fn consume<'k>(self, out: Source<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
@@ -224,10 +248,12 @@ impl Config {
                 wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
                 wg.wait(0);
                 self.hide(problem, stores, wg, &scores, 0, || keys.release(0));
-                k.if_(note.columns.lt(self.kv_tile), || {
-                    let all = 0..self.kv_tile;
-                    scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
-                });
+                if !self.canvas {
+                    k.if_(note.columns.lt(self.kv_tile), || {
+                        let all = 0..self.kv_tile;
+                        scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
+                    });
+                }
                 step(&scores);
                 scores.round_to(&weights, pair);
 
@@ -259,12 +285,20 @@ impl Config {
                     values.release(stage);
                 });
             });
+            if self.canvas {
+                let zeros = stores.queries.note(k).columns;
+                k.if_(zeros.gt(0), || {
+                    softmax.see_zeros(zeros.to_f32());
+                    output.scale_rows(softmax.factor);
+                });
+            }
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
             // Read again: registers are worth more than this.
             let note = stores.queries.note(k);
             problem.store_lse(wg, note, log_sum);
-            stores.queries.store(k, wg, note, out, &output, pair);
+            let to = (out, problem.grid.as_ref());
+            stores.queries.store(k, wg, note, to, &output, pair);
         });
     }
 }
@@ -282,11 +316,14 @@ impl Config {
         release: impl FnOnce(),
     ) {
         let k = problem.k;
+        let rows = stores.rows[stage];
+        if let Some(grid) = &problem.grid {
+            return self.hide_blank(grid, rows, wg, scores, release);
+        }
         let Some(exact) = &problem.exact else {
             release();
             return;
         };
-        let rows = stores.rows[stage];
         let hide = |i: u32, word: Reg<'k, u32>| {
             k.if_(word.ge(PARTIAL), || {
                 let note = stores.queries.note(k);

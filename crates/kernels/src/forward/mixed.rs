@@ -20,6 +20,7 @@ use super::problem::{Problem, Tile, rounded_up};
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
 use super::{Config, OWN};
+use crate::canvas::Source;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::{Merge, NO_BLOCK, PARTIAL_WANTS, WARPS};
@@ -63,11 +64,11 @@ impl Config {
     }
 
     pub(super) fn mixed_body(self, k: &Builder) {
-        let maps = Maps::new(k);
-        let problem = Problem::new(k, self.mask);
+        let maps = Maps::new(k, self.canvas);
+        let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let stores = Stores {
-            queries: Queries::new(&shared, self.q_shape()),
+            queries: Queries::new(&shared, self),
             pairs: Ring::new(&shared, STAGES, self.pair_shape(), WARPS),
             wants: (0..STAGES)
                 .map(|_| shared.bytes(2 * self.want_bytes(), 4))
@@ -115,7 +116,7 @@ impl Config {
                 let some = k.var(1u32);
                 queries.fill(
                     k,
-                    maps.q,
+                    maps.q.rows(),
                     Note {
                         first,
                         place: Note::place(tile),
@@ -148,8 +149,8 @@ impl Config {
                             let piece = part.row_range(i * self.piece, self.piece);
                             piece.load_panels(map, place, full, TmaOptions::default());
                         };
-                        load(self.k_part(pair), maps.k);
-                        load(self.v_part(pair), maps.v);
+                        load(self.k_part(pair), maps.k.rows());
+                        load(self.v_part(pair), maps.v.rows());
                     }
                 });
             });
@@ -171,7 +172,7 @@ impl Config {
         pair.row_range(self.kv_tile, self.kv_tile)
     }
 
-    fn consume_mixed<'k>(self, out: Reg<'k, u64>, problem: &Problem<'k>, stores: &Stores<'k>) {
+    fn consume_mixed<'k>(self, out: Source<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
@@ -255,7 +256,9 @@ impl Config {
             // Read again: registers are worth more than this.
             let note = stores.queries.note(k);
             problem.store_lse(wg, note, log_sum);
-            stores.queries.store(k, wg, note, out, &output, pair);
+            stores
+                .queries
+                .store(k, wg, note, (out, None), &output, pair);
         });
     }
 }

@@ -21,6 +21,7 @@
 //! - `problem`: the parameters, and how the problem is cut into tiles of queries;
 //! - `work`: the planner, who looks up the next tile of queries;
 //! - `keys`: the pieces of a list of key blocks, one after the other;
+//! - `tiles`: the same, and the planner, for the tiles of a video;
 //! - `queries`: the tile of queries, from its load to the output that takes its place;
 //! - `softmax`: the running softmax;
 //! - `choose`: which config computes what;
@@ -33,12 +34,14 @@ mod mixed;
 mod problem;
 mod queries;
 mod softmax;
+mod tiles;
 mod work;
 
 use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
+use crate::canvas::{self, Canvas};
 use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
 
@@ -62,6 +65,8 @@ pub struct Config {
     pub by_polynomial: usize,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
+    /// Whether tokens are a video's, with text behind, and pieces boxes of it.
+    pub canvas: bool,
 }
 
 /// What blocks of queries the tiles of queries are made for.
@@ -114,6 +119,9 @@ pub struct Args<'a> {
     pub blocks: u32,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
+    /// The video, whose tiles are the mask's blocks, of queries and of keys: the plan and the lse are
+    /// in the order of tiles, padding included, tensors are not.
+    pub canvas: Option<Canvas>,
 }
 
 impl Config {
@@ -152,8 +160,10 @@ impl Config {
                 piece,
                 by_polynomial,
                 mask: None,
+                canvas: false,
             };
-            two_consumers.iter().chain(more).map(config)
+            let rows = two_consumers.iter().chain(more).map(config);
+            rows.chain(Self::all_of_canvases(element, head_dim))
         };
         let both = |element| of(element, 64).chain(of(element, 128));
         both(Element::Bf16).chain(both(Element::F16)).collect()
@@ -218,11 +228,16 @@ impl Config {
             self.takes(call.q_block, call.kv_block),
             "blocks of {args:?} for {self:?}"
         );
+        assert_eq!(self.canvas, args.canvas.is_some(), "{self:?}");
+        let lines = |heads| [heads, call.batch];
         let kv = |tensor| {
+            if let Some(canvas) = args.canvas {
+                return canvas.source(self.piece_shape(), tensor, lines(call.kv_heads));
+            }
             // A piece that is a whole tile comes by one copy.
             let one = self.pieces() == 1 && self.rows != Rows::Mixed;
             let map = if one { whole } else { panels };
-            map(self.piece_shape(), tensor, call.of_kv())
+            vec![map(self.piece_shape(), tensor, call.of_kv())]
         };
         let row_tiles = match self.rows {
             Rows::Whole(queries) => layout.rows() as u32 * (call.q_block / queries),
@@ -231,12 +246,16 @@ impl Config {
         let tiles = call.batch * call.heads * row_tiles;
         // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
         // have the same weight.
-        let scale = args.scale.max(f32::MIN_POSITIVE);
-        let mut list = vec![
-            whole(self.q_shape(), args.q, call.of_q()),
-            kv(args.k),
-            kv(args.v),
-            panels(self.out_shape(), args.out, call.of_q()),
+        let scale = args.scale.max(canvas::least_scale(self.canvas));
+        let q = |rows: fn(Shape, Tensor, [u64; 4]) -> Arg, shape, tensor| match args.canvas {
+            None => vec![rows(shape, tensor, call.of_q())],
+            Some(canvas) => canvas.source(self.piece_shape(), tensor, lines(call.heads)),
+        };
+        let mut list = q(whole, self.q_shape(), args.q);
+        list.extend(kv(args.k));
+        list.extend(kv(args.v));
+        list.extend(q(panels, self.out_shape(), args.out));
+        list.extend([
             Arg::U64(args.lse),
             Arg::U32(call.heads),
             Arg::U32(call.q_len),
@@ -248,8 +267,12 @@ impl Config {
             Arg::U32(row_tiles),
             Arg::U32(call.q_block),
             Arg::U32(call.heads / call.kv_heads),
-        ];
+        ]);
         list.extend(lists::args(args.plan, layout, Side::Rows));
+        if let Some(canvas) = args.canvas {
+            canvas.check(layout);
+            list.extend(canvas.args(self.piece, scale));
+        }
         list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         Launch {
             grid: [tiles.min(args.blocks), 1, 1],
@@ -267,6 +290,7 @@ impl Config {
             piece,
             by_polynomial,
             mask,
+            canvas,
         } = self;
         let tile = match rows {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
@@ -277,7 +301,8 @@ impl Config {
             share => format!("_e{share}"),
         };
         let tag = mask.map(Mask::tag).unwrap_or_default();
-        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}{tag}");
+        let of = if canvas { "_canvas" } else { "" };
+        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}{tag}{of}");
         let threads = (1 + self.consumers()) * WARPGROUP;
         Builder::kernel(name.to_lowercase(), threads, |k| match rows {
             Rows::Whole(_) => self.body(k),

@@ -3,9 +3,10 @@
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{RowPair, Warpgroup};
 
-use super::OWN;
 use super::queries::Note;
-use crate::exact::{Exact, Mask};
+use super::{Config, OWN};
+use crate::canvas::Grid;
+use crate::exact::Exact;
 use crate::lists::Lists;
 
 /// All parameters but the tensor maps.
@@ -30,6 +31,8 @@ pub(super) struct Problem<'k> {
     pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
     pub(super) exact: Option<Exact<'k>>,
+    /// The video whose tokens these are, if they are one's.
+    pub(super) grid: Option<Grid<'k>>,
 }
 
 /// A tile of queries: which of its head's.
@@ -47,7 +50,7 @@ pub(super) struct Tile<'k> {
 
 impl<'k> Problem<'k> {
     /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder, mask: Option<Mask>) -> Self {
+    pub(super) fn new(k: &'k Builder, config: Config) -> Self {
         let mut problem = Self {
             k,
             lse: k.param("lse"),
@@ -63,9 +66,11 @@ impl<'k> Problem<'k> {
             group: k.param("group"),
             lists: Lists::new(k),
             exact: None,
+            grid: None,
         };
         let lengths = [problem.q_len, problem.kv_len];
-        problem.exact = mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.exact = config.mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.grid = config.canvas.then(|| Grid::new(k, config.piece));
         problem
     }
 

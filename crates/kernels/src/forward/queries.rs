@@ -4,22 +4,27 @@
 use flex_block_attn_ptx::builder::{Address, Pair, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Barrier, Phases, Place, RegTile, Shape, Shared, SharedTile, Waiter, Warpgroup,
+    Barrier, Phases, Place, RegTile, Shared, SharedTile, Waiter, Warpgroup,
 };
 
-use super::OWN;
 use super::problem::Tile;
+use super::{Config, OWN};
+use crate::canvas::{Grid, Maps, Source};
 
 /// In a note's place of tiles: there are no more queries.
 const END: u32 = u32::MAX;
 /// Named barriers: warpgroup `w` waits for its own threads at `OWN_SYNC + w`.
 const OWN_SYNC: u32 = 5;
+/// Pieces of a tile of queries at most, of a video.
+pub(super) const MOST_PIECES: u32 = 8;
 
 /// The tile, its barriers, and the note.
 #[derive(Clone, Copy)]
 pub(super) struct Queries<'k> {
     pub(super) tile: SharedTile<'k>,
     note: Address<'k, u32>,
+    /// For a video: the spots of its pieces, so many rows each.
+    spots: Option<(Address<'k, u32>, u32)>,
     /// Tile and note are there.
     full: Barrier<'k>,
     /// Each consumer has stored its output, and each of its warps has read the note for the last time.
@@ -40,10 +45,14 @@ pub(super) struct Note<'k> {
 }
 
 impl<'k> Queries<'k> {
-    pub(super) fn new(shared: &Shared<'k>, shape: Shape) -> Self {
+    pub(super) fn new(shared: &Shared<'k>, config: Config) -> Self {
+        let shape = config.q_shape();
+        let (tile, note) = (shared.tile(shape), shared.bytes(16, 16));
+        let spots = || (shared.bytes(4 * MOST_PIECES, 4), config.piece);
         Self {
-            tile: shared.tile(shape),
-            note: shared.bytes(16, 16),
+            tile,
+            note,
+            spots: config.canvas.then(spots),
             full: shared.barrier(1),
             empty: shared.barrier(shape.rows / 16),
         }
@@ -72,6 +81,28 @@ impl<'k> Queries<'k> {
         self.tile.load(map, place, self.full, TmaOptions::default());
     }
 
+    /// Keeps the spots of a video's pieces, which are at `spots`, if it is a video. The place is empty.
+    pub(super) fn keep_spots(&self, k: &'k Builder, spots: Address<'k, u32>) {
+        if let Some((kept, piece)) = self.spots {
+            for i in 0..self.tile.shape.rows / piece {
+                k.store_shared(kept.at(4 * i), k.load_shared::<u32>(spots.at(4 * i)));
+            }
+        }
+    }
+
+    /// As [`Queries::fill`], of a video, whose spots are kept.
+    pub(super) fn fill_boxes(&self, grid: &Grid<'k>, maps: Maps<'k>, note: Note<'k>) {
+        let k = note.first.builder();
+        let (kept, piece) = self.spots.expect("a video's spots");
+        k.store_shareds(self.note, note.to_words());
+        self.full.arrive_expect(self.tile.shape.bytes());
+        for i in 0..self.tile.shape.rows / piece {
+            let spot = k.load_shared(kept.at(4 * i));
+            let part = self.tile.row_range(i * piece, piece);
+            grid.load(part, maps, spot, [note.head(), note.batch()], self.full);
+        }
+    }
+
     /// Leaves a note of no tile, or of one without keys. The place is empty.
     pub(super) fn pass(&self, k: &'k Builder, note: Note<'k>) {
         k.store_shareds(self.note, note.to_words());
@@ -89,7 +120,7 @@ impl<'k> Queries<'k> {
         k: &'k Builder,
         wg: Warpgroup<'k>,
         note: Note<'k>,
-        map: Reg<'k, u64>,
+        to: (Source<'k>, Option<&Grid<'k>>),
         output: &RegTile<'k>,
         pair: Pair,
     ) {
@@ -99,8 +130,23 @@ impl<'k> Queries<'k> {
         wg.store(output, pair, own);
         wg.sync(wg.index + OWN_SYNC);
         k.if_(wg.first_thread, || {
-            let place = Place::rows(note.first + wg.index * OWN, note.head(), note.batch());
-            own.store(map, (0..own.shape.panels()).map(|panel| place.panel(panel)));
+            match to {
+                (Source::Canvas(maps), Some(grid)) => {
+                    let (spots, piece) = self.spots.expect("a video's spots");
+                    let spots = spots.plus(wg.index * (OWN / piece * 4));
+                    for i in 0..OWN / piece {
+                        let spot = k.load_shared(spots.at(4 * i));
+                        let part = own.row_range(i * piece, piece);
+                        grid.store(part, maps, spot, [note.head(), note.batch()]);
+                    }
+                }
+                (map, _) => {
+                    let first = note.first + wg.index * OWN;
+                    let place = Place::rows(first, note.head(), note.batch());
+                    let panels = (0..own.shape.panels()).map(|panel| place.panel(panel));
+                    own.store(map.rows(), panels);
+                }
+            }
             k.bulk_commit();
             k.bulk_wait_read(0);
         });

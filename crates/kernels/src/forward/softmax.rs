@@ -64,6 +64,19 @@ impl<'k> Softmax<'k> {
         }
     }
 
+    /// Sees so many keys more that are 0, and so are their values.
+    pub(super) fn see_zeros(&self, count: Reg<'k, f32>) {
+        // Each thread of a quad adds a part to its own.
+        let own = count * 0.25;
+        for row in 0..2 {
+            let max = self.max[row].max(0.0);
+            self.factor[row].set((self.max[row] - max).exp2());
+            let sum = self.sum[row] * self.factor[row];
+            self.sum[row].set(own.fma((-max).exp2(), sum));
+            self.max[row].set(max);
+        }
+    }
+
     /// What the output must be multiplied by in the end, and the natural logarithm of the sum of
     /// exponentials: 0 and -inf for rows without any key.
     pub(super) fn finish(&self) -> (RowPair<'k>, RowPair<'k>) {

@@ -9,21 +9,21 @@ use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 use super::Config;
 use super::keys::Start;
 use super::problem::Problem;
-use super::queries::Note;
+use super::queries::{self, Note};
 
 /// A tile of queries, and where its keys start.
-struct Job<'k> {
-    note: Note<'k>,
+pub(super) struct Job<'k> {
+    pub(super) note: Note<'k>,
     /// Head of k and v.
-    kv_head: Reg<'k, u32>,
-    start: Start<'k>,
+    pub(super) kv_head: Reg<'k, u32>,
+    pub(super) start: Start<'k>,
 }
 
 /// What the planner does: puts up all the jobs that this thread block takes, then one that says that
 /// there are no more. One thread.
 pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
     let k = problem.k;
-    let emptied = Phases::new(k).waiter_ahead(jobs.empty);
+    let emptied = jobs.emptied(k);
     let queries = config.queries();
     let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
@@ -47,18 +47,25 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
         });
     });
     emptied.wait();
-    let none = k.var(0u32);
-    jobs.put(&Job {
-        note: Note::end(k),
-        kv_head: none,
-        start: Start {
-            entry: none,
-            block: none,
-            left: none,
-            missing: none,
-            partial: none,
-        },
-    });
+    jobs.put(&Job::none(k));
+}
+
+impl<'k> Job<'k> {
+    /// That there are no more.
+    pub(super) fn none(k: &'k Builder) -> Self {
+        let none = k.var(0u32);
+        Self {
+            note: Note::end(k),
+            kv_head: none,
+            start: Start {
+                entry: none,
+                block: none,
+                left: none,
+                missing: none,
+                partial: none,
+            },
+        }
+    }
 }
 
 /// A job's place in shared memory.
@@ -70,11 +77,14 @@ pub(super) struct Jobs<'k> {
 
 /// Words of a job: three groups of four.
 const JOB_BYTES: u32 = 48;
+/// Behind them, for a video, the spots of the pieces of queries.
+const SPOT_BYTES: u32 = 4 * queries::MOST_PIECES;
 
 impl<'k> Jobs<'k> {
-    pub(super) fn new(shared: &Shared<'k>) -> Self {
+    pub(super) fn new(shared: &Shared<'k>, canvas: bool) -> Self {
+        let bytes = JOB_BYTES + if canvas { SPOT_BYTES } else { 0 };
         Self {
-            words: shared.bytes(JOB_BYTES, 16),
+            words: shared.bytes(bytes, 16),
             full: shared.barrier(1),
             empty: shared.barrier(1),
         }
@@ -85,7 +95,17 @@ impl<'k> Jobs<'k> {
         self.empty.init();
     }
 
-    fn put(&self, job: &Job<'k>) {
+    /// Who waits until the place is free.
+    pub(super) fn emptied(&self, k: &'k Builder) -> Waiter<'k> {
+        Phases::new(k).waiter_ahead(self.empty)
+    }
+
+    /// Where the spots of the pieces of queries lie.
+    pub(super) fn spots(&self) -> Address<'k, u32> {
+        self.words.at(JOB_BYTES)
+    }
+
+    pub(super) fn put(&self, job: &Job<'k>) {
         let k = job.kv_head.builder();
         let Start {
             entry,

@@ -30,6 +30,7 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
         piece: 128,
         by_polynomial: 0,
         mask: None,
+        canvas: false,
     };
     let setup = Forward::new(config, builders::full(extents)).setup();
     println!("{:24} {:>14}", setup.kernel().name, "seconds a step");

@@ -201,6 +201,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
     let config = prepare::Config {
         element: Element::Bf16,
         head_dim: HEAD_DIM,
+        boxes: None,
     };
     let rows = HEADS * TOKENS;
     let line = 4 * HEADS as usize * Workspace::new(TOKENS as usize).line;
@@ -214,6 +215,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
         batch: 1,
         heads: HEADS,
         q_len: TOKENS,
+        canvas: None,
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
     let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
@@ -286,6 +288,7 @@ fn attention(
         counter: gpu.alloc(4)?,
         blocks: gpu.device().multiprocessors(),
         tables: &[],
+        canvas: None,
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
     let times = gpu.time(1, 20, || {

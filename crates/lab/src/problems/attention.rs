@@ -82,7 +82,7 @@ fn planned(mask: &BlockMask, rule: &Option<Rule>, memory: &mut Memory) -> (u64, 
     }
 }
 
-fn layout(mask: &BlockMask) -> PlanLayout {
+pub(super) fn layout(mask: &BlockMask) -> PlanLayout {
     PlanLayout {
         extents: mask.extents(),
         batch: mask.batch(),
@@ -147,6 +147,7 @@ impl Forward {
         let args = forward::Args {
             plan,
             tables: &tables,
+            canvas: None,
             ..self.args(&problem, &mut memory, [like_q, like_kv])
         };
         // What rounding weights and output costs.
@@ -200,6 +201,7 @@ impl Forward {
             counter: memory.alloc_with("counter", &[0i32]),
             blocks: self.blocks,
             tables: &[],
+            canvas: None,
         }
     }
 }
@@ -260,6 +262,7 @@ impl Backward {
             batch,
             heads,
             q_len,
+            canvas: None,
         };
         let args = backward::Args {
             q: like_q.put(&mut memory, "q", &q),
@@ -282,6 +285,7 @@ impl Backward {
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
             tables: &tables,
+            canvas: None,
         };
         let after = backward::finish::Args {
             sums: args.dq,
@@ -290,9 +294,18 @@ impl Backward {
             heads,
             q_len,
             scale: self.scale as f32,
+            canvas: None,
         };
-        let first = backward::prepare::Config { element, head_dim };
-        let last = backward::finish::Config { element, head_dim };
+        let first = backward::prepare::Config {
+            element,
+            head_dim,
+            boxes: None,
+        };
+        let last = backward::finish::Config {
+            element,
+            head_dim,
+            boxes: None,
+        };
         let near = |name, tensor: forward::Tensor, values| {
             Expected::new(name, tensor.address, element, values, Close::Norm(5e-3))
         };
@@ -318,17 +331,17 @@ impl Backward {
 }
 
 /// Numbers of the arrays between the kernels of the backward pass.
-struct Workspace {
+pub(super) struct Workspace {
     /// Of each of those that have one for a query.
-    numbers: usize,
+    pub(super) numbers: usize,
     /// Of dq's sums.
-    sums: usize,
+    pub(super) sums: usize,
     /// Words of the tickets.
-    tickets: usize,
+    pub(super) tickets: usize,
 }
 
 impl Workspace {
-    fn of(sizes: Sizes) -> Self {
+    pub(super) fn of(sizes: Sizes) -> Self {
         let lines = sizes.batch * sizes.q_heads;
         let workspace = backward::Workspace::new(sizes.q_len);
         Self {

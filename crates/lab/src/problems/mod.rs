@@ -6,6 +6,7 @@
 //!
 //! - `attention`: forward and backward; `product`; `plan`: mask compaction; `rows`: preparation of
 //!   the backward pass, pooling;
+//! - `video`: forward and backward over a video in tiles;
 //! - `tensor`: how tensors lie in memory.
 
 mod attention;
@@ -14,6 +15,7 @@ mod product;
 mod rows;
 mod rule;
 mod tensor;
+mod video;
 
 use flex_block_attn::{bf16, f16};
 use flex_block_attn_cuda::Error;
@@ -29,6 +31,7 @@ pub use product::Product;
 pub use rows::{Pool, Prepare};
 pub use rule::Rule;
 pub use tensor::Layout;
+pub use video::Video;
 
 /// Launches that follow each other on memory of their own, and what they must leave there.
 #[derive(Debug, Clone)]

@@ -91,6 +91,7 @@ impl Prepare {
             batch: batch as u32,
             heads: heads as u32,
             q_len: q_len as u32,
+            canvas: None,
         };
         let close = Close::Each(1e-6 * head_dim as f64);
         Setup::new(

@@ -76,6 +76,7 @@ impl Base {
             piece,
             by_polynomial: 0,
             mask: None,
+            canvas: false,
         };
         match self {
             Self::Gemm => Product {

@@ -16,6 +16,7 @@ fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
         piece,
         by_polynomial: 0,
         mask: None,
+        canvas: false,
     }
 }
 

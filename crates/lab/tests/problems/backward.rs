@@ -18,6 +18,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         deterministic: false,
         order: Order::CHOSEN,
         mask: None,
+        canvas: false,
     }
 }
 

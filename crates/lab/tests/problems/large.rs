@@ -64,6 +64,7 @@ fn forward_by(element: Element, block: usize) {
                 piece: piece(kv_tile),
                 by_polynomial: 0,
                 mask: None,
+                canvas: false,
             };
             let problem = Forward {
                 heads: 4,
@@ -126,6 +127,7 @@ fn gradients() {
                 order: backward::Order::CHOSEN,
                 piece: 64,
                 mask: None,
+                canvas: false,
                 deterministic,
             };
             let problem = Backward {

@@ -44,6 +44,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         counter: gpu.alloc(4)?,
         blocks: gpu.device().multiprocessors(),
         tables: &[],
+        canvas: None,
     };
     let config =
         forward::Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
@@ -65,6 +66,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         batch: 1,
         heads,
         q_len,
+        canvas: None,
     };
     let main = backward::Args {
         q: before.q,
@@ -84,6 +86,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         kv_heads: heads,
         scale,
         tables: &[],
+        canvas: None,
     };
     let last = finish::Args {
         sums: main.dq,
@@ -92,12 +95,21 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         heads,
         q_len,
         scale,
+        canvas: None,
     };
 
     let chosen = Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
     let (prepare, finish) = (
-        prepare::Config { element, head_dim },
-        finish::Config { element, head_dim },
+        prepare::Config {
+            element,
+            head_dim,
+            boxes: None,
+        },
+        finish::Config {
+            element,
+            head_dim,
+            boxes: None,
+        },
     );
     let all = [
         (gpu.load(&prepare.kernel())?, prepare.launch(&first)),

@@ -1,0 +1,643 @@
+//! Tokens of a video as they lie, in (time, height, width) order with text behind, read and written as
+//! if they were put tile by tile: [`Canvas`] for launches, [`Grid`] and [`Source`] for kernels.
+//!
+//! Kernels count tokens in the order of tiles: a tile is a block of the mask, padded to its full size;
+//! text follows. A tile is cut into boxes, which are a kernel's pieces: a copy moves one straight
+//! between the video and shared memory, where its tokens are rows. What a box has outside of the video
+//! reads as zeros and is not written; boxes without any token are passed over. The order of tokens inside
+//! of a tile is nobody's business: it is box by box.
+//!
+//! Where a box starts is a word, a spot: its time, height and width, or its row of the text. The emulator
+//! and the TMA unit see a video as a tensor of five dimensions (column, width, height, time, line), and
+//! text as one of three that has two more of extent 1. A line is a head of a batch.
+
+use flex_block_attn_mask::PlanLayout;
+use flex_block_attn_ptx::builder::Value;
+use flex_block_attn_ptx::ir::Operand;
+use flex_block_attn_ptx::{Arg, Builder, Reg, Swizzle, TensorMap};
+use flex_block_attn_tile::{Barrier, MATRIX_AXES, RegTile, Shape, SharedTile};
+
+use crate::forward::Tensor;
+
+/// Where the parts of a spot start: width, then height, then time; or the row, with [`TEXT`].
+const HEIGHT: u32 = 10;
+const TIME: u32 = 20;
+/// In a spot: it is one of the text.
+const TEXT: u32 = 1 << 31;
+/// Bits of a width or a height.
+const SIDE: u32 = (1 << HEIGHT) - 1;
+
+/// A video with text behind, and how it is cut into tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Canvas {
+    /// Tokens along (time, height, width).
+    pub thw: [u32; 3],
+    /// Tokens of a tile along each: a block of the mask, of queries and of keys alike.
+    pub tile: [u32; 3],
+    /// Tokens of text.
+    pub text_len: u32,
+    /// What tiles hold besides tokens.
+    pub padding: Padding,
+}
+
+/// What tiles at the borders, and the last block of text, are filled up with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Padding {
+    /// Nothing: attention is over the tokens there are.
+    Exact,
+    /// Zeros, and copies of the last token of text, which are attended.
+    Zero,
+}
+
+impl Canvas {
+    /// Tokens at most along (time, height, width), tiles being whole.
+    pub const MOST: [u32; 3] = [(1 << (31 - TIME)) - 1, SIDE, SIDE];
+
+    /// Tiles along each axis.
+    pub fn tiles(self) -> [u32; 3] {
+        std::array::from_fn(|axis| self.thw[axis].div_ceil(self.tile[axis]))
+    }
+
+    /// Tokens of a tile, and of a block of text.
+    pub fn block(self) -> u32 {
+        self.tile.iter().product()
+    }
+
+    /// Tokens of the video, as they lie.
+    pub fn video_len(self) -> u32 {
+        self.thw.iter().product()
+    }
+
+    /// Tokens, padding of tiles included, text without.
+    pub fn padded_len(self) -> u32 {
+        self.tiles().iter().product::<u32>() * self.block() + self.text_len
+    }
+
+    /// # Panics
+    /// If a plan is not for its tiles.
+    pub(crate) fn check(self, layout: PlanLayout) {
+        let (extents, len) = (layout.extents, self.padded_len() as usize);
+        let blocks = [extents.q_block(), extents.kv_block()];
+        let lengths = [extents.q_len(), extents.kv_len()];
+        assert!(
+            self.fits() && blocks == [self.block() as usize; 2] && lengths == [len; 2],
+            "{layout:?} for {self:?}"
+        );
+    }
+
+    /// Whether kernels can name all its tokens.
+    pub fn fits(self) -> bool {
+        (0..3).all(|axis| {
+            let (tiles, tile) = (self.tiles()[axis], self.tile[axis]);
+            (1..=Self::MOST[axis]).contains(&tiles.saturating_mul(tile))
+        })
+    }
+
+    /// The box of so many tokens, a power of two that divides the tile's, by which the fewest tokens
+    /// are computed; of several the widest.
+    pub fn unit(self, piece: u32) -> [u32; 3] {
+        let sides = |axis: usize| {
+            (0..)
+                .map(|n| 1 << n)
+                .take_while(move |side| self.tile[axis].is_multiple_of(*side))
+        };
+        let units = sides(2).flat_map(|w| sides(1).map(move |h| [h, w]));
+        let fitting = units.filter_map(|[h, w]| {
+            let t = piece.checked_div(h * w)?;
+            let whole = t * h * w == piece && self.tile[0].is_multiple_of(t);
+            whole.then_some([t, h, w])
+        });
+        let computed = |unit: &[u32; 3]| -> u64 {
+            let along = |axis: usize| {
+                let rest = self.thw[axis] % self.tile[axis];
+                u64::from(self.thw[axis] - rest + rest.next_multiple_of(unit[axis]))
+            };
+            (0..3).map(along).product()
+        };
+        let best = fitting.min_by_key(|unit| {
+            let [t, h, _] = *unit;
+            (computed(unit), t * h, t)
+        });
+        best.unwrap_or_else(|| panic!("boxes of {piece} in {self:?}"))
+    }
+
+    /// The arguments for [`Grid::new`].
+    pub(crate) fn args(self, piece: u32, scale: f32) -> Vec<Arg> {
+        let [_, n_h, n_w] = self.tiles();
+        let [t, h, w] = self.unit(piece);
+        // Ones at the start of each of a box's rows, and of each of its planes.
+        let every = |step: u32| {
+            (0..64)
+                .step_by(step as usize)
+                .fold(0, |all, i| all | 1 << i)
+        };
+        // Copies of the last token are as good as one that has their weight, too.
+        let copies = (self.text_len.next_multiple_of(self.block()) - self.text_len) as f32;
+        let weighs = self.padding == Padding::Zero && copies > 0.0;
+        vec![
+            Arg::U32(self.block()),
+            Arg::U32(self.tiles().iter().product()),
+            Arg::U32(n_h * n_w),
+            Arg::U32(n_w),
+            Arg::U32(packed(self.tile)),
+            Arg::U32(packed(self.thw)),
+            Arg::U32(packed([t, h, w])),
+            Arg::U32(w.ilog2()),
+            Arg::U32(h.ilog2()),
+            Arg::U64(every(w)),
+            Arg::U64(every((h * w).min(64))),
+            Arg::U32(self.text_len),
+            Arg::U32(match self.padding {
+                Padding::Exact => 0,
+                Padding::Zero => 1,
+            }),
+            Arg::U32(if weighs { self.text_len - 1 } else { u32::MAX }),
+            Arg::F32(copies.ln_1p() / scale),
+        ]
+    }
+
+    /// The arguments for [`Source::new`]: `lines` are heads and batches.
+    ///
+    /// # Panics
+    /// If there are several heads and batches, and the distance of batches is no multiple of that of
+    /// heads.
+    pub(crate) fn source(self, shape: Shape, tensor: Tensor, [heads, batch]: [u32; 2]) -> Vec<Arg> {
+        let [time, height, width] = self.thw.map(u64::from);
+        let bytes = u64::from(shape.element.bytes());
+        let strides = tensor.strides;
+        let (line, per_batch) = lines(tensor, [heads, batch]);
+        let lines = u64::from(batch - 1) * u64::from(per_batch) + u64::from(heads);
+        let row = strides.row * bytes;
+        let [t, h, w] = self.unit(shape.rows);
+        let map = |address, dims: [u64; 3], tile: [u32; 3]| TensorMap {
+            element: shape.element,
+            address,
+            rank: MATRIX_AXES as u32,
+            dims: [shape.columns.into(), dims[0], dims[1], dims[2], lines],
+            strides: [
+                bytes,
+                row,
+                row * dims[0],
+                row * dims[0] * dims[1],
+                line * bytes,
+            ],
+            tile: [shape.panel_columns(), tile[0], tile[1], tile[2], 1],
+            swizzle: Swizzle::B128,
+        };
+        let text = match self.text_len {
+            // Never read.
+            0 => tensor.address,
+            _ => tensor.address + row * time * height * width,
+        };
+        let rows = self.text_len.max(1).into();
+        vec![
+            Arg::TensorMap(map(tensor.address, [width, height, time], [w, h, t])),
+            Arg::TensorMap(map(text, [rows, 1, 1], [shape.rows, 1, 1])),
+            Arg::U32(per_batch),
+        ]
+    }
+
+    /// Whether [`Canvas::source`] takes a tensor.
+    pub fn takes(tensor: Tensor, heads: u32, batch: u32) -> bool {
+        let strides = tensor.strides;
+        heads == 1 || batch == 1 || strides.batch.is_multiple_of(strides.head)
+    }
+}
+
+/// The least factor of scores, other than 0, for which all that is added to scores is a number.
+pub(crate) fn least_scale(canvas: bool) -> f32 {
+    match canvas {
+        false => f32::MIN_POSITIVE,
+        // The weight of copies is added before scores are multiplied.
+        true => 1e-30,
+    }
+}
+
+/// The arguments for a [`Grid`] whose scores nobody reads, if there are boxes.
+///
+/// # Panics
+/// If there are boxes without a canvas, or the other way round.
+pub(crate) fn args(boxes: Option<u32>, canvas: Option<Canvas>) -> Vec<Arg> {
+    match (boxes, canvas) {
+        (None, None) => Vec::new(),
+        (Some(piece), Some(canvas)) => canvas.args(piece, 1.0),
+        _ => panic!("boxes of {boxes:?} in {canvas:?}"),
+    }
+}
+
+/// Which of a tensor's rows the token in a place is, of `len`, and whether it is one.
+pub(crate) fn token<'k>(
+    grid: &Option<Grid<'k>>,
+    place: Reg<'k, u32>,
+    len: Reg<'k, u32>,
+) -> (Reg<'k, u32>, Reg<'k, bool>) {
+    match grid {
+        None => (place, place.lt(len)),
+        Some(grid) => {
+            let spot = grid.spot(place);
+            (grid.token(spot), grid.is_inside(spot))
+        }
+    }
+}
+
+/// What tells kernels of videos from others, in their names.
+pub(crate) fn tag(boxes: Option<u32>) -> String {
+    boxes.map_or(String::new(), |piece| format!("_canvas{piece}"))
+}
+
+/// Elements from a line to the next, and lines from a batch to the next.
+fn lines(tensor: Tensor, [heads, batch]: [u32; 2]) -> (u64, u32) {
+    let strides = tensor.strides;
+    match (heads, batch) {
+        (_, 1) => (strides.head, 1),
+        (1, _) => (strides.batch, 1),
+        _ => {
+            assert!(strides.batch.is_multiple_of(strides.head), "{tensor:?}");
+            let lines = u32::try_from(strides.batch / strides.head);
+            (strides.head, lines.expect("fewer than 2^32 lines"))
+        }
+    }
+}
+
+/// A spot.
+fn packed([t, h, w]: [u32; 3]) -> u32 {
+    (t << TIME) | (h << HEIGHT) | w
+}
+
+/// Where copies find a tensor's pieces.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'k> {
+    /// By this map, at rows.
+    Rows(Reg<'k, u64>),
+    /// At spots.
+    Canvas(Maps<'k>),
+}
+
+/// A tensor of a canvas.
+#[derive(Clone, Copy)]
+pub(crate) struct Maps<'k> {
+    video: Reg<'k, u64>,
+    text: Reg<'k, u64>,
+    /// Lines from a batch to the next.
+    per_batch: Reg<'k, u32>,
+}
+
+impl<'k> Source<'k> {
+    /// Declares its parameters.
+    pub(crate) fn new(k: &'k Builder, name: &str, canvas: bool) -> Self {
+        let map = k.tensor_map(name);
+        match canvas {
+            false => Self::Rows(map),
+            true => Self::Canvas(Maps {
+                video: map,
+                text: k.tensor_map(&format!("{name}_text")),
+                per_batch: k.param(&format!("{name}_lines")),
+            }),
+        }
+    }
+
+    /// The map of rows.
+    pub(crate) fn rows(self) -> Reg<'k, u64> {
+        match self {
+            Self::Rows(map) => map,
+            Self::Canvas(_) => panic!("a canvas has no rows"),
+        }
+    }
+
+    /// The maps of a canvas.
+    pub(crate) fn boxes(self) -> Maps<'k> {
+        match self {
+            Self::Canvas(maps) => maps,
+            Self::Rows(_) => panic!("rows are no boxes"),
+        }
+    }
+}
+
+/// A canvas in a kernel.
+pub(crate) struct Grid<'k> {
+    k: &'k Builder,
+    /// Tokens of a box.
+    piece: u32,
+    /// Tokens of a tile.
+    block: Reg<'k, u32>,
+    /// Tiles: all, those of one time, and those of one height, too.
+    tiles: Reg<'k, u32>,
+    plane: Reg<'k, u32>,
+    line: Reg<'k, u32>,
+    /// Extents, as spots: of a tile, of the video, of a box.
+    tile: Reg<'k, u32>,
+    end: Reg<'k, u32>,
+    unit: Reg<'k, u32>,
+    /// Logarithms to base 2 of a box's width and height.
+    log_w: Reg<'k, u32>,
+    log_h: Reg<'k, u32>,
+    /// A bit for the first token of each of a box's rows, and of each of its planes.
+    rows: Reg<'k, u64>,
+    planes: Reg<'k, u64>,
+    text_len: Reg<'k, u32>,
+    /// 1 if padding of tiles is attended, else 0.
+    attended: Reg<'k, u32>,
+    /// The row of the text that has a weight, if any has, and what that adds to its scores.
+    heavy: Reg<'k, u32>,
+    weight: Reg<'k, f32>,
+}
+
+/// A walk through the boxes of a tile, or the pieces of a block of text, one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Walk<'k> {
+    /// The tile's spot, and how far behind it the next box is.
+    pub(crate) corner: Reg<'k, u32>,
+    pub(crate) inner: Reg<'k, u32>,
+}
+
+fn time(spot: Reg<'_, u32>) -> Reg<'_, u32> {
+    spot >> TIME
+}
+
+fn height(spot: Reg<'_, u32>) -> Reg<'_, u32> {
+    (spot >> HEIGHT) & SIDE
+}
+
+fn width(spot: Reg<'_, u32>) -> Reg<'_, u32> {
+    spot & SIDE
+}
+
+fn is_text(spot: Reg<'_, u32>) -> Reg<'_, bool> {
+    spot.ge(TEXT)
+}
+
+fn row(spot: Reg<'_, u32>) -> Reg<'_, u32> {
+    spot & !TEXT
+}
+
+impl<'k> Grid<'k> {
+    /// Declares its parameters.
+    pub(crate) fn new(k: &'k Builder, piece: u32) -> Self {
+        Self {
+            k,
+            piece,
+            block: k.param("tile_tokens"),
+            tiles: k.param("video_tiles"),
+            plane: k.param("plane_tiles"),
+            line: k.param("line_tiles"),
+            tile: k.param("tile_thw"),
+            end: k.param("video_thw"),
+            unit: k.param("box_thw"),
+            log_w: k.param("log_w"),
+            log_h: k.param("log_h"),
+            rows: k.param("box_rows"),
+            planes: k.param("box_planes"),
+            text_len: k.param("text_len"),
+            attended: k.param("attended"),
+            heavy: k.param("heavy"),
+            weight: k.param("weight"),
+        }
+    }
+
+    /// A spot behind the video, where copies find zeros.
+    pub(crate) fn nowhere(&self) -> Reg<'k, u32> {
+        self.end & !((1 << TIME) - 1)
+    }
+
+    /// The spot of a tile, or of a block of text.
+    pub(crate) fn corner(&self, block: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = self.k;
+        let corner = k.var((block - self.tiles) * self.block + TEXT);
+        k.if_(block.lt(self.tiles), || {
+            let t = block / self.plane;
+            let rest = block - t * self.plane;
+            let h = rest / self.line;
+            let w = rest - h * self.line;
+            let sides = [TIME, HEIGHT, 0].map(|at| match at {
+                TIME => self.tile & !((1 << TIME) - 1),
+                at => self.tile & (SIDE << at),
+            });
+            corner.set(t * sides[0] + h * sides[1] + w * sides[2]);
+        });
+        corner
+    }
+
+    /// Takes the next box of a walk: its spot.
+    pub(crate) fn take(&self, walk: Walk<'k>) -> Reg<'k, u32> {
+        let Walk { corner, inner } = walk;
+        let k = self.k;
+        let spot = corner + inner;
+        k.if_else(
+            is_text(corner),
+            || inner.set(inner + self.piece),
+            || {
+                // To the right; at the end of a row down, at the end of a plane to the next.
+                inner.set(inner + width(self.unit));
+                k.if_(width(inner).equals(width(self.tile)), || {
+                    let sides = SIDE << HEIGHT;
+                    inner.set(inner + (self.unit & sides) - width(self.tile));
+                    k.if_((inner & sides).equals(self.tile & sides), || {
+                        inner.set(inner + (time(self.unit) << TIME) - (self.tile & sides));
+                    });
+                });
+            },
+        );
+        spot
+    }
+
+    /// Whether a token is at a spot: of a box at a spot, whether it has any.
+    pub(crate) fn is_inside(&self, spot: Reg<'k, u32>) -> Reg<'k, bool> {
+        let video = time(spot).lt(time(self.end))
+            & height(spot).lt(height(self.end))
+            & width(spot).lt(width(self.end));
+        // The time of a spot of the text is behind all of the video's.
+        video | (is_text(spot) & row(spot).lt(self.text_len))
+    }
+
+    /// The spot of the token in a place of the order of tiles.
+    pub(crate) fn spot(&self, place: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = self.k;
+        let block = place / self.block;
+        let token = place - block * self.block;
+        let spot = self.corner(block);
+        let inside = k.var(token);
+        k.if_not(is_text(spot), || {
+            let log_unit = self.piece.ilog2();
+            let unit = token >> log_unit;
+            let w_units = width(self.tile) >> self.log_w;
+            let h_units = height(self.tile) >> self.log_h;
+            let line = unit / w_units;
+            let time = line / h_units;
+            let (w, h) = (unit - line * w_units, line - time * h_units);
+            let i = token & (self.piece - 1);
+            let low = |log: Reg<'k, u32>| (k.var(1u32) << log) - 1;
+            let log_plane = self.log_w + self.log_h;
+            let t_of_unit = i >> log_plane;
+            let h_of_unit = (i >> self.log_w) & low(self.log_h);
+            let w_of_unit = i & low(self.log_w);
+            let log_t = k.var(log_unit) - log_plane;
+            inside.set(
+                (((time << log_t) + t_of_unit) << TIME)
+                    + (((h << self.log_h) + h_of_unit) << HEIGHT)
+                    + ((w << self.log_w) + w_of_unit),
+            );
+        });
+        spot + inside
+    }
+
+    /// Which token of the tensor is at a spot.
+    pub(crate) fn token(&self, spot: Reg<'k, u32>) -> Reg<'k, u32> {
+        let [h, w] = [height(self.end), width(self.end)];
+        let token = (time(spot) * h + height(spot)) * w + width(spot);
+        is_text(spot).select(row(spot) + time(self.end) * h * w, token)
+    }
+
+    /// Of a tile, or a block of text: boxes that have a token, and how much padding is attended.
+    pub(crate) fn counts(&self, block: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        let k = self.k;
+        let corner = self.corner(block);
+        let keys = (self.text_len - row(corner)).min(self.block);
+        let boxes = k.var((keys + (self.piece - 1)) / self.piece);
+        let blank = k.var(0u32);
+        k.if_not(is_text(corner), || {
+            let inside = [time, height, width]
+                .map(|along| (along(self.end) - along(corner)).min(along(self.tile)));
+            let [t, h, w] = inside;
+            let whole = |extent: Reg<'k, u32>, unit: Reg<'k, u32>, log: Reg<'k, u32>| {
+                (extent + unit - 1) >> log
+            };
+            let log_t = k.var(self.piece.ilog2()) - self.log_w - self.log_h;
+            boxes.set(
+                whole(t, time(self.unit), log_t)
+                    * whole(h, height(self.unit), self.log_h)
+                    * whole(w, width(self.unit), self.log_w),
+            );
+            blank.set((self.block - t * h * w) * self.attended);
+        });
+        (boxes, blank)
+    }
+
+    /// Which rows of a box are tokens: a bit each, in words of 32.
+    pub(crate) fn bits(&self, spot: Reg<'k, u32>) -> Vec<Reg<'k, u32>> {
+        let k = self.k;
+        let all = k.var(match self.piece {
+            64 => u64::MAX,
+            piece => (1 << piece) - 1,
+        });
+        // The first so many, of up to 64, where there are fewer than a box has.
+        let first = |tokens: Reg<'k, u32>, most: Reg<'k, u32>, times: Reg<'k, u64>| {
+            k.if_(tokens.lt(most), || {
+                let bits = (k.var(1u64) << tokens) - 1u64;
+                all.set(all & bits * times);
+            });
+        };
+        k.if_else(
+            is_text(spot),
+            || {
+                let piece = k.var(self.piece);
+                first(self.text_len - row(spot), piece, k.var(1u64));
+            },
+            || {
+                let left = |along: fn(Reg<'k, u32>) -> Reg<'k, u32>| along(self.end) - along(spot);
+                let (w, h, t) = (
+                    width(self.unit),
+                    height(self.unit) << self.log_w,
+                    k.var(self.piece),
+                );
+                first(left(width).min(w), w, self.rows);
+                first(left(height).min(SIDE) << self.log_w, h, self.planes);
+                let log_plane = self.log_w + self.log_h;
+                first(left(time).min(64) << log_plane, t, k.var(1u64));
+            },
+        );
+        let words = [all.to_u32(), (all >> 32).to_u32()];
+        words[..self.piece.div_ceil(32) as usize].to_vec()
+    }
+
+    /// Whether all of a box's rows are tokens, by its bits.
+    pub(crate) fn is_full(&self, bits: &[Reg<'k, u32>]) -> Reg<'k, bool> {
+        let all = if self.piece < 32 {
+            (1 << self.piece) - 1
+        } else {
+            u32::MAX
+        };
+        match *bits {
+            [low] => low.equals(all),
+            [low, high] => (low & high).equals(all),
+            _ => panic!("boxes of {}", self.piece),
+        }
+    }
+
+    /// What copies add to the scores of a token.
+    pub(crate) fn weight(&self, spot: Reg<'k, u32>) -> Reg<'k, f32> {
+        self.heavy_row(spot).equals(0).select(self.weight, 0f32)
+    }
+
+    /// Adds to a tile of scores what copies of one of its keys, in a row of a piece, do.
+    pub(crate) fn weigh(&self, scores: &RegTile<'k>, row: Reg<'k, u32>, lane: Reg<'k, u32>) {
+        scores.add_to_column(row, lane, self.weight);
+    }
+
+    /// Which row of a piece is the one that has a weight: if it is in this piece, less than its rows.
+    pub(crate) fn heavy_row(&self, spot: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = self.k;
+        is_text(spot).select(k.var(self.heavy) - row(spot), u32::MAX)
+    }
+
+    /// Has a piece loaded.
+    pub(crate) fn load(
+        &self,
+        tile: SharedTile<'k>,
+        maps: Maps<'k>,
+        spot: Reg<'k, u32>,
+        line: [Reg<'k, u32>; 2],
+        full: Barrier<'k>,
+    ) {
+        let at = self.place(maps, spot, line);
+        for panel in 0..tile.shape.panels() {
+            tile.load_panel(panel, at.map, at.coordinates(tile.shape, panel), full);
+        }
+    }
+
+    /// Has a piece stored; rows that are no tokens go nowhere.
+    pub(crate) fn store(
+        &self,
+        tile: SharedTile<'k>,
+        maps: Maps<'k>,
+        spot: Reg<'k, u32>,
+        line: [Reg<'k, u32>; 2],
+    ) {
+        let at = self.place(maps, spot, line);
+        for panel in 0..tile.shape.panels() {
+            tile.store_panel(panel, at.map, at.coordinates(tile.shape, panel));
+        }
+    }
+
+    fn place(
+        &self,
+        maps: Maps<'k>,
+        spot: Reg<'k, u32>,
+        [head, batch]: [Reg<'k, u32>; 2],
+    ) -> Place<'k> {
+        let text = is_text(spot);
+        Place {
+            map: text.select(maps.text, maps.video),
+            axes: [
+                text.select(row(spot), width(spot)),
+                text.select(0u32, height(spot)),
+                text.select(0u32, time(spot)),
+                batch * maps.per_batch + head,
+            ],
+        }
+    }
+}
+
+/// Where copies find a piece.
+struct Place<'k> {
+    map: Reg<'k, u64>,
+    /// All coordinates but the column.
+    axes: [Reg<'k, u32>; MATRIX_AXES - 1],
+}
+
+impl Place<'_> {
+    fn coordinates(&self, shape: Shape, panel: u32) -> [Operand; MATRIX_AXES] {
+        let [a, b, c, d] = self.axes.map(|axis| axis.operand());
+        let column = Operand::Imm((panel * shape.panel_columns()).into());
+        [column, a, b, c, d]
+    }
+}

@@ -1,0 +1,382 @@
+//! Attention over a video in tiles, against its definition: [`Video`].
+//!
+//! The definition pads: it knows every place of every tile, which token is there, and zeros or a copy
+//! where there is none. What kernels do instead, they must show to be the same.
+
+use flex_block_attn::{BlockMask, Plan};
+use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::canvas::{Canvas, Padding};
+use flex_block_attn_kernels::{backward, forward};
+use flex_block_attn_ptx::Element;
+
+use super::attention::{Workspace, layout};
+use super::tensor::{Layout, Tensor};
+use super::{Close, Expected, Setup, Step};
+use crate::reference::{Problem, Sizes};
+
+/// Attention over a video, forward, or forward and backward.
+#[derive(Debug, Clone)]
+pub struct Video {
+    /// bfloat16 or float16.
+    pub element: Element,
+    /// Columns.
+    pub head_dim: u32,
+    /// Batches.
+    pub batch: usize,
+    /// Heads of q.
+    pub heads: usize,
+    /// Heads of k and v.
+    pub kv_heads: usize,
+    /// Sizes, tiles and padding.
+    pub canvas: Canvas,
+    /// Which tiles, and blocks of text, are seen.
+    pub mask: BlockMask,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Thread blocks at most, forward.
+    pub blocks: u32,
+    /// How tensors lie in memory.
+    pub layout: Layout,
+    /// Whether the gradient of q is the same to the last bit each time.
+    pub deterministic: bool,
+}
+
+/// A place of a tile or of a block of text.
+#[derive(Clone, Copy)]
+struct Place {
+    block: usize,
+    /// The token that is there, or that a copy is of.
+    token: Option<usize>,
+    is_copy: bool,
+}
+
+/// All places, in any order.
+fn places(canvas: Canvas) -> Vec<Place> {
+    let mut places = Vec::new();
+    let [time, height, width] = canvas.thw.map(|n| n as usize);
+    let [a, b, c] = canvas.tile.map(|n| n as usize);
+    let [_, n_h, n_w] = canvas.tiles().map(|n| n as usize);
+    let [t_end, h_end, w_end] =
+        [(time, a), (height, b), (width, c)].map(|(extent, side)| extent.next_multiple_of(side));
+    for t in 0..t_end {
+        for h in 0..h_end {
+            for w in 0..w_end {
+                let inside = t < time && h < height && w < width;
+                places.push(Place {
+                    block: (t / a * n_h + h / b) * n_w + w / c,
+                    token: inside.then_some((t * height + h) * width + w),
+                    is_copy: false,
+                });
+            }
+        }
+    }
+    let (video, text) = (time * height * width, canvas.text_len as usize);
+    let (tiles, block) = (canvas.tiles().iter().product::<u32>(), canvas.block());
+    for row in 0..text.next_multiple_of(block as usize) {
+        places.push(Place {
+            block: tiles as usize + row / block as usize,
+            token: Some(video + row.min(text - 1)),
+            is_copy: row >= text,
+        });
+    }
+    places
+}
+
+/// Where a token is in the kernels' order: box by box.
+fn place_of(canvas: Canvas, piece: u32, token: usize) -> usize {
+    let [_, height, width] = canvas.thw.map(|n| n as usize);
+    let video = canvas.video_len() as usize;
+    let [n_t, n_h, n_w] = canvas.tiles().map(|n| n as usize);
+    let block = canvas.block() as usize;
+    if token >= video {
+        return n_t * n_h * n_w * block + token - video;
+    }
+    let at = [
+        token / (height * width),
+        token / width % height,
+        token % width,
+    ];
+    let tile = canvas.tile.map(|n| n as usize);
+    let unit = canvas.unit(piece).map(|n| n as usize);
+    let row_major = |at: [usize; 3], of: [usize; 3]| (at[0] * of[1] + at[1]) * of[2] + at[2];
+    let each = |f: &dyn Fn(usize) -> usize| std::array::from_fn(f);
+    let tiles = row_major(each(&|i| at[i] / tile[i]), [n_t, n_h, n_w]);
+    let boxes = row_major(
+        each(&|i| at[i] % tile[i] / unit[i]),
+        each(&|i| tile[i] / unit[i]),
+    );
+    let rows = row_major(each(&|i| at[i] % tile[i] % unit[i]), unit);
+    tiles * block + boxes * piece as usize + rows
+}
+
+/// What the definition gives, by tokens.
+struct Right {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+impl Video {
+    /// One head of one batch, on two thread blocks.
+    pub fn new(head_dim: u32, canvas: Canvas, mask: BlockMask) -> Self {
+        Self {
+            element: Element::Bf16,
+            head_dim,
+            batch: 1,
+            heads: 1,
+            kv_heads: 1,
+            canvas,
+            mask,
+            scale: 0.125,
+            blocks: 2,
+            layout: Layout::default(),
+            deterministic: false,
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        (self.canvas.video_len() + self.canvas.text_len) as usize
+    }
+
+    fn tensor(&self, heads: usize) -> Tensor {
+        Tensor {
+            element: self.element,
+            shape: [self.batch, heads, self.tokens(), self.head_dim as usize],
+            layout: self.layout,
+        }
+    }
+
+    /// The same, to be written: all of it is looked at.
+    fn result(&self, heads: usize) -> Tensor {
+        let mut tensor = self.tensor(heads);
+        tensor.layout.gap = 0;
+        tensor
+    }
+
+    fn right(&self, [q, k, v, dout]: [&[f64]; 4]) -> Right {
+        let all = places(self.canvas);
+        let (tokens, dim) = (self.tokens(), self.head_dim as usize);
+        let sizes = Sizes {
+            batch: self.batch,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            q_len: tokens,
+            kv_len: all.len(),
+            head_dim: dim,
+        };
+        let lines = self.batch * self.kv_heads;
+        let padded = |values: &[f64]| -> Vec<f64> {
+            let row = |line: usize, place: &Place| match place.token {
+                Some(token) => values[(line * tokens + token) * dim..][..dim].to_vec(),
+                None => vec![0.0; dim],
+            };
+            let rows = (0..lines).flat_map(|line| all.iter().map(move |place| (line, place)));
+            rows.flat_map(|(line, place)| row(line, place)).collect()
+        };
+        let (k, v) = (padded(k), padded(v));
+        let mut blocks = vec![0; tokens];
+        for place in all.iter().filter(|place| !place.is_copy) {
+            if let Some(token) = place.token {
+                blocks[token] = place.block;
+            }
+        }
+        let exact = self.canvas.padding == Padding::Exact;
+        let mask = &self.mask;
+        let keep = |batch: usize, head: usize, query: usize, key: usize| {
+            let place = all[key];
+            let (batch, head) = (batch % mask.batch(), head % mask.heads());
+            let counts = !exact || (place.token.is_some() && !place.is_copy);
+            counts && mask.contains(batch, head, blocks[query], place.block)
+        };
+        let problem = Problem {
+            sizes,
+            scale: self.scale,
+            q,
+            k: &k,
+            v: &v,
+        };
+        let attention = problem.attention(&keep);
+        let none = vec![0.0; attention.lse.len()];
+        let gradients = problem.gradients(&keep, dout, &none);
+        let unpadded = |values: &[f64]| {
+            let mut sums = vec![0.0; lines * tokens * dim];
+            for (at, row) in values.chunks_exact(dim).enumerate() {
+                if let Some(token) = all[at % all.len()].token {
+                    let line = at / all.len();
+                    let sum = &mut sums[(line * tokens + token) * dim..][..dim];
+                    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+                }
+            }
+            sums
+        };
+        Right {
+            out: attention.out,
+            lse: attention.lse,
+            dk: unpadded(&gradients.dk),
+            dv: unpadded(&gradients.dv),
+            dq: gradients.dq,
+        }
+    }
+
+    /// The forward kernel.
+    pub fn forward(&self) -> Setup {
+        self.setup(false)
+    }
+
+    /// All kernels of both passes: about the backward pass's main one.
+    pub fn backward(&self) -> Setup {
+        self.setup(true)
+    }
+
+    fn setup(&self, both: bool) -> Setup {
+        let (element, head_dim, canvas) = (self.element, self.head_dim, self.canvas);
+        let config = forward::Config::choose_for_canvas(element, head_dim, canvas.block());
+        let config = config.expect("a config for such tiles");
+        let (like_q, like_kv) = (self.tensor(self.heads), self.tensor(self.kv_heads));
+        let (q, k, v) = (like_q.normal(1), like_kv.normal(2), like_kv.normal(3));
+        let dout = like_q.normal(4);
+        let (out_q, out_kv) = (self.result(self.heads), self.result(self.kv_heads));
+        let right = self.right([&q, &k, &v, &dout]);
+
+        let mut memory = Memory::new();
+        let places = canvas.padded_len() as usize;
+        let lines = self.batch * self.heads;
+        let args = forward::Args {
+            q: like_q.put(&mut memory, "q", &q),
+            k: like_kv.put(&mut memory, "k", &k),
+            v: like_kv.put(&mut memory, "v", &v),
+            out: out_q.alloc(&mut memory, "out"),
+            lse: memory.alloc("lse", 4 * lines * places),
+            plan: memory.alloc_with("plan", Plan::new(&self.mask).words()),
+            layout: layout(&self.mask),
+            batch: self.batch as u32,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            scale: self.scale as f32,
+            counter: memory.alloc_with("counter", &[0i32]),
+            blocks: self.blocks,
+            tables: &[],
+            canvas: Some(canvas),
+        };
+        let most = match element {
+            Element::F16 => 1e-3,
+            _ => 4e-3,
+        };
+        let mut expected = vec![Expected::new(
+            "the output",
+            args.out.address,
+            element,
+            out_q.stored(&right.out),
+            Close::Norm(most),
+        )];
+        // Of tiles beside the video there is no lse: each token's is looked at alone.
+        let of_token = |(at, &lse): (usize, &f64)| {
+            let (line, token) = (at / self.tokens(), at % self.tokens());
+            let place = line * places + place_of(canvas, config.piece, token);
+            let address = args.lse + 4 * place as u64;
+            Expected::new("lse", address, Element::F32, vec![lse], Close::Each(1e-4))
+        };
+        expected.extend(right.lse.iter().enumerate().map(of_token));
+        let mut steps = vec![Step::new(config.kernel(), config.launch(&args))];
+        if !both {
+            return Setup::new(memory, steps, expected)
+                .with_scratch(args.counter)
+                .with_scratch(args.lse);
+        }
+
+        let sizes = Sizes {
+            batch: self.batch,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            q_len: places,
+            kv_len: places,
+            head_dim: head_dim as usize,
+        };
+        let workspace = Workspace::of(sizes);
+        let (batch, heads) = (args.batch, args.heads);
+        let before = backward::prepare::Args {
+            out: args.out,
+            dout: like_q.put(&mut memory, "dout", &dout),
+            lse: args.lse,
+            dlse: 0,
+            log2: memory.alloc("log2", 4 * workspace.numbers),
+            delta: memory.alloc("delta", 4 * workspace.numbers),
+            batch,
+            heads,
+            q_len: places as u32,
+            canvas: Some(canvas),
+        };
+        let main_config = backward::Config {
+            deterministic: self.deterministic,
+            ..backward::Config::choose_for_canvas(element, head_dim, canvas.block())
+                .expect("a config for such tiles")
+        };
+        let main = backward::Args {
+            q: args.q,
+            k: args.k,
+            v: args.v,
+            dout: before.dout,
+            dk: out_kv.alloc(&mut memory, "dk"),
+            dv: out_kv.alloc(&mut memory, "dv"),
+            lse: before.log2,
+            delta: before.delta,
+            dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
+            tickets: match self.deterministic {
+                true => memory.alloc_with("tickets", &vec![0i32; workspace.tickets]),
+                false => 0,
+            },
+            plan: args.plan,
+            layout: args.layout,
+            batch,
+            heads,
+            kv_heads: args.kv_heads,
+            scale: args.scale,
+            tables: &[],
+            canvas: Some(canvas),
+        };
+        let after = backward::finish::Args {
+            sums: main.dq,
+            dq: out_q.alloc(&mut memory, "dq"),
+            batch,
+            heads,
+            q_len: places as u32,
+            scale: args.scale,
+            canvas: Some(canvas),
+        };
+        let boxes = Some(config.piece);
+        let first = backward::prepare::Config {
+            element,
+            head_dim,
+            boxes,
+        };
+        let last = backward::finish::Config {
+            element,
+            head_dim,
+            boxes,
+        };
+        steps.extend([
+            Step::new(first.kernel(), first.launch(&before)),
+            Step::new(main_config.kernel(), main_config.launch(&main)),
+            Step::new(last.kernel(), last.launch(&after)),
+        ]);
+        let near = |name, like: Tensor, tensor: forward::Tensor, values: &[f64]| {
+            let values = like.stored(values);
+            Expected::new(name, tensor.address, element, values, Close::Norm(1e-2))
+        };
+        let mut of_q = near("dq", out_q, after.dq, &right.dq);
+        of_q.repeats = self.deterministic;
+        expected.extend([
+            of_q,
+            near("dk", out_kv, main.dk, &right.dk),
+            near("dv", out_kv, main.dv, &right.dv),
+        ]);
+        Setup::new(memory, steps, expected)
+            .about(2)
+            .with_scratch(args.counter)
+            .with_scratch(args.lse)
+            .with_scratch(main.dq)
+            .with_scratch(main.tickets)
+    }
+}
