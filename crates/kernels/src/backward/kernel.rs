@@ -94,6 +94,14 @@ impl Config {
         UNIT / self.piece
     }
 
+    /// Registers that the loader's warpgroup and each of the consumers have: to find boxes takes more.
+    fn registers(self) -> (u32, u32) {
+        match self.canvas {
+            false => (24, 240),
+            true => (40, 232),
+        }
+    }
+
     /// Bytes of a tile's lse, or of its deltas.
     fn numbers_bytes(self) -> u32 {
         4 * self.queries()
@@ -154,10 +162,11 @@ impl Config {
             None => problem.keys(),
             Some(tickets) => tickets.keys(),
         };
+        let (producer, consumer) = self.registers();
         k.if_else(
             Warpgroup::number(k).equals(0),
             || {
-                Warpgroup::release_registers(k, 24);
+                Warpgroup::release_registers(k, producer);
                 k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
                 // The warps behind the loader's.
                 let reducer = (k.tid() >> 5) - 1;
@@ -171,7 +180,7 @@ impl Config {
                 }
             },
             || {
-                Warpgroup::acquire_registers(k, 240);
+                Warpgroup::acquire_registers(k, consumer);
                 Consumer::new(self, &problem, keys, &stores).run(maps);
             },
         );
@@ -226,15 +235,15 @@ impl Config {
             let (row, want) = (k.var(0u32), k.var(0u32));
             let spot = problem.grid.as_ref().map(|_| k.var(0u32));
             for i in 0..self.pieces() {
-                let own = k.lane().equals(i);
                 let next = match (&problem.grid, spot) {
                     (Some(grid), Some(spot)) => {
                         let (row, want, next) = walk.next_box(grid);
-                        spot.set(own.select(next, spot));
+                        spot.set(k.lane().equals(i).select(next, spot));
                         (row, want)
                     }
                     _ => walk.next_piece(),
                 };
+                let own = k.lane().equals(i);
                 row.set(own.select(next.0, row));
                 want.set(own.select(next.1, want));
             }
@@ -255,13 +264,13 @@ impl Config {
                 k.if_(leader, || full.arrive_expect(bytes));
                 k.warp_sync();
                 k.if_(copies, || {
-                    let part = tile.part(k.lane(), self.piece);
+                    let part = || tile.part(k.lane(), self.piece);
                     if let (Some(grid), Some(spot)) = (&problem.grid, spot) {
                         let line = [walk.head(), keys.batch];
-                        grid.load(part, source.boxes(), spot, line, full);
+                        grid.load(part(), source.boxes(), spot, line, full);
                     } else {
                         let place = Place::rows(row, walk.head(), keys.batch);
-                        part.load_panels(source.rows(), place, full, options);
+                        part().load_panels(source.rows(), place, full, options);
                     }
                     let number = walk.line().times_wide(problem.line) + row.to_u64();
                     let bytes = 4 * self.piece;
