@@ -24,6 +24,8 @@ const HEIGHT: u32 = 10;
 const TIME: u32 = 20;
 /// In a spot: it is one of the text.
 const TEXT: u32 = 1 << 31;
+/// Boxes, whole tiles and text, at most.
+const MOST_BOXES: u32 = 1 << 21;
 /// Bits of a width or a height.
 const SIDE: u32 = (1 << HEIGHT) - 1;
 
@@ -87,10 +89,13 @@ impl Canvas {
 
     /// Whether kernels can name all its tokens.
     pub fn fits(self) -> bool {
-        (0..3).all(|axis| {
-            let (tiles, tile) = (self.tiles()[axis], self.tile[axis]);
-            (1..=Self::MOST[axis]).contains(&tiles.saturating_mul(tile))
-        })
+        let tiles = self.tiles().iter().map(|&n| u64::from(n)).product::<u64>();
+        let places = tiles * u64::from(self.block()) + u64::from(self.text_len);
+        places / 16 < u64::from(MOST_BOXES)
+            && (0..3).all(|axis| {
+                let (tiles, tile) = (self.tiles()[axis], self.tile[axis]);
+                (1..=Self::MOST[axis]).contains(&tiles.saturating_mul(tile))
+            })
     }
 
     /// The box of so many tokens, a power of two that divides the tile's, by which the fewest tokens
@@ -138,7 +143,12 @@ impl Canvas {
             Arg::U32(self.block()),
             Arg::U32(self.tiles().iter().product()),
             Arg::U32(n_h * n_w),
+            inverse(n_h * n_w),
             Arg::U32(n_w),
+            inverse(n_w),
+            inverse(self.block() / piece),
+            inverse(self.tile[2] / w),
+            inverse(self.tile[1] / h),
             Arg::U32(packed(self.tile)),
             Arg::U32(packed(self.thw)),
             Arg::U32(packed([t, h, w])),
@@ -322,8 +332,12 @@ pub(crate) struct Grid<'k> {
     block: Reg<'k, u32>,
     /// Tiles: all, those of one time, and those of one height, too.
     tiles: Reg<'k, u32>,
-    plane: Reg<'k, u32>,
-    line: Reg<'k, u32>,
+    plane: Divisor<'k>,
+    line: Divisor<'k>,
+    /// Boxes: of a tile, of one in a row, and rows of them in a plane.
+    boxes: Reg<'k, f32>,
+    w_boxes: Reg<'k, f32>,
+    h_boxes: Reg<'k, f32>,
     /// Extents, as spots: of a tile, of the video, of a box.
     tile: Reg<'k, u32>,
     end: Reg<'k, u32>,
@@ -348,6 +362,37 @@ pub(crate) struct Walk<'k> {
     /// The tile's spot, and how far behind it the next box is.
     pub(crate) corner: Reg<'k, u32>,
     pub(crate) inner: Reg<'k, u32>,
+}
+
+/// A number, and what [`quotient`] asks of it.
+#[derive(Clone, Copy)]
+struct Divisor<'k> {
+    number: Reg<'k, u32>,
+    inverse: Reg<'k, f32>,
+}
+
+impl<'k> Divisor<'k> {
+    fn new(k: &'k Builder, name: &str) -> Self {
+        Self {
+            number: k.param(name),
+            inverse: k.param(&format!("inverse_{name}")),
+        }
+    }
+}
+
+/// The argument for a divisor's inverse.
+fn inverse(number: u32) -> Arg {
+    Arg::F32(1.0 / number as f32)
+}
+
+/// A number below [`MOST_BOXES`] divided, rounded down: an instruction of its own takes more registers
+/// than loaders have.
+fn quotient<'k>(a: Reg<'k, u32>, inverse: Reg<'k, f32>) -> Reg<'k, u32> {
+    // Halves are between the numbers that are asked for: what is rounded to the nearest is never near
+    // the middle of two. Adding this leaves no bits for a fraction.
+    const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+    let middle = (a.to_f32() + 0.5) * inverse - 0.5;
+    (middle + WHOLE).to_bits() - WHOLE.to_bits()
 }
 
 fn time(spot: Reg<'_, u32>) -> Reg<'_, u32> {
@@ -378,8 +423,11 @@ impl<'k> Grid<'k> {
             piece,
             block: k.param("tile_tokens"),
             tiles: k.param("video_tiles"),
-            plane: k.param("plane_tiles"),
-            line: k.param("line_tiles"),
+            plane: Divisor::new(k, "plane_tiles"),
+            line: Divisor::new(k, "line_tiles"),
+            boxes: k.param("inverse_boxes"),
+            w_boxes: k.param("inverse_w_boxes"),
+            h_boxes: k.param("inverse_h_boxes"),
             tile: k.param("tile_thw"),
             end: k.param("video_thw"),
             unit: k.param("box_thw"),
@@ -404,10 +452,10 @@ impl<'k> Grid<'k> {
         let k = self.k;
         let corner = k.var((block - self.tiles) * self.block + TEXT);
         k.if_(block.lt(self.tiles), || {
-            let t = block / self.plane;
-            let rest = block - t * self.plane;
-            let h = rest / self.line;
-            let w = rest - h * self.line;
+            let t = quotient(block, self.plane.inverse);
+            let rest = block - t * self.plane.number;
+            let h = quotient(rest, self.line.inverse);
+            let w = rest - h * self.line.number;
             let sides = [TIME, HEIGHT, 0].map(|at| match at {
                 TIME => self.tile & !((1 << TIME) - 1),
                 at => self.tile & (SIDE << at),
@@ -452,7 +500,7 @@ impl<'k> Grid<'k> {
     /// The spot of the token in a place of the order of tiles.
     pub(crate) fn spot(&self, place: Reg<'k, u32>) -> Reg<'k, u32> {
         let k = self.k;
-        let block = place / self.block;
+        let block = quotient(place >> self.piece.ilog2(), self.boxes);
         let token = place - block * self.block;
         let spot = self.corner(block);
         let inside = k.var(token);
@@ -461,8 +509,8 @@ impl<'k> Grid<'k> {
             let unit = token >> log_unit;
             let w_units = width(self.tile) >> self.log_w;
             let h_units = height(self.tile) >> self.log_h;
-            let line = unit / w_units;
-            let time = line / h_units;
+            let line = quotient(unit, self.w_boxes);
+            let time = quotient(line, self.h_boxes);
             let (w, h) = (unit - line * w_units, line - time * h_units);
             let i = token & (self.piece - 1);
             let low = |log: Reg<'k, u32>| (k.var(1u32) << log) - 1;

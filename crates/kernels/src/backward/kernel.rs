@@ -11,7 +11,7 @@ use flex_block_attn_tile::{
 };
 
 use super::consume::Consumer;
-use super::queries::{KeyTile, Problem, Walk};
+use super::queries::{KeyTile, Problem, WALK_BYTES, Walk};
 use super::tickets::Tickets;
 use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
 use crate::canvas::Source;
@@ -53,6 +53,8 @@ pub(super) struct Stores<'k> {
     /// For each stage a note: the line of the workspace that is the queries' head's, then for each
     /// piece its first query, and a bit for each warp whose keys it sees.
     pub(super) notes: Vec<Address<'k, u32>>,
+    /// Of a video: where the loader is.
+    walk: Option<Address<'k, u32>>,
 }
 
 /// What the consumers have made of a tile's dq: of each a unit, and whether it is there, and gone
@@ -98,7 +100,7 @@ impl Config {
     fn registers(self) -> (u32, u32) {
         match self.canvas {
             false => (24, 240),
-            true => (40, 232),
+            true => (24, 240),
         }
     }
 
@@ -139,6 +141,7 @@ impl Config {
             gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
             dq: (0..self.order.outgoing).map(outgoing).collect(),
             keys_full: shared.barrier(1),
+            walk: self.canvas.then(|| shared.bytes(WALK_BYTES, 16)),
         };
         let tickets = self.deterministic.then(|| Tickets::new(&problem, &shared));
         shared.finish();
@@ -220,7 +223,7 @@ impl Config {
                 }
             });
         }
-        let walk = Walk::new(problem, self, keys);
+        let walk = Walk::new(problem, self, keys, stores.walk);
         // Tiles go into the stages in turn, whatever head they are of. Lane i has a tile's piece i.
         let copies = k.lane().lt(self.pieces());
         in_turn(k, |leave, stage| {

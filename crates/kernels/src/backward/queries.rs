@@ -1,6 +1,7 @@
 //! The problem as the parameters say, and the queries that see a tile of keys: of each head that reads
 //! the keys the lists of their blocks, merged, walked a piece at a time. Used by the loader, a warp.
 
+use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
@@ -70,10 +71,27 @@ pub(super) struct Walk<'a, 'k> {
 }
 
 /// What a walk through a video's tiles has besides.
+///
+/// It lies in shared memory, for each lane apart: the loader has few registers. Four words are the
+/// tile's corner and how far behind it the next box is, that box's first query, and the warps that want
+/// it; behind all lanes' is one that is not 0 where the keys of the lane's warp have a token: else nobody
+/// sees them.
+#[derive(Clone, Copy)]
 struct Boxes<'k> {
-    walk: canvas::Walk<'k>,
-    /// Not 0 where the keys of the lane's warp have a token: else nobody sees them.
-    tokens: Reg<'k, u32>,
+    words: Address<'k, u32>,
+}
+
+/// Bytes of a walk through boxes.
+pub(super) const WALK_BYTES: u32 = 32 * 20;
+
+impl<'k> Boxes<'k> {
+    fn own(self, k: &'k Builder) -> Address<'k, u32> {
+        self.words.plus(k.lane() * 16)
+    }
+
+    fn tokens(self, k: &'k Builder) -> Address<'k, u32> {
+        self.words.at(32 * 16).plus(k.lane() * 4)
+    }
 }
 
 impl<'k> Problem<'k> {
@@ -142,8 +160,13 @@ impl<'k> Problem<'k> {
 }
 
 impl<'a, 'k> Walk<'a, 'k> {
-    /// A walk that has yet to find its first list.
-    pub(super) fn new(problem: &'a Problem<'k>, config: Config, keys: KeyTile<'k>) -> Self {
+    /// A walk that has yet to find its first list; of a video it has `words` for itself.
+    pub(super) fn new(
+        problem: &'a Problem<'k>,
+        config: Config,
+        keys: KeyTile<'k>,
+        words: Option<Address<'k, u32>>,
+    ) -> Self {
         let k = problem.k;
         Self {
             problem,
@@ -154,19 +177,19 @@ impl<'a, 'k> Walk<'a, 'k> {
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
-            boxes: problem.grid.as_ref().map(|grid| Boxes {
-                walk: canvas::Walk {
-                    corner: k.var(0u32),
-                    inner: k.var(0u32),
-                },
-                tokens: match config.deterministic {
+            boxes: problem.grid.as_ref().zip(words).map(|(grid, words)| {
+                let boxes = Boxes { words };
+                let tokens = match config.deterministic {
                     false => {
                         let key = keys.first + k.lane() * WARP_TOKENS;
                         grid.is_inside(grid.spot(key)).select(1u32, 0u32)
                     }
                     // Who waits for a turn expects all whose keys are listed.
                     true => k.var(1u32),
-                },
+                };
+                k.store_shared(boxes.tokens(k), tokens);
+                k.store_shareds(boxes.own(k), [(); 4].map(|()| k.var(0u32)));
+                boxes
             }),
         }
     }
@@ -190,7 +213,7 @@ impl<'a, 'k> Walk<'a, 'k> {
                 let (list, count) = (lists.list(record, column), lists.count(record, column));
                 let count = match &self.boxes {
                     None => count,
-                    Some(boxes) => count * boxes.tokens,
+                    Some(boxes) => count * problem.k.load_shared::<u32>(boxes.tokens(problem.k)),
                 };
                 let start = problem.start(self.keys, count);
                 let second = (at & 1).equals(1);
@@ -216,18 +239,17 @@ impl<'a, 'k> Walk<'a, 'k> {
     /// As [`Walk::next_piece`], of a video: of boxes that have a token. Where they are is told, too.
     pub(super) fn next_box(&self, grid: &Grid<'k>) -> (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, u32>) {
         let (problem, piece) = (self.problem, self.config.piece);
-        let Some(Boxes { walk, .. }) = self.boxes else {
-            panic!("a walk through a video");
-        };
-        let Self { query, left, .. } = *self;
-        let k = problem.k;
+        let (k, left) = (problem.k, self.left);
+        let boxes = self.boxes.expect("a walk through a video");
+        let [corner, inner, query, warps] = k.load_shareds(boxes.own(k));
+        let walk = canvas::Walk { corner, inner };
         let (row, want) = (k.var(problem.padded()), k.var(0u32));
         let spot = grid.nowhere();
         k.loop_(|leave| {
             k.if_(left.equals(0), || {
-                let (block, warps) = self.lists.take();
+                let (block, wanted) = self.lists.take();
                 k.if_(block.lt(NO_BLOCK), || {
-                    self.warps.set(warps);
+                    warps.set(wanted);
                     query.set(block * problem.q_block);
                     let queries = (problem.q_len - query).min(problem.q_block);
                     left.set((queries + (piece - 1)) & !(piece - 1));
@@ -238,7 +260,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             leave.when(left.equals(0));
             spot.set(grid.take(walk));
             row.set(query);
-            want.set(self.warps);
+            want.set(warps);
             query.set(query + piece);
             left.set(left - piece);
             leave.when(grid.is_inside(spot));
@@ -246,6 +268,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             want.set(0u32);
             spot.set(grid.nowhere());
         });
+        k.store_shareds(boxes.own(k), [corner, inner, query, warps]);
         (row, want, spot)
     }
 
