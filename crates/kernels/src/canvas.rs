@@ -636,10 +636,9 @@ impl<'k> Grid<'k> {
         line: [Reg<'k, u32>; 2],
         full: Barrier<'k>,
     ) {
-        let at = self.place(maps, spot, line);
-        for panel in 0..tile.shape.panels() {
-            tile.load_panel(panel, at.map, at.coordinates(tile.shape, panel), full);
-        }
+        self.each_panel(tile, maps, spot, line, |panel, map, at| {
+            tile.load_panel(panel, map, at, full);
+        });
     }
 
     /// Has a piece stored; rows that are no tokens go nowhere.
@@ -650,42 +649,35 @@ impl<'k> Grid<'k> {
         spot: Reg<'k, u32>,
         line: [Reg<'k, u32>; 2],
     ) {
-        let at = self.place(maps, spot, line);
-        for panel in 0..tile.shape.panels() {
-            tile.store_panel(panel, at.map, at.coordinates(tile.shape, panel));
-        }
+        self.each_panel(tile, maps, spot, line, |panel, map, at| {
+            tile.store_panel(panel, map, at);
+        });
     }
 
-    fn place(
+    fn each_panel(
         &self,
+        tile: SharedTile<'k>,
         maps: Maps<'k>,
         spot: Reg<'k, u32>,
         [head, batch]: [Reg<'k, u32>; 2],
-    ) -> Place<'k> {
-        let text = is_text(spot);
-        Place {
-            map: text.select(maps.text, maps.video),
-            axes: [
-                text.select(row(spot), width(spot)),
-                text.select(0u32, height(spot)),
-                text.select(0u32, time(spot)),
-                batch * maps.per_batch + head,
-            ],
-        }
-    }
-}
-
-/// Where copies find a piece.
-struct Place<'k> {
-    map: Reg<'k, u64>,
-    /// All coordinates but the column.
-    axes: [Reg<'k, u32>; MATRIX_AXES - 1],
-}
-
-impl Place<'_> {
-    fn coordinates(&self, shape: Shape, panel: u32) -> [Operand; MATRIX_AXES] {
-        let [a, b, c, d] = self.axes.map(|axis| axis.operand());
-        let column = Operand::Imm((panel * shape.panel_columns()).into());
-        [column, a, b, c, d]
+        copy: impl Fn(u32, Reg<'k, u64>, [Operand; MATRIX_AXES]),
+    ) {
+        let line = batch * maps.per_batch + head;
+        let all = |map: Reg<'k, u64>, [a, b, c]: [Operand; 3]| {
+            for panel in 0..tile.shape.panels() {
+                let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
+                copy(panel, map, [column, a, b, c, line.operand()]);
+            }
+        };
+        // Two forms of one copy, as a map that is chosen at run time takes more registers.
+        let none = Operand::Imm(0);
+        self.k.if_else(
+            is_text(spot),
+            || all(maps.text, [row(spot).operand(), none, none]),
+            || {
+                let at = [width(spot), height(spot), time(spot)];
+                all(maps.video, at.map(|axis| axis.operand()));
+            },
+        );
     }
 }

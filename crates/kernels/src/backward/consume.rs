@@ -73,10 +73,9 @@ struct Hidden<'k> {
 }
 
 impl<'k> Hidden<'k> {
-    /// For a thread of a consumer.
-    fn new(problem: &Problem<'k>, keys: KeyTile<'k>, wg: Warpgroup<'k>) -> Self {
+    /// For a thread of a consumer whose first key is `own`.
+    fn new(problem: &Problem<'k>, keys: KeyTile<'k>, wg: Warpgroup<'k>, own: Reg<'k, u32>) -> Self {
         let k = problem.k;
-        let own = keys.first + wg.index * OWN + wg.row();
         let warp = k.var(1u32) << (wg.index * 4 + wg.warp);
         let Some(grid) = &problem.grid else {
             return Self {
@@ -110,6 +109,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
+        let own = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
@@ -136,7 +136,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             dq: RegTile::uninit(k, UNIT),
             dk,
             dv,
-            hidden: Hidden::new(problem, keys, wg),
+            hidden: Hidden::new(problem, keys, wg, own),
             // Masked scores are -inf, of which 0 times would be NaN.
             scale: problem.scale.max(least_scale(config.canvas)) * std::f32::consts::LOG2_E,
         }

@@ -96,11 +96,12 @@ impl Config {
         UNIT / self.piece
     }
 
-    /// Registers that the loader's warpgroup and each of the consumers have: to find boxes takes more.
+    /// Registers that the loader's warpgroup and each of the consumers have: to find boxes takes more,
+    /// where consumers have them to spare.
     fn registers(self) -> (u32, u32) {
-        match self.canvas {
-            false => (24, 240),
-            true => (24, 240),
+        match (self.canvas, self.head_dim) {
+            (true, 64) => (40, 232),
+            _ => (24, 240),
         }
     }
 
