@@ -12,6 +12,7 @@ mod backward;
 mod buffer;
 mod element;
 mod forward;
+mod order;
 mod pack;
 mod pool;
 mod simd;
@@ -23,6 +24,7 @@ use std::num::NonZeroUsize;
 
 pub use element::Element;
 use flex_block_attn_mask::PlanView;
+pub use order::{gather, scatter};
 pub use view::{View, ViewMut};
 
 /// What forward and backward are told beyond their tensors.

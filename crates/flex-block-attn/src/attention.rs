@@ -7,6 +7,7 @@ use flex_block_attn_cpu as cpu;
 use flex_block_attn_mask::PlanView;
 use half::{bf16, f16};
 
+use crate::video::{self, Video};
 use crate::{DType, Result, Tensor, TensorMut, check};
 
 /// What a call may be told beyond its tensors and its plan.
@@ -18,6 +19,10 @@ pub struct Options {
     pub threads: Option<NonZeroUsize>,
     /// Whether a GPU's gradient of q repeats to the last bit, as all other results do: it takes longer.
     pub deterministic: bool,
+    /// The video whose tokens these are, if the plan's blocks are its tiles: tensors are in (time, height,
+    /// width) order, text behind. The lse then has a number for each of [`Video::places`], in an order
+    /// that only the backward pass of the same backend knows, and no gradient.
+    pub video: Option<Video>,
 }
 
 /// What the forward read and wrote, for the backward to read again.
@@ -65,6 +70,15 @@ pub fn forward(
     lse: TensorMut<'_>,
 ) -> Result<()> {
     check::forward([&q, &k, &v], &plan.layout(), options, &out, &lse)?;
+    if let Some(video) = &options.video {
+        let of = (video, options);
+        return match q.dtype {
+            DType::F16 => video::forward::<f16>([q, k, v], plan, of, out, lse),
+            DType::BF16 => video::forward::<bf16>([q, k, v], plan, of, out, lse),
+            DType::F32 => video::forward::<f32>([q, k, v], plan, of, out, lse),
+            DType::F64 => video::forward::<f64>([q, k, v], plan, of, out, lse),
+        };
+    }
     match q.dtype {
         DType::F16 => cpu_forward::<f16>([q, k, v], plan, options, out, lse),
         DType::BF16 => cpu_forward::<bf16>([q, k, v], plan, options, out, lse),
@@ -99,6 +113,15 @@ pub fn backward(
         options,
         &gradients,
     )?;
+    if let Some(video) = &options.video {
+        let of = (video, options);
+        return match saved.q.dtype {
+            DType::F16 => video::backward::<f16>(saved, dout, plan, of, gradients),
+            DType::BF16 => video::backward::<bf16>(saved, dout, plan, of, gradients),
+            DType::F32 => video::backward::<f32>(saved, dout, plan, of, gradients),
+            DType::F64 => video::backward::<f64>(saved, dout, plan, of, gradients),
+        };
+    }
     match saved.q.dtype {
         DType::F16 => cpu_backward::<f16>(saved, dout, dlse, plan, options, gradients),
         DType::BF16 => cpu_backward::<bf16>(saved, dout, dlse, plan, options, gradients),
@@ -108,7 +131,7 @@ pub fn backward(
     Ok(())
 }
 
-fn setting(options: &Options, head_dim: usize) -> cpu::Setting {
+pub(crate) fn setting(options: &Options, head_dim: usize) -> cpu::Setting {
     cpu::Setting {
         scale: options
             .scale
@@ -173,7 +196,7 @@ pub(crate) fn view<T>(tensor: Tensor<'_>) -> cpu::View<'_, T> {
 }
 
 /// The backend's view of a checked tensor to be written: `T` is its dtype.
-fn view_mut<T>(tensor: TensorMut<'_>) -> cpu::ViewMut<'_, T> {
+pub(crate) fn view_mut<T>(tensor: TensorMut<'_>) -> cpu::ViewMut<'_, T> {
     let [batch, head, token, _] = tensor.strides;
     // SAFETY: as for `view`; besides, `check` has found the elements to lie apart.
     unsafe { cpu::ViewMut::new(tensor.pointer.cast(), tensor.shape, [batch, head, token]) }

@@ -2,7 +2,7 @@
 
 use flex_block_attn_mask::PlanLayout;
 
-use crate::{DType, Error, Gradients, Options, Result, Saved, Tensor, TensorMut};
+use crate::{DType, Error, Gradients, Options, Result, Saved, Tensor, TensorMut, Video};
 
 /// Sizes of a call whose arguments go together.
 #[derive(Debug, Clone, Copy)]
@@ -126,7 +126,19 @@ fn inputs(
         outline.last_contiguous()?;
     }
 
+    if let Some(video) = &options.video {
+        video.check(plan)?;
+        let reason = "the video with its text";
+        let needed = [batch, q_heads, video.tokens(), head_dim];
+        Outline::read("q", q).shape(needed, reason)?;
+        let needed = [batch, kv_heads, video.tokens(), head_dim];
+        Outline::read("k", k).shape(needed, reason)?;
+    }
     let (mask_q_len, mask_kv_len) = (plan.extents.q_len(), plan.extents.kv_len());
+    let (q_len, kv_len) = match &options.video {
+        None => (q_len, kv_len),
+        Some(video) => (video.places(), video.places()),
+    };
     if (mask_q_len, mask_kv_len) != (q_len, kv_len) {
         return Err(Error::MaskLengths {
             mask_q_len,
@@ -153,8 +165,9 @@ fn inputs(
     })
 }
 
-fn lse_shape([batch, heads, tokens, _]: [usize; 4]) -> [usize; 4] {
-    [batch, heads, tokens, 1]
+fn lse_shape([batch, heads, tokens, _]: [usize; 4], options: &Options) -> [usize; 4] {
+    let places = options.video.as_ref().map_or(tokens, Video::places);
+    [batch, heads, places, 1]
 }
 
 pub(crate) fn forward(
@@ -171,7 +184,7 @@ pub(crate) fn forward(
     out.last_contiguous()?;
     out.apart()?;
     let lse = Outline::write("lse", lse);
-    lse.shape(lse_shape(sizes.q), "q")?;
+    lse.shape(lse_shape(sizes.q, options), "q")?;
     lse.dtype(sizes.dtype.lse(), "q's dtype")?;
     lse.apart()
 }
@@ -190,6 +203,13 @@ pub(crate) fn backward(
     gradients: &Gradients<'_>,
 ) -> Result<()> {
     let sizes = inputs(&saved.q, &saved.k, &saved.v, plan, options)?;
+    if options.video.is_some() && dlse.is_some() {
+        return Err(Error::Video {
+            argument: "dlse",
+            got: "one".to_owned(),
+            allowed: "none",
+        });
+    }
     for (name, tensor) in [("out", &saved.out), ("dout", dout)] {
         let outline = Outline::read(name, tensor);
         outline.shape(sizes.q, "q")?;
@@ -199,7 +219,7 @@ pub(crate) fn backward(
     for (name, tensor) in [("lse", Some(&saved.lse)), ("dlse", dlse)] {
         if let Some(tensor) = tensor {
             let outline = Outline::read(name, tensor);
-            outline.shape(lse_shape(sizes.q), "q")?;
+            outline.shape(lse_shape(sizes.q, options), "q")?;
             outline.dtype(sizes.dtype.lse(), "q's dtype")?;
         }
     }

@@ -117,6 +117,16 @@ pub enum Error {
         /// What is allowed.
         allowed: &'static str,
     },
+    /// What a video cannot be.
+    #[error("of a video, {argument} must be {allowed}, got {got}")]
+    Video {
+        /// The argument's name.
+        argument: &'static str,
+        /// What came.
+        got: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
     /// There is no GPU, or its driver says no.
     #[error(transparent)]
     Device(#[from] flex_block_attn_cuda::Error),

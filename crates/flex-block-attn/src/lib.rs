@@ -50,6 +50,7 @@ mod error;
 pub mod gpu;
 pub mod select;
 mod tensor;
+pub mod video;
 
 pub use attention::{Gradients, Options, Saved, backward, forward};
 pub use error::{Error, Result};
@@ -58,6 +59,7 @@ pub use flex_block_attn_mask::{
 };
 pub use half::{bf16, f16};
 pub use tensor::{DType, Element, Tensor, TensorMut};
+pub use video::{Padding, Video};
 
 /// The README's Rust example is a test.
 #[cfg(doctest)]

@@ -106,6 +106,7 @@ impl Case {
             scale: Some(self.scale),
             threads: NonZeroUsize::new(self.threads),
             deterministic: false,
+            video: None,
         };
         // Garbage to start with: what is not written shows.
         let garbage = |len| vec![T::from_f64(777.0); len];

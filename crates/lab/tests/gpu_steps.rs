@@ -108,6 +108,7 @@ fn check(chance: &mut Chance) {
         scale: chance.of(&[None, Some(0.3), Some(0.0)]),
         threads: None,
         deterministic: chance.below(3) == 0,
+        video: None,
     };
     let out_shape = [batch, heads, q_len, dim];
     let lse_shape = [batch, heads, q_len, 1];

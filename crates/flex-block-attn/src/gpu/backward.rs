@@ -4,6 +4,7 @@ use flex_block_attn_cuda as cuda;
 use flex_block_attn_kernels::Launch;
 use flex_block_attn_kernels::backward::{Args, Config, Workspace, finish, prepare};
 
+use super::video::{canvas, in_lines, no_kernel, places};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
 use crate::{Gradients, Options, Result, Saved, Tensor, check};
 
@@ -18,7 +19,7 @@ pub struct BackwardWorkspace {
 }
 
 impl BackwardWorkspace {
-    /// For a q of this shape.
+    /// For a q of this shape; of a video's q, of as many tokens as its tiles and text have places.
     pub fn new([batch, heads, q_len, head_dim]: [usize; 4]) -> Self {
         let (workspace, lines) = (Workspace::new(q_len), batch * heads);
         Self {
@@ -76,11 +77,16 @@ pub fn backward_steps(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
+    let config = match &options.video {
+        None => Config::choose(element, head_dim, q_block, kv_block, None),
+        Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
+    };
     let config = Config {
         deterministic: options.deterministic,
-        ..Config::choose(element, head_dim, q_block, kv_block, None)
-            .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?
+        ..config.ok_or_else(|| no_kernel(head_dim, options))?
     };
+    let canvas = options.video.as_ref().map(canvas).transpose()?;
+    let boxes = canvas.map(|_| config.piece);
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
         contiguous("dlse", dlse.shape, dlse.strides)?;
@@ -96,8 +102,10 @@ pub fn backward_steps(
         let x = gradient.as_ref().ok_or_else(|| missing(argument))?;
         in_memory(argument, x.pointer as u64, x.shape, x.strides)
     });
-    let [batch, heads, q_len, _] = q.shape.map(|extent| extent as u32);
-    let numbers = BackwardWorkspace::new(q.shape);
+    // Arrays between the kernels are in the order of tiles.
+    let places = places(q.shape, options);
+    let [batch, heads, q_len, _] = places.map(|extent| extent as u32);
+    let numbers = BackwardWorkspace::new(places);
     let [rows, sums] = workspace;
     let dout = read("dout", dout)?;
     let before = prepare::Args {
@@ -110,7 +118,7 @@ pub fn backward_steps(
         batch,
         heads,
         q_len,
-        canvas: None,
+        canvas,
     };
     let main = Args {
         q: read("q", q)?,
@@ -122,7 +130,7 @@ pub fn backward_steps(
         lse: before.log2,
         delta: before.delta,
         dq: sums,
-        tickets: sums + 4 * BackwardWorkspace::tickets_at(q.shape) as u64,
+        tickets: sums + 4 * BackwardWorkspace::tickets_at(places) as u64,
         plan: plan.address,
         layout: plan.layout,
         batch,
@@ -130,7 +138,7 @@ pub fn backward_steps(
         kv_heads: k.shape[1] as u32,
         scale,
         tables: &[],
-        canvas: None,
+        canvas,
     };
     let after = finish::Args {
         sums,
@@ -139,17 +147,28 @@ pub fn backward_steps(
         heads,
         q_len,
         scale,
-        canvas: None,
+        canvas,
     };
+    in_lines(
+        [
+            ("q", &main.q, q.shape),
+            ("k", &main.k, k.shape),
+            ("v", &main.v, v.shape),
+            ("dout", &main.dout, q.shape),
+            ("dk", &main.dk, k.shape),
+            ("dv", &main.dv, v.shape),
+        ],
+        options,
+    )?;
     let first = prepare::Config {
         element,
         head_dim,
-        boxes: None,
+        boxes,
     };
     let last = finish::Config {
         element,
         head_dim,
-        boxes: None,
+        boxes,
     };
     Ok(Some(BackwardSteps {
         zeroed: (sums, numbers.sums),

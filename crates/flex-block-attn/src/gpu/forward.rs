@@ -4,7 +4,8 @@ use flex_block_attn_cuda::{self as cuda, Device};
 use flex_block_attn_kernels::Launch;
 use flex_block_attn_kernels::forward::{Args, Config};
 
-use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
+use super::video::{canvas, in_lines, no_kernel};
+use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put};
 use crate::{Options, Result, Tensor, TensorMut, check};
 
 /// Bytes that [`forward()`] needs besides, at a multiple of 4; their contents do not matter.
@@ -38,8 +39,12 @@ pub fn forward_step(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
-    let config = Config::choose(element, head_dim, q_block, kv_block, None)
-        .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
+    let config = match &options.video {
+        None => Config::choose(element, head_dim, q_block, kv_block, None),
+        Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
+    };
+    let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
+    let canvas = options.video.as_ref().map(canvas).transpose()?;
     contiguous("lse", lse.shape, lse.strides)?;
     let [batch, heads, ..] = q.shape;
     let args = Args {
@@ -57,8 +62,17 @@ pub fn forward_step(
         counter: workspace,
         blocks: multiprocessors,
         tables: &[],
-        canvas: None,
+        canvas,
     };
+    in_lines(
+        [
+            ("q", &args.q, q.shape),
+            ("k", &args.k, k.shape),
+            ("v", &args.v, v.shape),
+            ("out", &args.out, q.shape),
+        ],
+        options,
+    )?;
     Ok(Some((Step::Forward(config), config.launch(&args))))
 }
 

@@ -7,11 +7,12 @@
 //! [`plan_steps`], [`forward_step`] and [`backward_steps`] say as plain data what a call puts on the
 //! stream: what is launched is what the emulator runs in tests.
 //!
-//! - `forward`, `backward`: the two passes;
+//! - `forward`, `backward`: the two passes; `video`: what they know of videos;
 //! - here: what they share, and plans.
 
 mod backward;
 mod forward;
+mod video;
 
 use std::collections::HashMap;
 use std::sync::{OnceLock, PoisonError, RwLock};
