@@ -3,6 +3,7 @@
 - :func:`flex_block_attn_func`: the drop-in, over a block mask as a tensor;
 - :func:`flex_block_attn`: over a :class:`BlockMask`, with scale and lse;
 - :class:`BlockMask`: masks from tensors or patterns, planned once;
+- :func:`video_attention`: over the tiles of a video, whose tokens stay where they are;
 - :func:`create_sparse_mask`, :func:`visualize_attn_mask`: helpers for mask tensors;
 - :mod:`.ssta_attention`: sparse attention of video models, STA, MoBA and SSTA;
 - :mod:`.moba`: mixture of block attention, causal, for language models;
@@ -17,6 +18,7 @@ from ._native import __version__
 from .api import flex_block_attn, flex_block_attn_func
 from .masks import BlockMask, create_sparse_mask
 from .utils import visualize_attn_mask
+from .video import video_attention
 
 __all__ = [
     "BlockMask",
@@ -27,5 +29,6 @@ __all__ = [
     "moba",
     "selection",
     "ssta_attention",
+    "video_attention",
     "visualize_attn_mask",
 ]

@@ -56,10 +56,10 @@ def flex_block_attn_func(
     q_block = as_size("q_block_size", q_block_size)
     kv_block = as_size("kv_block_size", kv_block_size)
     blocks = as_blocks(block_mask)
-    _same_device("block_mask", blocks, q)
+    same_device("block_mask", blocks, q)
     plan = ops.make_plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
     out, _ = ops.attention(
-        q, k, v, plan, q_block, kv_block, _default_scale(q), _is_deterministic(deterministic)
+        q, k, v, plan, q_block, kv_block, default_scale(q), is_deterministic(deterministic)
     )
     return out
 
@@ -97,13 +97,13 @@ def flex_block_attn(
             "BlockMask(tensor, q_len, kv_len, q_block_size, kv_block_size) makes one of a tensor"
         )
     q, k, v = as_inputs(q, k, v)
-    _same_device("mask", mask.blocks, q)
+    same_device("mask", mask.blocks, q)
     if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
             f"but the tensors have {q.shape[2]} and {k.shape[2]}"
         )
-    scale = _default_scale(q) if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     out, lse = ops.attention(
         q,
         k,
@@ -112,7 +112,7 @@ def flex_block_attn(
         mask.q_block_size,
         mask.kv_block_size,
         scale,
-        _is_deterministic(deterministic),
+        is_deterministic(deterministic),
         return_lse,
     )
     return (out, lse) if return_lse else out
@@ -130,7 +130,7 @@ def as_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 f"{name} must have 4 dimensions (batch, heads, sequence, head_dim), "
                 f"got shape {tuple(tensor.shape)}"
             )
-        _same_device(name, tensor, q)
+        same_device(name, tensor, q)
     device = q.device.type
     if device not in _DEVICES:
         raise NotImplementedError(
@@ -171,16 +171,16 @@ def _are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _is_deterministic(asked: bool) -> bool:
+def is_deterministic(asked: bool) -> bool:
     return bool(asked) or torch.are_deterministic_algorithms_enabled()
 
 
-def _default_scale(q: Tensor) -> float:
+def default_scale(q: Tensor) -> float:
     head_dim = q.shape[3]
     return head_dim**-0.5 if head_dim else 1.0  # a head_dim of 0 is refused underneath
 
 
-def _same_device(name: str, tensor: Tensor, q: Tensor) -> None:
+def same_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}")
 

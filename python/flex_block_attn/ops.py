@@ -67,7 +67,7 @@ def attention(
     return out, _lse(rows, q) if return_lse else None
 
 
-def _stream(tensor: Tensor) -> tuple[int, int]:
+def stream(tensor: Tensor) -> tuple[int, int]:
     """A CUDA tensor's device, and the stream that is current there. The extension makes the
     device's context current itself, so no device guard is needed."""
     device = tensor.device.index
@@ -75,14 +75,14 @@ def _stream(tensor: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
-def _check_devices(q: Tensor, *others: Tensor) -> None:
+def check_devices(q: Tensor, *others: Tensor) -> None:
     """torch comes to a CUDA implementation if any tensor is there; kernels would follow the address
     of another device."""
     if any(tensor.device != q.device for tensor in others):
         raise ValueError("q, k, v, the plan and all else must be on one device")
 
 
-def _for_copies(tensor: Tensor) -> Tensor:
+def for_copies(tensor: Tensor) -> Tensor:
     """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
     torch makes is so; an odd slice or an expanded tensor becomes a copy."""
     aligned = tensor.data_ptr() % 16 == 0
@@ -97,7 +97,7 @@ def _for_copies(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
+def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -122,7 +122,7 @@ def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: 
     words = _native.plan_words(sizes)
     result = blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
     raw = blocks.data_ptr(), blocks.shape, blocks.stride()
-    _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), _stream(blocks))
+    _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), stream(blocks))
     return result
 
 
@@ -142,7 +142,7 @@ def _plan_fake(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: 
 
 @torch.library.register_fake(f"{_LIBRARY}::forward")
 def _forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
 
 
 @torch.library.impl(f"{_LIBRARY}::forward", "CPU")
@@ -178,24 +178,24 @@ def _launch_forward(
         return out.to(q.device), lse.to(q.device)
     out = torch.empty_like(q)
     # One piece of memory for two: each costs the host as much as a launch.
-    count = batch * heads * tokens + _WORKSPACE
+    count = batch * heads * tokens + WORKSPACE
     rows = torch.empty_strided((count,), (1,), dtype=torch.float32, device=q.device)
     if scale < 0:
         # Kernels look for the largest score before they scale.
         q, scale = -q, -scale
     _native.forward_cuda(
-        (_for_copies(q), _for_copies(k), _for_copies(v)),
+        (for_copies(q), for_copies(k), for_copies(v)),
         (plan, q_block, kv_block),
         scale,
         out,
         rows.data_ptr(),
-        _stream(q),
+        stream(q),
     )
     return out, rows
 
 
 # Numbers of memory that the kernel needs behind the lse.
-_WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
+WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
 
 
 def _lse(rows: Tensor, q: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _forward_cuda(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(q, k, v, plan)
+    check_devices(q, k, v, plan)
     out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
     return out, _lse(rows, q)
 
@@ -296,14 +296,14 @@ def _backward_cuda(
     deterministic: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
+    check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
     if scale < 0:
         # As the forward pass: the gradient of -q is less that of q.
         q, scale, negated = -q, -scale, True
     else:
         negated = False
     q, k, v, out, dout = (
-        _for_copies(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v, out, dout)
+        for_copies(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v, out, dout)
     )
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
@@ -321,7 +321,7 @@ def _backward_cuda(
             (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
-            _stream(q),
+            stream(q),
         )
         gradients = dq.neg_() if negated else dq, dk, dv
     dq, dk, dv = (

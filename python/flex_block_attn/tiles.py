@@ -130,6 +130,14 @@ class Canvas:
             raise ValueError(f"tile_thw must hold a multiple of 16 tokens, got {tile_thw}")
         return cls(canvas, tile_thw, window, as_size("text_len", text_len))
 
+    @classmethod
+    def of_tiles(cls, thw: Any, tile_thw: Any, text_len: Any) -> "Canvas":
+        """Without a window, and of these tiles, be it of an image."""
+        canvas, tile_thw = as_triple("canvas_thw", thw), as_triple("tile_thw", tile_thw)
+        if prod(tile_thw) % 16:
+            raise ValueError(f"tile_thw must hold a multiple of 16 tokens, got {tile_thw}")
+        return cls(canvas, tile_thw, (1, 1, 1), as_size("text_len", text_len))
+
     @property
     def block(self) -> int:
         """Tokens of a tile, and of a block of text."""
@@ -149,6 +157,11 @@ class Canvas:
     def blocks(self) -> int:
         """Tiles and blocks of text."""
         return self.video_blocks + -(-self.text_len // self.block)
+
+    @property
+    def places(self) -> int:
+        """Tokens if all tiles were whole."""
+        return self.video_blocks * self.block + self.text_len
 
     @property
     def tokens(self) -> int:

@@ -67,13 +67,11 @@ impl Video {
         self.tiles().iter().product::<usize>() * self.block() + self.text_len
     }
 
-    /// Whether sizes make sense, and a plan is for them.
-    pub(crate) fn check(&self, plan: &PlanLayout) -> Result<()> {
-        let refused = |argument, got, allowed| Error::Video {
-            argument,
-            got,
-            allowed,
-        };
+    /// Whether sizes make sense. Only of such a video may be asked what it has.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check_sizes(&self) -> Result<()> {
         let too_large = |sizes: [usize; 3]| {
             let product = sizes.iter().try_fold(1usize, |all, &n| all.checked_mul(n));
             sizes.contains(&0) || product.is_none_or(|all| all > MOST)
@@ -89,10 +87,19 @@ impl Video {
             let got = format!("{:?}, {block} in all", self.tile);
             return Err(refused("tile_thw", got, "of a multiple of 16 tokens"));
         }
-        if self.text_len > MOST || too_large(self.tiles().map(|n| n.saturating_mul(block))) {
+        let places = self.tiles().iter().map(|&n| n as u128).product::<u128>() * block as u128;
+        if places + self.text_len as u128 > MOST as u128 {
             let got = self.text_len.to_string();
-            return Err(refused("text_len", got, "at most 2^40 with the video"));
+            let allowed = "at most 2^40 with all tokens of whole tiles";
+            return Err(refused("text_len", got, allowed));
         }
+        Ok(())
+    }
+
+    /// Whether sizes make sense, and a plan is for them.
+    pub(crate) fn check(&self, plan: &PlanLayout) -> Result<()> {
+        self.check_sizes()?;
+        let block = self.block();
         let (extents, places) = (plan.extents, self.places());
         let blocks = [extents.q_block(), extents.kv_block()];
         let lengths = [extents.q_len(), extents.kv_len()];
@@ -137,6 +144,14 @@ impl Video {
             }
             _ => 0.0,
         }
+    }
+}
+
+fn refused(argument: &'static str, got: String, allowed: &'static str) -> Error {
+    Error::Video {
+        argument,
+        got,
+        allowed,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use flex_block_attn::{Gradients, Options, PlanLayout, PlanView, Saved};
+use flex_block_attn::{Gradients, Options, Padding, PlanLayout, PlanView, Saved, Video};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -16,8 +16,9 @@ use crate::tensor::{Kind, Raw};
 pub struct RawPlan(Raw, usize, usize);
 
 impl RawPlan {
-    /// Its address and its layout for these queries and keys, by which it has as many words as it has.
-    pub fn layout(&self, q: &Raw, k: &Raw) -> PyResult<(usize, PlanLayout)> {
+    /// Its address and its layout for these queries and keys, or for the places of a video, by which it
+    /// has as many words as it has.
+    pub fn layout(&self, q: &Raw, k: &Raw, video: Option<&Video>) -> PyResult<(usize, PlanLayout)> {
         let &Self(ref plan, q_block, kv_block) = self;
         let [batch, heads, words, _] = plan.shape;
         let dense = [(heads * words) as isize, words as isize, 1];
@@ -27,8 +28,12 @@ impl RawPlan {
             let text = "plan must come from flex_block_attn::plan";
             return Err(PyValueError::new_err(text));
         }
+        let (q_len, kv_len) = match video {
+            None => (q.shape[2], k.shape[2]),
+            Some(video) => (video.places(), video.places()),
+        };
         let layout = PlanLayout {
-            extents: extents((q.shape[2], k.shape[2], q_block, kv_block))?,
+            extents: extents((q_len, kv_len, q_block, kv_block))?,
             batch,
             heads,
         };
@@ -40,8 +45,8 @@ impl RawPlan {
 
     /// # Safety
     /// The tensor is alive and not written during `'a`.
-    unsafe fn view<'a>(&self, q: &Raw, k: &Raw) -> PyResult<PlanView<'a>> {
-        let (address, layout) = self.layout(q, k)?;
+    unsafe fn view<'a>(&self, q: &Raw, k: &Raw, video: Option<&Video>) -> PyResult<PlanView<'a>> {
+        let (address, layout) = self.layout(q, k, video)?;
         let words: &[i32] = match layout.words() {
             0 => &[],
             // SAFETY: the caller's promise; torch aligns int32 tensors to their elements.
@@ -51,23 +56,48 @@ impl RawPlan {
     }
 }
 
-fn options((scale, threads): (f64, usize)) -> Options {
+/// A video as it crosses: thw, tile, text_len, and whether padding is attended.
+pub type RawVideo = ([usize; 3], [usize; 3], usize, bool);
+
+/// The video, whose sizes are such that its places can be counted.
+pub fn video(raw: Option<RawVideo>) -> PyResult<Option<Video>> {
+    let Some((thw, tile, text_len, attended)) = raw else {
+        return Ok(None);
+    };
+    let video = Video {
+        thw,
+        tile,
+        text_len,
+        padding: match attended {
+            true => Padding::Zero,
+            false => Padding::Exact,
+        },
+    };
+    video.check_sizes().map_err(python)?;
+    Ok(Some(video))
+}
+
+fn options((scale, threads): (f64, usize), video: Option<Video>) -> Options {
     Options {
         scale: Some(scale),
         threads: NonZeroUsize::new(threads),
         deterministic: false,
+        video,
     }
 }
 
-/// Writes `out` and `lse`. `settings` are scale and threads.
+/// Writes `out` and `lse`. `settings` are scale and threads; a `video` is one whose tokens these are.
 #[pyfunction]
+#[pyo3(signature = (inputs, plan, settings, outputs, video=None))]
 pub fn forward(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Raw, Raw),
+    video: Option<RawVideo>,
 ) -> PyResult<()> {
+    let video = self::video(video)?;
     // SAFETY: `ops.py` holds all tensors for the length of this call, has just read their layouts,
     // and has allocated the outputs itself.
     unsafe {
@@ -77,8 +107,8 @@ pub fn forward(
             inputs.2.read("v")?,
         );
         let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
-        let plan = plan.view(&inputs.0, &inputs.1)?;
-        let options = options(settings);
+        let plan = plan.view(&inputs.0, &inputs.1, video.as_ref())?;
+        let options = options(settings, video);
         let call = Unbound((q, k, v, plan, options, out, lse));
         py.detach(move || {
             let Unbound((q, k, v, plan, options, out, lse)) = call.whole();
@@ -89,8 +119,9 @@ pub fn forward(
 }
 
 /// Writes the gradients that are not `None`. `saved` are q, k, v, out and lse; `gradients` those
-/// of out and, perhaps, of lse; `outputs` those of q, k and v.
+/// of out and, perhaps, of lse; `outputs` those of q, k and v; `video` as for `forward`.
 #[pyfunction]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, video=None))]
 pub fn backward(
     py: Python<'_>,
     saved: (Raw, Raw, Raw, Raw, Raw),
@@ -98,10 +129,12 @@ pub fn backward(
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Option<Raw>, Option<Raw>, Option<Raw>),
+    video: Option<RawVideo>,
 ) -> PyResult<()> {
+    let video = self::video(video)?;
     // SAFETY: as for `forward`.
     unsafe {
-        let plan = plan.view(&saved.0, &saved.1)?;
+        let plan = plan.view(&saved.0, &saved.1, video.as_ref())?;
         let saved = Saved {
             q: saved.0.read("q")?,
             k: saved.1.read("k")?,
@@ -117,7 +150,7 @@ pub fn backward(
             dk: write(outputs.1, "dk")?,
             dv: write(outputs.2, "dv")?,
         };
-        let options = options(settings);
+        let options = options(settings, video);
         let call = Unbound((saved, dout, dlse, plan, options, gradients));
         py.detach(move || {
             let Unbound((saved, dout, dlse, plan, options, gradients)) = call.whole();

@@ -6,7 +6,7 @@ use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
 use flex_block_attn::{DType, Gradients, Options, PlanLayout, Saved, TensorMut};
 use pyo3::prelude::*;
 
-use crate::attention::{RawPlan, Unbound};
+use crate::attention::{RawPlan, RawVideo, Unbound, video};
 use crate::error::{python, python_mask};
 use crate::mask::{RawExtents, extents};
 use crate::tensor::Raw;
@@ -52,8 +52,11 @@ pub fn plan_cuda(
 }
 
 /// Attention forward on a GPU: writes `out`, and the lse at address `rows`: contiguous numbers, behind
-/// which the workspace lies, of [`gpu::FORWARD_WORKSPACE_BYTES`] bytes.
+/// which the workspace lies, of [`gpu::FORWARD_WORKSPACE_BYTES`] bytes. A `video` is one whose tokens
+/// these are: the lse then has a number for each of its places.
 #[pyfunction]
+#[pyo3(signature = (inputs, plan, scale, out, rows, on, video=None))]
+#[allow(clippy::too_many_arguments)]
 pub fn forward_cuda(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
@@ -62,14 +65,17 @@ pub fn forward_cuda(
     out: Raw,
     rows: u64,
     on: RawStream,
+    video: Option<RawVideo>,
 ) -> PyResult<()> {
-    let (address, layout) = plan.layout(&inputs.0, &inputs.1)?;
+    let video = self::video(video)?;
+    let (address, layout) = plan.layout(&inputs.0, &inputs.1, video.as_ref())?;
     let plan = Plan {
         layout,
         address: address as u64,
     };
     let options = Options {
         scale: Some(scale),
+        video,
         ..Options::default()
     };
     // SAFETY: `ops.py` has read all layouts from tensors on the stream's device, and has allocated
@@ -82,6 +88,7 @@ pub fn forward_cuda(
             inputs.2.read("v")?,
         );
         let [batch, heads, tokens, _] = inputs.0.shape;
+        let tokens = video.map_or(tokens, |video| video.places());
         let lse = TensorMut::from_raw(
             rows as *mut c_void,
             DType::F32,
@@ -108,8 +115,10 @@ pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;
 /// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
-/// `settings` are the scale, and whether the gradient of q is to repeat to the last bit.
+/// `settings` are the scale, and whether the gradient of q is to repeat to the last bit; `video` as for
+/// [`forward_cuda`].
 #[pyfunction]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, workspace, on, video=None))]
 #[allow(clippy::too_many_arguments)]
 pub fn backward_cuda(
     py: Python<'_>,
@@ -120,8 +129,10 @@ pub fn backward_cuda(
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
     on: RawStream,
+    video: Option<RawVideo>,
 ) -> PyResult<()> {
-    let (address, layout) = plan.layout(&saved.0, &saved.1)?;
+    let video = self::video(video)?;
+    let (address, layout) = plan.layout(&saved.0, &saved.1, video.as_ref())?;
     let plan = Plan {
         layout,
         address: address as u64,
@@ -130,6 +141,7 @@ pub fn backward_cuda(
         scale: Some(settings.0),
         threads: None,
         deterministic: settings.1,
+        video,
     };
     // SAFETY: as for `forward_cuda`.
     unsafe {
