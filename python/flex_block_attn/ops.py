@@ -174,7 +174,7 @@ def _launch_forward(
     if k.shape[2] == 0:
         # There is nothing to launch for, but arguments are to be checked as ever.
         on_cpu = (x.cpu() for x in (q, k, v, plan))
-        out, lse = forward(*on_cpu, q_block, kv_block, scale)
+        out, lse = forward(*on_cpu, q_block, kv_block, scale, False)
         return out.to(q.device), lse.to(q.device)
     out = torch.empty_like(q)
     # One piece of memory for two: each costs the host as much as a launch.

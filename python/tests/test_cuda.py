@@ -304,6 +304,7 @@ def video(batch=2):
     return torch.randn(shape, device="cuda", generator=generator).bfloat16().unbind()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("sparse_type", ["sta", "block_attn", "ssta"])
 def test_video_attention_is_that_of_the_cpu_and_waits_for_nothing(sparse_type, choice):
