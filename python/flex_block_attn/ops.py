@@ -311,9 +311,8 @@ def _backward_cuda(
     else:
         if dlse is not None:
             dlse = dlse.contiguous()
-        rows, sums = (
-            q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(q.shape)
-        )
+        counts = _native.backward_workspace(q.shape, deterministic)
+        rows, sums = (q.new_empty(count, dtype=torch.float32) for count in counts)
         _native.backward_cuda(
             (q, k, v, out, lse),
             (dout, dlse),

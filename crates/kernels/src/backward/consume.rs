@@ -15,7 +15,7 @@ use flex_block_attn_tile::{
     SharedTile, WARPGROUP, Waiter, Warpgroup,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
+use super::kernel::{CONSUMERS, END, Maps, Share, Stores};
 use super::queries::{KeyTile, Problem};
 use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
 use crate::exact::{Axis, Where};
@@ -42,7 +42,7 @@ pub(super) struct Consumer<'a, 'k> {
     /// Both sides of the exchange of gradients.
     given: Giver<'k>,
     taken: Taker<'k>,
-    dq_empty: Vec<Waiter<'k>>,
+    dq_empty: Waiter<'k>,
     own_keys: SharedTile<'k>,
     own_values: SharedTile<'k>,
     /// Of a tile, keys by queries: scores, then weights; the weights' gradients, then the scores'; and
@@ -52,6 +52,9 @@ pub(super) struct Consumer<'a, 'k> {
     weights: Fragments<'k>,
     rounded: Fragments<'k>,
     dq: RegTile<'k>,
+    /// For each stage how many steps make 1 in the rows of dq that this thread has, if sums are of
+    /// integers.
+    steps: Vec<[Reg<'k, f32>; 2]>,
     dk: RegTile<'k>,
     dv: RegTile<'k>,
     hidden: Hidden<'k>,
@@ -83,7 +86,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
-        let empty = |out: &Outgoing<'k>| phases.waiter_ahead(out.empty.at(wg.index));
         Self {
             k,
             config,
@@ -96,7 +98,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             douts: stores.douts.consumer(wg.leader, &phases),
             given: stores.gradients.producer(&phases),
             taken: stores.gradients.consumer(wg.leader, &phases),
-            dq_empty: stores.dq.iter().map(empty).collect(),
+            dq_empty: phases.waiter_ahead(stores.dq.empty.at(wg.index)),
             own_keys: stores.keys.part(wg.index, OWN),
             own_values: stores.values.part(wg.index, OWN),
             scores,
@@ -104,6 +106,11 @@ impl<'a, 'k> Consumer<'a, 'k> {
             weights,
             rounded,
             dq: RegTile::uninit(k, UNIT),
+            steps: stores
+                .steps
+                .iter()
+                .map(|_| [k.uninit(), k.uninit()])
+                .collect(),
             dk,
             dv,
             hidden: Hidden {
@@ -208,10 +215,8 @@ impl<'a, 'k> Consumer<'a, 'k> {
         each_column(k, wg, lse, &self.scores, |_, score, lse| {
             score.set(score.fma(self.scale, -lse).exp2());
         });
-        if self.config.order.settled {
-            wg.settle(&self.scores, lse);
-        }
         wg.wait(0);
+        self.note_steps(stage);
         // A step of 16 queries at a time: registers of its weights and gradients are free after it.
         let deltas = self.stores.deltas[stage];
         for step in 0..self.weights.steps() {
@@ -235,6 +240,21 @@ impl<'a, 'k> Consumer<'a, 'k> {
         k.warp_sync();
         k.where_(wg.leader, || full.arrive());
         self.wait_for_turn();
+    }
+
+    /// Reads how many steps make 1 in the rows that this thread will have of the tile's dq.
+    fn note_steps(&self, stage: usize) {
+        let Some(steps) = self.steps.get(stage) else {
+            return;
+        };
+        let first = match self.config.share() {
+            Share::Columns => self.wg.row(),
+            Share::Rows => self.wg.index * UNIT + self.wg.row(),
+        };
+        let own = self.stores.steps[stage].plus(first * 4);
+        for (i, &number) in (0..).zip(steps) {
+            number.set(self.k.load_shared::<f32>(own.at(4 * 8 * i)));
+        }
     }
 
     fn wait_for_turn(&self) {
@@ -314,14 +334,19 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Gives it to the reducer.
     fn give_dq(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
-        let number = stage % self.stores.dq.len();
-        let out = &self.stores.dq[number];
+        let out = &self.stores.dq;
         let to = out.units.plus(wg.index * UNIT_BYTES);
         let to = to.plus(wg.warp * (UNIT_BYTES / 4) + wg.lane * 16);
-        self.dq_empty[number].wait();
+        self.dq_empty.wait();
         for (i, numbers) in (0..).zip(self.dq.registers().chunks_exact(4)) {
-            let numbers: [Reg<'k, f32>; 4] = std::array::from_fn(|j| numbers[j]);
-            k.store_shareds(to.at(4 * 128 * i), numbers);
+            let at = to.at(4 * 128 * i);
+            match self.steps.get(stage) {
+                None => k.store_shareds(at, std::array::from_fn::<_, 4, _>(|j| numbers[j])),
+                Some(steps) => {
+                    let whole = |j: usize| (numbers[j] * steps[j / 2]).to_i32();
+                    k.store_shareds(at, std::array::from_fn::<_, 4, _>(whole));
+                }
+            }
         }
         k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();

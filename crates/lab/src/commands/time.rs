@@ -52,13 +52,14 @@ const MASKS: [Mask; 14] = [
 ];
 
 /// Masks for the backward pass.
-const BACKWARD_MASKS: [Mask; 8] = [
+const BACKWARD_MASKS: [Mask; 9] = [
     ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
     ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
     ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
     ("random384 0.2 h24 s30720", 24, 30_720, 128, 384, 0.2),
     ("random128 0.2 h24 s30720", 24, 30_720, 128, 128, 0.2),
     ("random64 0.2 h24 s30720", 24, 30_720, 128, 64, 0.2),
+    ("dense h1 s61440", 1, 61_440, 128, 384, 1.0),
     ("dense h24 s15360 d64", 24, 15_360, 64, 384, 1.0),
     ("random384 0.2 h24 s30720 d64", 24, 30_720, 64, 384, 0.2),
 ];
@@ -201,6 +202,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
     let config = prepare::Config {
         element: Element::Bf16,
         head_dim: HEAD_DIM,
+        deterministic: false,
     };
     let rows = HEADS * TOKENS;
     let line = 4 * HEADS as usize * Workspace::new(TOKENS as usize).line;
@@ -211,8 +213,11 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
         dlse: 0,
         log2: gpu.alloc(line)?,
         delta: gpu.alloc(line)?,
+        steps: 0,
+        bounds: 0,
         batch: 1,
         heads: HEADS,
+        kv_heads: HEADS,
         q_len: TOKENS,
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));

@@ -123,7 +123,6 @@ fn gradients() {
             let config = backward::Config {
                 element,
                 head_dim,
-                order: backward::Order::CHOSEN,
                 piece: 64,
                 mask: None,
                 deterministic,
