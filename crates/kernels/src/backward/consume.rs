@@ -30,18 +30,18 @@ const TURN: u32 = 4;
 
 /// What a consumer works with.
 pub(super) struct Consumer<'a, 'k> {
-    k: &'k Builder,
+    pub(super) k: &'k Builder,
     config: Config,
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
-    wg: Warpgroup<'k>,
+    pub(super) wg: Warpgroup<'k>,
     keys_full: Waiter<'k>,
-    queries: Taker<'k>,
-    douts: Taker<'k>,
+    pub(super) queries: Taker<'k>,
+    pub(super) douts: Taker<'k>,
     /// Both sides of the exchange of gradients.
     given: Giver<'k>,
-    taken: Taker<'k>,
+    pub(super) taken: Taker<'k>,
     dq_empty: Waiter<'k>,
     own_keys: SharedTile<'k>,
     own_values: SharedTile<'k>,
@@ -50,7 +50,7 @@ pub(super) struct Consumer<'a, 'k> {
     scores: RegTile<'k>,
     gradients: RegTile<'k>,
     weights: Fragments<'k>,
-    rounded: Fragments<'k>,
+    pub(super) rounded: Fragments<'k>,
     dq: RegTile<'k>,
     /// For each stage how many steps make 1 in the rows of dq that this thread has, if sums are of
     /// integers.
@@ -131,6 +131,16 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.keys_full.wait();
         // The first consumer goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
+        match self.config.apart {
+            true => self.each_apart(),
+            false => self.each(),
+        }
+        self.store(maps);
+    }
+
+    /// Walks tiles that are wanted by both consumers.
+    fn each(&self) {
+        let Self { k, wg, .. } = *self;
         k.if_(self.seek(0), || {
             self.wait_for_turn();
             self.issue_scores(0);
@@ -145,7 +155,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
             };
             k.if_else(self.seek(1), rest, || self.finish_dq(0));
         });
-        self.store(maps);
     }
 
     /// Does all tiles but the first; dq's of the last, too.
@@ -171,7 +180,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Waits for the next tile, which goes into a stage; says whether there is one.
-    fn seek(&self, stage: usize) -> Reg<'k, bool> {
+    pub(super) fn seek(&self, stage: usize) -> Reg<'k, bool> {
         self.queries.wait(stage);
         let line = self.k.load_shared::<u32>(self.stores.notes[stage]);
         line.uniform().differs(END)
@@ -184,7 +193,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.queries.release(before);
     }
 
-    fn issue_scores(&self, stage: usize) {
+    pub(super) fn issue_scores(&self, stage: usize) {
         let q = self.queries.tile(stage);
         self.wg.fence();
         self.wg.product(
@@ -197,7 +206,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Makes weights, their gradients and the scores' gradients of the tile whose scores are under
     /// way, and gives the last to both consumers. The turn at the tensor cores is the other's
     /// meanwhile.
-    fn weigh(&self, stage: usize) {
+    pub(super) fn weigh(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
         let pair = pair(self.config.element);
         let dout = self.douts.wait(stage);
@@ -207,7 +216,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             Left::Tile(self.own_values),
             Right::Transposed(dout),
         );
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        self.pass_turn();
         let wants = self.wants(stage);
         wg.wait(1);
         self.hide(stage, &wants);
@@ -235,15 +244,21 @@ impl<'a, 'k> Consumer<'a, 'k> {
             );
             gradients.round_to(&self.rounded.part(step), pair);
         }
+        self.give_gradients(stage);
+        self.wait_for_turn();
+    }
+
+    /// Gives the scores' gradients to both consumers.
+    pub(super) fn give_gradients(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
         let (tile, full) = self.given.wait(stage);
         wg.store_transposed(&self.rounded, tile.panel_at(wg.index));
         k.warp_sync();
         k.where_(wg.leader, || full.arrive());
-        self.wait_for_turn();
     }
 
     /// Reads how many steps make 1 in the rows that this thread will have of the tile's dq.
-    fn note_steps(&self, stage: usize) {
+    pub(super) fn note_steps(&self, stage: usize) {
         let Some(steps) = self.steps.get(stage) else {
             return;
         };
@@ -257,12 +272,17 @@ impl<'a, 'k> Consumer<'a, 'k> {
         }
     }
 
-    fn wait_for_turn(&self) {
+    pub(super) fn wait_for_turn(&self) {
         self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
     }
 
+    pub(super) fn pass_turn(&self) {
+        let other = self.wg.index ^ 1;
+        self.k.barrier_arrive(other + TURN, 2 * WARPGROUP);
+    }
+
     /// Which warps' keys see each of a tile's pieces.
-    fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
+    pub(super) fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
         let note = self.stores.notes[stage];
         let want = |i| self.k.load_shared::<u32>(note.at(8 + 8 * i)).uniform();
         (0..self.config.pieces()).map(want).collect()
@@ -305,14 +325,14 @@ impl<'a, 'k> Consumer<'a, 'k> {
         });
     }
 
-    fn issue_dv(&self, stage: usize) {
+    pub(super) fn issue_dv(&self, stage: usize) {
         let dout = self.douts.tile(stage);
         let weights = Left::Fragments(&self.weights);
         self.wg.fence();
         self.wg.add_product(&self.dv, weights, Right::Tile(dout));
     }
 
-    fn issue_dk(&self, stage: usize) {
+    pub(super) fn issue_dk(&self, stage: usize) {
         let q = self.queries.tile(stage);
         let gradients = Left::Fragments(&self.rounded);
         self.wg.fence();
@@ -320,7 +340,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// This consumer's part of a tile's dq, from both consumers' gradients.
-    fn issue_dq(&self, stage: usize) {
+    pub(super) fn issue_dq(&self, stage: usize) {
         let wg = self.wg;
         let (gradients, keys) = (self.taken.wait(stage), self.stores.keys);
         let (left, right) = match self.config.share() {
@@ -332,7 +352,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Gives it to the reducer.
-    fn give_dq(&self, stage: usize) {
+    pub(super) fn give_dq(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
         let out = &self.stores.dq;
         let to = out.units.plus(wg.index * UNIT_BYTES);
@@ -355,11 +375,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
 
     /// dq of the last tile, when its other products are under way. The other consumer's turn has no
     /// end that this one waits for.
-    fn finish_dq(&self, stage: usize) {
-        let Self { k, wg, .. } = *self;
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+    pub(super) fn finish_dq(&self, stage: usize) {
+        self.pass_turn();
         self.issue_dq(stage);
-        wg.wait(0);
+        self.wg.wait(0);
         self.give_dq(stage);
     }
 

@@ -12,10 +12,12 @@
 //!
 //! - [`bounds`], [`prepare`], [`finish`]: what comes before and after;
 //! - `kernel`: what is in the main kernel's shared memory, and its loader;
-//! - `consume`, `reduce`: what its consumers and its reducers do;
+//! - `consume`, `apart`, `reduce`: what its consumers do, where both want all tiles and where not, and
+//!   its reducers;
 //! - `queries`: the pieces of the lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+mod apart;
 pub mod bounds;
 mod consume;
 pub mod finish;
@@ -57,6 +59,8 @@ pub struct Config {
     pub piece: u32,
     /// Whether dq is the same to the last bit each time, as dk and dv always are.
     pub deterministic: bool,
+    /// Whether a tile of keys is of several blocks: consumers leave out what their own do not see.
+    pub apart: bool,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
 }
@@ -134,12 +138,15 @@ impl Config {
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
             for head_dim in [64, 128] {
-                for deterministic in [false, true] {
+                for (deterministic, apart) in
+                    [(false, false), (false, true), (true, false), (true, true)]
+                {
                     all.extend([64, 32, 16].map(|piece| Self {
                         element,
                         head_dim,
                         piece,
                         deterministic,
+                        apart,
                         mask: None,
                     }));
                 }
@@ -169,6 +176,7 @@ impl Config {
             head_dim,
             piece,
             deterministic: false,
+            apart: !kv_block.is_multiple_of(KEYS),
             mask,
         })
     }
@@ -269,9 +277,13 @@ impl Config {
             head_dim,
             piece,
             deterministic,
+            apart,
             mask,
         } = self;
         let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        if apart {
+            name += "_apart";
+        }
         if deterministic {
             name += "_deterministic";
         }

@@ -16,6 +16,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         head_dim,
         piece,
         deterministic: false,
+        apart: false,
         mask: None,
     }
 }
@@ -79,6 +80,7 @@ fn keys_of_several_blocks() {
         for element in [Element::Bf16, Element::F16] {
             let config = Config {
                 element,
+                apart: true,
                 ..config(head_dim, piece)
             };
             let problem = Backward {
@@ -129,6 +131,7 @@ fn sums_of_integers() {
             ..Backward::new(
                 Config {
                     deterministic: true,
+                    apart: kv_block % 128 > 0,
                     ..config(head_dim, piece)
                 },
                 mask,

@@ -125,6 +125,7 @@ fn gradients() {
                 head_dim,
                 piece: 64,
                 mask: None,
+                apart: false,
                 deterministic,
             };
             let problem = Backward {

@@ -6,13 +6,10 @@ use flex_block_attn_kernels::backward::{self, Config, WINDOW, Workspace, bounds,
 use flex_block_attn_kernels::{Element, Strides, forward};
 use flex_block_attn_lab::gpu::Gpu;
 
-use super::{Mask, Measured, Result, numbers};
+use super::{Mask, Measured, ROUNDS, Result, numbers};
 
 /// Queries among which thread blocks start that walk all.
 const WINDOWS: [u32; 5] = [0, 2048, WINDOW, 16_384, 1 << 20];
-
-/// Rounds in which all are timed, one after the other: a GPU gets warm.
-const ROUNDS: usize = 2;
 
 /// Times of one mask, with what was timed. The forward pass comes first, for its output and lse.
 pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measured)>> {
@@ -146,7 +143,11 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
             all,
         ));
     }
-    let function = gpu.load(&chosen.kernel())?;
+    let mut mains = Vec::new();
+    for apart in [false, true] {
+        let config = Config { apart, ..chosen };
+        mains.push((config, gpu.load(&config.kernel())?));
+    }
 
     let pairs = (tokens as f64).powi(2) * mask.density();
     let work = 10.0 * pairs * f64::from(head_dim * heads);
@@ -161,11 +162,16 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
             })?;
             results.push(((*name).to_owned(), Measured { times, work }));
         }
-        for window in WINDOWS.into_iter().filter(|_| density == 1.0) {
-            gpu.zero_words(main.dq, sums)?;
-            let launch = chosen.launch(&backward::Args { window, ..main });
-            let times = gpu.time(1, 10, || gpu.launch(function, &launch))?;
-            results.push((format!("main, window {window}"), Measured { times, work }));
+        for (config, function) in &mains {
+            // What depends on where lists of all queries are started.
+            for window in WINDOWS.iter().filter(|&&w| density == 1.0 || w == WINDOW) {
+                let window = *window;
+                gpu.zero_words(main.dq, sums)?;
+                let launch = config.launch(&backward::Args { window, ..main });
+                let times = gpu.time(1, 10, || gpu.launch(function, &launch))?;
+                let name = format!("main, apart {}, window {window}", config.apart);
+                results.push((name, Measured { times, work }));
+            }
         }
     }
     Ok(results)
