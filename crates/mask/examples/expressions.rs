@@ -36,7 +36,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             ("document", document(3000)?),
             ("causal document", causal() & document(3000)?),
             ("3-D window", window([64, 96], [2, 6, 6])),
-            ("dilated", causal() & ((q() - kv()) % 4).equals(0) & (q() - kv()).less_than(4096)),
+            (
+                "dilated",
+                causal() & ((q() - kv()) % 4).equals(0) & (q() - kv()).less_than(4096),
+            ),
         ];
         for (name, condition) in masks {
             let expression = Expression::new(&condition)?;

@@ -74,7 +74,7 @@ impl Interval {
     pub fn divided(self, by: Self) -> Self {
         if by.is_one() && by.low > 0 {
             let n = by.low;
-            return Self::new(self.low.div_euclid(n), self.high.div_euclid(n));
+            return Self::new(divide(self.low, n), divide(self.high, n));
         }
         if by.has(0) {
             let most = self.low.abs().max(self.high.abs());
@@ -86,7 +86,7 @@ impl Interval {
     pub fn remainder(self, by: Self) -> Self {
         if by.is_one() && by.low > 0 {
             let n = by.low;
-            let (first, last) = (self.low.div_euclid(n), self.high.div_euclid(n));
+            let (first, last) = (divide(self.low, n), divide(self.high, n));
             return match first == last {
                 true => Self::new(self.low - first * n, self.high - last * n),
                 false => Self::new(0, n - 1),
@@ -112,9 +112,9 @@ impl Interval {
         }
     }
 
-    /// Whether it is less than 0.
-    pub fn is_negative(self) -> Self {
-        Self::new(i64::from(self.high < 0), i64::from(self.low < 0))
+    /// Whether it is less than a number.
+    pub fn is_below(self, n: i64) -> Self {
+        Self::new(i64::from(self.high < n), i64::from(self.low < n))
     }
 
     /// Whether it is 0.
@@ -137,6 +137,16 @@ impl Interval {
             Self::FALSE => b,
             _ => a.hull(b),
         }
+    }
+}
+
+/// Rounded down, by a positive number.
+#[inline]
+fn divide(a: i64, n: i64) -> i64 {
+    match (u32::try_from(a), u32::try_from(n)) {
+        // By far the faster instruction.
+        (Ok(a), Ok(n)) => (a / n).into(),
+        _ => a.div_euclid(n),
     }
 }
 

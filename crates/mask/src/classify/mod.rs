@@ -211,6 +211,14 @@ impl Search<'_> {
         if self.evaluator.is_none() {
             return [true; 2];
         }
+        if !self.samples(rows, columns, &mut found) {
+            self.quarters(rows, columns, &mut found);
+        }
+        found
+    }
+
+    /// Looks at a few pairs. Gives whether both have been found.
+    fn samples(&mut self, rows: u32, columns: u32, found: &mut Found) -> bool {
         let (some_rows, some_columns) = (self.queries.samples(rows), self.keys.samples(columns));
         // The corners and the middle.
         const PAIRS: [(usize, usize); 5] = [(0, 0), (1, 0), (1, 1), (0, 1), (2, 2)];
@@ -221,19 +229,21 @@ impl Search<'_> {
                 Interval::TRUE => found[1] = true,
                 _ => {}
             }
-            if found == [true; 2] {
-                return found;
+            if *found == [true; 2] {
+                return true;
             }
         }
-        self.quarters(rows, columns, &mut found);
-        found
+        false
     }
 
     /// Looks into the quarters of a rectangle that is not decided, until both have been found.
     fn quarters(&mut self, rows: u32, columns: u32, found: &mut Found) {
         let (row_halves, column_halves) = (self.queries.halves(rows), self.keys.halves(columns));
         if row_halves.is_none() && column_halves.is_none() {
-            return self.pairs(rows, columns, found);
+            if !self.samples(rows, columns, found) {
+                self.pairs(rows, columns, found);
+            }
+            return;
         }
         let all =
             |at: u32, halves: Option<[u32; 2]>| halves.map_or([Some(at), None], |x| x.map(Some));

@@ -20,6 +20,8 @@ pub(super) enum Node {
     Constant(i64),
     /// A constant, and factors of nodes.
     Sum(i64, Vec<(i64, usize)>),
+    /// A sum as it mostly is: one node less another.
+    Difference(usize, usize),
     Product(usize, usize),
     Divide(usize, usize),
     Remainder(usize, usize),
@@ -28,7 +30,10 @@ pub(super) enum Node {
     Abs(usize),
     Choose(usize, usize, usize),
     Table(usize, Vec<usize>),
-    IsNegative(usize),
+    /// Whether a node is less than a number.
+    IsBelow(usize, i64),
+    /// Whether it is more.
+    IsAbove(usize, i64),
     IsZero(usize),
     And(usize, usize),
     Or(usize, usize),
@@ -64,10 +69,12 @@ struct Linear {
 
 impl Linear {
     fn add(mut self, other: &Self, factor: i64) -> Self {
-        self.constant += factor * other.constant;
+        // Where that is not enough, the formula leaves int32, and is refused.
+        let times = |n: i64| n.saturating_mul(factor);
+        self.constant = self.constant.saturating_add(times(other.constant));
         for (&node, &own) in &other.terms {
             let sum = self.terms.entry(node).or_default();
-            *sum += factor * own;
+            *sum = sum.saturating_add(times(own));
         }
         self.terms.retain(|_, factor| *factor != 0);
         self
@@ -204,6 +211,10 @@ impl<'a> Program<'a> {
                 }
                 sum
             }
+            Node::Difference(a, b) => {
+                let (a, b) = (of(a), of(b));
+                Interval::new(a.low - b.high, a.high - b.low)
+            }
             Node::Product(a, b) => of(a).times(of(b)),
             Node::Divide(a, b) => of(a).divided(of(b)),
             Node::Remainder(a, b) => of(a).remainder(of(b)),
@@ -212,7 +223,8 @@ impl<'a> Program<'a> {
             Node::Abs(a) => of(a).abs(),
             Node::Choose(condition, a, b) => of(condition).choose(of(a), of(b)),
             Node::Table(table, ref indices) => self.look_up(table, indices, known),
-            Node::IsNegative(a) => of(a).is_negative(),
+            Node::IsBelow(a, n) => of(a).is_below(n),
+            Node::IsAbove(a, n) => of(a).is_below(n.saturating_add(1)).negated(),
             Node::IsZero(a) => of(a).is_zero(),
             Node::And(a, b) => of(a).min(of(b)),
             Node::Or(a, b) => of(a).max(of(b)),
@@ -243,14 +255,19 @@ fn operands(node: &Node) -> Vec<usize> {
     match *node {
         Node::Batch | Node::Head | Node::Query | Node::Key | Node::Constant(_) => vec![],
         Node::Sum(_, ref terms) => terms.iter().map(|&(_, node)| node).collect(),
-        Node::Product(a, b)
+        Node::Difference(a, b)
+        | Node::Product(a, b)
         | Node::Divide(a, b)
         | Node::Remainder(a, b)
         | Node::Min(a, b)
         | Node::Max(a, b)
         | Node::And(a, b)
         | Node::Or(a, b) => vec![a, b],
-        Node::Abs(a) | Node::IsNegative(a) | Node::IsZero(a) | Node::Not(a) => vec![a],
+        Node::Abs(a)
+        | Node::IsBelow(a, _)
+        | Node::IsAbove(a, _)
+        | Node::IsZero(a)
+        | Node::Not(a) => vec![a],
         Node::Choose(condition, a, b) => vec![condition, a, b],
         Node::Table(_, ref indices) => indices.clone(),
     }
@@ -331,18 +348,25 @@ impl Writer {
             }
             Step::Less(a, b) => {
                 let difference = linear(a).add(&linear(b), -1);
-                return Value::Truth(self.compared(difference, Node::IsNegative));
+                return Value::Truth(self.is_negative(difference));
             }
             Step::Equal(a, b) => {
                 let difference = linear(a).add(&linear(b), -1);
-                return Value::Truth(self.compared(difference, Node::IsZero));
+                let number = self.number(difference);
+                return Value::Truth(self.put(Node::IsZero(number)));
             }
             Step::Truth(truth) => {
                 return Value::Truth(self.put(Node::Constant(truth.into())));
             }
             Step::And(a, b) => return Value::Truth(self.put(Node::And(truth(a), truth(b)))),
             Step::Or(a, b) => return Value::Truth(self.put(Node::Or(truth(a), truth(b)))),
-            Step::Not(a) => return Value::Truth(self.put(Node::Not(truth(a)))),
+            Step::Not(a) => {
+                return Value::Truth(self.put(match self.nodes[truth(a)] {
+                    Node::IsBelow(node, n) => Node::IsAbove(node, n.saturating_sub(1)),
+                    Node::IsAbove(node, n) => Node::IsBelow(node, n.saturating_add(1)),
+                    _ => Node::Not(truth(a)),
+                }));
+            }
         };
         let node = self.put(node);
         Value::Number(Linear {
@@ -351,9 +375,16 @@ impl Writer {
         })
     }
 
-    fn compared(&mut self, difference: Linear, compare: fn(usize) -> Node) -> usize {
-        let number = self.number(difference);
-        self.put(compare(number))
+    /// Whether a linear form is less than 0: whether what varies is less than what does not.
+    fn is_negative(&mut self, mut form: Linear) -> usize {
+        let constant = std::mem::take(&mut form.constant);
+        let is_turned = form.terms.len() == 1 && form.terms.values().all(|&factor| factor == -1);
+        if is_turned {
+            let node = self.number(form.scaled(-1));
+            return self.put(Node::IsAbove(node, constant));
+        }
+        let node = self.number(form);
+        self.put(Node::IsBelow(node, constant.saturating_neg()))
     }
 
     /// The node of a linear form: a sum of what depends on neither axis, on either, and on both.
@@ -375,6 +406,7 @@ impl Writer {
         match (linear.constant, &sums[..]) {
             (constant, []) => self.put(Node::Constant(constant)),
             (0, &[(1, node)]) => node,
+            (0, &[(1, a), (-1, b)]) | (0, &[(-1, b), (1, a)]) => self.put(Node::Difference(a, b)),
             (constant, _) => self.put(Node::Sum(constant, sums)),
         }
     }
@@ -428,7 +460,7 @@ pub(super) fn check(
                 }
                 program.look_up(table, indices, &known)
             }
-            Step::Less(a, b) => of(a).minus(of(b)).is_negative(),
+            Step::Less(a, b) => of(a).minus(of(b)).is_below(0),
             Step::Equal(a, b) => of(a).minus(of(b)).is_zero(),
             Step::Truth(truth) => Interval::one(truth.into()),
             Step::And(a, b) => of(a).min(of(b)),
