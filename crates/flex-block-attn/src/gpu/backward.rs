@@ -57,14 +57,7 @@ pub fn backward_steps(
     gradients: &Gradients<'_>,
     workspace: [u64; 2],
 ) -> Result<Option<BackwardSteps>> {
-    check::backward(
-        saved,
-        &dout,
-        dlse.as_ref(),
-        &plan.layout,
-        options,
-        gradients,
-    )?;
+    check::backward(saved, &dout, dlse.as_ref(), plan.mask(), options, gradients)?;
     let Saved { q, k, v, out, lse } = *saved;
     if q.shape.contains(&0) || k.shape.contains(&0) {
         return Ok(None);
@@ -76,9 +69,10 @@ pub fn backward_steps(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
+    let (mask, tables) = plan.exact();
     let config = Config {
         deterministic: options.deterministic,
-        ..Config::choose(element, head_dim, q_block, kv_block, None)
+        ..Config::choose(element, head_dim, q_block, kv_block, mask)
             .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?
     };
     contiguous("lse", lse.shape, lse.strides)?;
@@ -128,7 +122,7 @@ pub fn backward_steps(
         heads,
         kv_heads: k.shape[1] as u32,
         scale,
-        tables: &[],
+        tables,
     };
     let after = finish::Args {
         sums,
