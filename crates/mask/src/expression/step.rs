@@ -95,7 +95,7 @@ impl Step {
     }
 
     /// The same step, of operands that `of` finds.
-    pub(crate) fn map(&self, of: impl Fn(usize) -> usize) -> Self {
+    pub fn map(&self, of: impl Fn(usize) -> usize) -> Self {
         match *self {
             Self::Batch => Self::Batch,
             Self::Head => Self::Head,
