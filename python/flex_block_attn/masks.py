@@ -442,6 +442,11 @@ class BlockMask:
                 "as create_block_mask is given it"
             )
 
+        def by_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            row, column = q_idx // self.q_block_size, kv_idx // self.kv_block_size
+            batch, heads = self.shape[:2]
+            return self.blocks[b if batch > 1 else b * 0, h if heads > 1 else h * 0, row, column]
+
         def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
             counts = blocks.sum(dim=3, dtype=torch.int32)
             order = (~blocks).to(torch.int8).argsort(dim=3, stable=True).to(torch.int32)
@@ -452,7 +457,7 @@ class BlockMask:
             *lists(partial),
             *lists(self.blocks & ~partial),
             BLOCK_SIZE=(self.q_block_size, self.kv_block_size),
-            mask_mod=self.mask_mod,
+            mask_mod=by_block if self.expression is None else self.mask_mod,
             seq_lengths=(self.q_len, self.kv_len),
         )
 

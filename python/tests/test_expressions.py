@@ -23,6 +23,9 @@ from flex_block_attn import (
     or_masks,
 )
 
+# What torch says of its attention where it is not compiled.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 BATCH, HEADS = 2, 3
 
 
@@ -282,7 +285,7 @@ def test_masks_of_torch_with_blocks_of_their_own():
     plain = flex_attention.BlockMask.from_kv_blocks(counts, partial, BLOCK_SIZE=32)
     assert BlockMask.from_torch(plain).expression is None
     q, k, v = random_qkv(1, 1, 64, 64, 16)
-    assert_matches(q, k, v, ours, expected)
+    assert_matches(q, k, v, ours, expected[None, None])
 
 
 def test_plain_masks_for_torch():
@@ -332,12 +335,12 @@ def test_parts_of_a_mask():
 def test_what_a_mask_says_of_itself():
     mask = create_block_mask(left_window(100), None, None, 300, 300, BLOCK_SIZE=(64, 128))
     assert repr(mask) == (
-        "BlockMask(1 x 1 x 5 x 3 blocks of 64 x 128, 300 x 300 tokens, density 0.617, 9 partial: "
-        "q >= kv and not 100 < q - kv)"
+        "BlockMask(1 x 1 x 5 x 3 blocks of 64 x 128, 300 x 300 tokens, density 0.630, 8 partial: "
+        "q >= kv and q - kv <= 100)"
     )
     assert mask.to_string().splitlines()[1:] == ["", "batch 0, head 0", *mask.picture().splitlines()]
-    assert mask.sparsity() == pytest.approx(100 * 6 / 15)
-    assert repr(mask.expression) == "Expression(q >= kv and not 100 < q - kv)"
+    assert mask.sparsity() == pytest.approx(100 * 7 / 15)
+    assert repr(mask.expression) == "Expression(q >= kv and q - kv <= 100)"
 
 
 def test_copies_and_files():
@@ -388,6 +391,8 @@ def test_compiled_graphs():
         assert torch.allclose(a, b)
 
 
+# Torch's own check looks at the gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_are_what_torch_asks_of_them():
     ids = torch.arange(64) // 30
     mask = create_block_mask(and_masks(causal, document(ids)), None, None, 64, 64, BLOCK_SIZE=32)

@@ -58,9 +58,15 @@ impl Formula {
             let text = format!("{} {word} {}", of(a, binding), of(b, binding + 1));
             (text, binding)
         };
-        let compared = |a, word: &str, b| {
+        // A number alone is read best on the right.
+        let compared = |a: usize, [word, turned]: [&str; 2], b: usize| {
+            let is_turned = matches!(self.steps[a], Step::Number(_)) && word != turned;
             let (a, b) = (of(a, binds::ADDED), of(b, binds::ADDED));
-            (format!("{a} {word} {b}"), binds::COMPARED)
+            let text = match is_turned {
+                true => format!("{b} {turned} {a}"),
+                false => format!("{a} {word} {b}"),
+            };
+            (text, binds::COMPARED)
         };
         let called = |name: &str, operands: &[usize]| {
             let operands: Vec<String> = operands.iter().map(|&i| of(i, binds::OR)).collect();
@@ -95,14 +101,14 @@ impl Formula {
                 text.push(']');
                 (text, binds::ALONE)
             }
-            Step::Less(a, b) => compared(a, "<", b),
-            Step::Equal(a, b) => compared(a, "==", b),
+            Step::Less(a, b) => compared(a, ["<", ">"], b),
+            Step::Equal(a, b) => compared(a, ["==", "=="], b),
             Step::And(a, b) => between(a, "and", b, binds::AND),
             Step::Or(a, b) => between(a, "or", b, binds::OR),
             Step::Not(a) => match self.steps[a] {
                 // A name is not taken apart.
-                Step::Less(x, y) if texts[a].1 == binds::COMPARED => compared(x, ">=", y),
-                Step::Equal(x, y) if texts[a].1 == binds::COMPARED => compared(x, "!=", y),
+                Step::Less(x, y) if texts[a].1 == binds::COMPARED => compared(x, [">=", "<="], y),
+                Step::Equal(x, y) if texts[a].1 == binds::COMPARED => compared(x, ["!=", "!="], y),
                 _ => (format!("not {}", of(a, binds::NOT)), binds::NOT),
             },
         })
