@@ -338,7 +338,11 @@ def test_what_a_mask_says_of_itself():
         "BlockMask(1 x 1 x 5 x 3 blocks of 64 x 128, 300 x 300 tokens, density 0.630, 8 partial: "
         "q >= kv and q - kv <= 100)"
     )
-    assert mask.to_string().splitlines()[1:] == ["", "batch 0, head 0", *mask.picture().splitlines()]
+    assert mask.to_string().splitlines()[1:] == [
+        "",
+        "batch 0, head 0",
+        *mask.picture().splitlines(),
+    ]
     assert mask.sparsity() == pytest.approx(100 * 7 / 15)
     assert repr(mask.expression) == "Expression(q >= kv and q - kv <= 100)"
 

@@ -281,35 +281,6 @@ impl BlockMask {
         self.words[start + column / 64] |= 1 << (column % 64);
     }
 
-    /// Selects all blocks of a rectangle.
-    pub(crate) fn insert_all(
-        &mut self,
-        batch: usize,
-        head: usize,
-        rows: Range<usize>,
-        columns: Range<usize>,
-    ) {
-        if columns.is_empty() {
-            return;
-        }
-        let (first, last) = (columns.start / 64, (columns.end - 1) / 64);
-        let head_bits = !0 << (columns.start % 64);
-        let tail_bits = !0 >> (63 - (columns.end - 1) % 64);
-        for row in rows {
-            let start = self.row_start(batch, head, row);
-            let words = &mut self.words[start + first..=start + last];
-            match words {
-                [only] => *only |= head_bits & tail_bits,
-                [first, between @ .., last] => {
-                    *first |= head_bits;
-                    between.fill(!0);
-                    *last |= tail_bits;
-                }
-                [] => {}
-            }
-        }
-    }
-
     /// Says of a selected block that it is partial. The mask has an expression.
     pub(crate) fn mark_partial(&mut self, batch: usize, head: usize, row: usize, column: usize) {
         let at = self.row_start(batch, head, row) + column / 64;
@@ -342,6 +313,34 @@ impl BlockMask {
     pub fn count_partial(&self) -> usize {
         let words = self.exact.iter().flat_map(|exact| &exact.partial);
         words.map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The bits of a mask with an expression, cut into strips of so many rows, which never have those of
+    /// two matrices.
+    pub(crate) fn strips(&mut self, rows: usize) -> Vec<Strip<'_>> {
+        let (words_per_row, all) = (self.words_per_row, self.extents.q_blocks());
+        let Some(exact) = &mut self.exact else {
+            return Vec::new();
+        };
+        let matrix = (all * words_per_row).max(1);
+        let matrices = self.words.chunks_mut(matrix);
+        let matrices = matrices.zip(exact.partial.chunks_mut(matrix)).enumerate();
+        let mut strips = Vec::new();
+        for (line, (wanted, partial)) in matrices {
+            let size = (rows * words_per_row).max(1);
+            let parts = wanted.chunks_mut(size).zip(partial.chunks_mut(size));
+            for (number, (wanted, partial)) in parts.enumerate() {
+                strips.push(Strip {
+                    batch: line / self.heads,
+                    head: line % self.heads,
+                    rows: number * rows..((number + 1) * rows).min(all),
+                    words_per_row,
+                    wanted,
+                    partial,
+                });
+            }
+        }
+        strips
     }
 
     /// Words of the bits of a matrix: selected blocks, and partial ones if there may be any. Rows
@@ -472,6 +471,48 @@ impl BlockMask {
             }
         }
         dense
+    }
+}
+
+/// Some rows of a matrix of a mask with an expression, to be written.
+pub(crate) struct Strip<'a> {
+    pub batch: usize,
+    pub head: usize,
+    pub rows: Range<usize>,
+    words_per_row: usize,
+    wanted: &'a mut [u64],
+    partial: &'a mut [u64],
+}
+
+impl Strip<'_> {
+    /// Selects all blocks of a rectangle inside.
+    pub fn insert_all(&mut self, rows: Range<usize>, columns: Range<usize>) {
+        if columns.is_empty() {
+            return;
+        }
+        let (first, last) = (columns.start / 64, (columns.end - 1) / 64);
+        let head_bits = !0 << (columns.start % 64);
+        let tail_bits = !0 >> (63 - (columns.end - 1) % 64);
+        for row in rows {
+            let start = (row - self.rows.start) * self.words_per_row;
+            let words = &mut self.wanted[start + first..=start + last];
+            match words {
+                [only] => *only |= head_bits & tail_bits,
+                [first, between @ .., last] => {
+                    *first |= head_bits;
+                    between.fill(!0);
+                    *last |= tail_bits;
+                }
+                [] => {}
+            }
+        }
+    }
+
+    /// Selects a block, in part or whole.
+    pub fn insert(&mut self, row: usize, column: usize, is_partial: bool) {
+        let at = (row - self.rows.start) * self.words_per_row + column / 64;
+        self.wanted[at] |= 1 << (column % 64);
+        self.partial[at] |= u64::from(is_partial) << (column % 64);
     }
 }
 

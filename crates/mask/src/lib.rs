@@ -24,6 +24,7 @@ mod classify;
 mod error;
 pub mod expression;
 mod extents;
+mod parallel;
 mod picture;
 mod plan;
 

@@ -19,7 +19,7 @@
 use std::sync::Arc;
 
 use crate::expression::Expression;
-use crate::{BlockMask, Extents, MaskError};
+use crate::{BlockMask, Extents, MaskError, parallel};
 
 /// In an entry of a list: the block is partial. The rest is the block's number: [`block_of`].
 pub const PARTIAL: i32 = i32::MIN;
@@ -187,7 +187,6 @@ impl Plan {
     pub fn write(mask: &BlockMask, words: &mut [i32]) -> Result<(), MaskError> {
         let layout = Self::layout_of(mask);
         layout.check_words(words.len())?;
-        words.fill(0);
         write(mask, &layout, words);
         Ok(())
     }
@@ -217,41 +216,93 @@ impl Plan {
     }
 }
 
-/// Writes all records over words of 0.
+/// Writes all words of all records.
 fn write(mask: &BlockMask, layout: &PlanLayout, words: &mut [i32]) {
-    for batch in 0..layout.batch {
-        for head in 0..layout.heads {
-            let start = layout.record_start(batch, head);
-            let record = &mut words[start..start + layout.record_words()];
-            let (rows, columns) = (layout.side(Side::Rows), layout.side(Side::Columns));
-            let (bits, partial) = mask.bits(batch, head);
-            let stride = layout.columns().div_ceil(64);
-            let entry = |at: usize, bit: u32, block: usize| {
-                let flag = partial.map_or(0, |partial| (partial[at] >> bit & 1) as i32);
-                // `Extents` keeps indices below 2^31.
-                block as i32 | flag << 31
-            };
-            for row in 0..layout.rows() {
-                for word in 0..stride {
-                    let at = row * stride + word;
-                    for bit in ones(bits[at]) {
-                        let column = 64 * word + bit as usize;
-                        append(record, &rows, row, entry(at, bit, column));
+    let mut pieces = Vec::new();
+    let records = words.chunks_exact_mut(layout.record_words().max(1));
+    for (line, record) in (0..layout.batch * layout.heads).zip(records) {
+        let (batch, head) = (line / layout.heads, line % layout.heads);
+        let (bits, partial) = mask.bits(batch, head);
+        let matrix = Matrix {
+            bits,
+            partial,
+            stride: layout.columns().div_ceil(64),
+            rows: layout.rows(),
+        };
+        let sides = record.split_at_mut(layout.side(Side::Columns).start);
+        for (which, words) in [(Side::Rows, sides.0), (Side::Columns, sides.1)] {
+            let SideLayout { lists, stride, .. } = layout.side(which);
+            let (counts, rest) = words.split_at_mut(lists);
+            let (_, entries) = rest.split_at_mut(lists);
+            // No lists have no entries, and lists may have none.
+            let entries = entries.chunks_mut((64 * stride).max(1));
+            let entries = entries.map(Some).chain(std::iter::repeat_with(|| None));
+            for (number, (counts, entries)) in counts.chunks_mut(64).zip(entries).enumerate() {
+                let entries = entries.unwrap_or_default();
+                pieces.push((matrix, which, number, counts, entries));
+            }
+        }
+    }
+    let blocks = layout.words() / 2;
+    parallel::consume(
+        blocks,
+        pieces,
+        |(matrix, which, number, counts, entries)| {
+            matrix.lists(which, number, counts, entries);
+        },
+    );
+    for record in words.chunks_exact_mut(layout.record_words().max(1)) {
+        for which in [Side::Rows, Side::Columns] {
+            order_longest_first(record, &layout.side(which));
+        }
+    }
+}
+
+/// Bits of the blocks of a batch and head.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    bits: &'a [u64],
+    partial: Option<&'a [u64]>,
+    /// Words of a row.
+    stride: usize,
+    rows: usize,
+}
+
+impl Matrix<'_> {
+    /// Writes 64 lists of a side, of which `number` come before: their lengths and their entries.
+    fn lists(&self, which: Side, number: usize, counts: &mut [i32], entries: &mut [i32]) {
+        let length = entries.len() / counts.len().max(1);
+        counts.fill(0);
+        let mut append = |list: usize, at: usize, bit: u32, block: usize| {
+            let flag = self.partial.map_or(0, |bits| (bits[at] >> bit & 1) as i32);
+            let count = &mut counts[list];
+            // `Extents` keeps indices below 2^31.
+            entries[list * length + *count as usize] = block as i32 | flag << 31;
+            *count += 1;
+        };
+        match which {
+            Side::Rows => {
+                for row in 64 * number..self.rows.min(64 * (number + 1)) {
+                    for word in 0..self.stride {
+                        let at = row * self.stride + word;
+                        for bit in ones(self.bits[at]) {
+                            append(row - 64 * number, at, bit, 64 * word + bit as usize);
+                        }
                     }
                 }
             }
-            // A word's columns together: the ends of their lists stay in the cache.
-            for word in 0..stride {
-                for row in 0..layout.rows() {
-                    let at = row * stride + word;
-                    for bit in ones(bits[at]) {
-                        let column = 64 * word + bit as usize;
-                        append(record, &columns, column, entry(at, bit, row));
+            // A word's columns: the ends of their lists stay in the cache.
+            Side::Columns => {
+                for row in 0..self.rows {
+                    let at = row * self.stride + number;
+                    for bit in ones(self.bits[at]) {
+                        append(bit as usize, at, bit, row);
                     }
                 }
             }
-            order_longest_first(record, &rows);
-            order_longest_first(record, &columns);
+        }
+        for (list, &count) in counts.iter().enumerate() {
+            entries[list * length + count as usize..(list + 1) * length].fill(0);
         }
     }
 }
@@ -264,12 +315,6 @@ fn ones(word: u64) -> impl Iterator<Item = u32> {
         rest &= rest - 1;
         Some(bit)
     })
-}
-
-fn append(record: &mut [i32], side: &SideLayout, list: usize, entry: i32) {
-    let count = record[side.count(list)];
-    record[side.list(list) + count as usize] = entry;
-    record[side.count(list)] = count + 1;
 }
 
 fn order_longest_first(record: &mut [i32], side: &SideLayout) {

@@ -272,6 +272,47 @@ fn masks_as_users_have_them() {
     }
 }
 
+/// So many blocks that several threads share the work, a mask for each head.
+#[test]
+fn large_masks() {
+    let tokens = 10_000;
+    let extents = square(tokens, 16);
+    let near = kv().at_most(q()) & (q() - kv()).less_than(h() * 64 + 100);
+    let mask = BlockMask::from_expression(extents, 1, 2, &expression(&near)).unwrap();
+    let plan = Plan::new(&mask);
+    let rows = extents.q_blocks();
+    assert!(2 * rows * rows > 1 << 19);
+    for head in 0..2 {
+        let width = 64 * head + 100;
+        // Distances in a block: from those of its corners.
+        let kind = |row: usize, column: usize| {
+            let low = 16 * row as i64 - (16 * column as i64 + 15);
+            let high = low + 30;
+            let (wanted, whole) = (0..width as i64, low >= 0 && high < width as i64);
+            let some = high >= wanted.start && low < wanted.end;
+            (some, some && !whole)
+        };
+        for row in 0..rows {
+            let found = plan.view().row(0, head, row);
+            let expected = (0..rows).filter(|&column| kind(row, column).0);
+            let expected: Vec<_> = expected
+                .map(|column| (column, kind(row, column).1))
+                .collect();
+            let found = found
+                .iter()
+                .map(|&entry| (block_of(entry), is_partial(entry)));
+            assert_eq!(found.collect::<Vec<_>>(), expected);
+            let found = plan.view().column(0, head, row);
+            let expected = (0..rows).filter(|&other| kind(other, row).0);
+            let expected: Vec<_> = expected.map(|other| (other, kind(other, row).1)).collect();
+            let found = found
+                .iter()
+                .map(|&entry| (block_of(entry), is_partial(entry)));
+            assert_eq!(found.collect::<Vec<_>>(), expected);
+        }
+    }
+}
+
 #[test]
 fn nothing_to_attend_to() {
     for (q_len, kv_len) in [(0, 100), (100, 0), (0, 0)] {

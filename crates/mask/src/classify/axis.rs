@@ -65,6 +65,8 @@ pub(super) struct Axis {
     len: u32,
     block: u32,
     pieces: Vec<Piece>,
+    /// Those that have been asked for by their blocks.
+    whole: Vec<([u32; 2], u32)>,
     /// Nodes that depend on this axis alone.
     own: Vec<usize>,
     /// Those of them that others ask for.
@@ -78,7 +80,7 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// The first piece has all blocks: `len` is not 0.
+    /// `len` is not 0.
     pub fn new(side: Side, len: usize, block: usize, program: &Program<'_>) -> Self {
         let bit = match side {
             Side::Queries => step::on::QUERY,
@@ -93,19 +95,35 @@ impl Axis {
         let asked: Vec<usize> = asked.filter(|&i| program.asked_from_outside(i)).collect();
         let is_shared = own.iter().all(|&i| program.depends[i] == bit);
         let (len, block) = (len as u32, block as u32);
-        let mut axis = Self {
+        Self {
             side,
             len,
             block,
             pieces: Vec::new(),
+            whole: Vec::new(),
             own,
             asked,
             ranges: Vec::new(),
             loaded: None,
             is_shared,
-        };
-        axis.push(Piece::new([0, len], [0, len.div_ceil(block)]));
-        axis
+        }
+    }
+
+    /// A piece of whole blocks, to be halved.
+    pub fn blocks(&mut self, first: u32, end: u32) -> u32 {
+        let known = self.whole.iter().find(|known| known.0 == [first, end]);
+        if let Some(&(_, at)) = known {
+            return at;
+        }
+        let tokens = [first * self.block, self.len.min(end * self.block)];
+        let piece = Piece::new(tokens, [first, end]);
+        // The number 0 is not given away: it says that there is no piece.
+        if self.pieces.is_empty() {
+            self.push(piece.clone());
+        }
+        let at = self.push(piece);
+        self.whole.push(([first, end], at));
+        at
     }
 
     fn push(&mut self, piece: Piece) -> u32 {

@@ -22,8 +22,9 @@ use axis::{Axis, SAMPLES, Side};
 use interval::Interval;
 use program::{Program, Region};
 
+use crate::block_mask::Strip;
 use crate::expression::{Evaluator, Expression};
-use crate::{BlockMask, Extents, MaskError};
+use crate::{BlockMask, Extents, MaskError, parallel};
 
 impl BlockMask {
     /// The blocks with a pair that counts by an expression; those are partial that have others too.
@@ -56,20 +57,26 @@ impl BlockMask {
         if q_len == 0 || kv_len == 0 {
             return Ok(mask);
         }
-        let mut search = Search {
+        let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
+        let blocks = batch * heads * rows * columns;
+        // Strips for one thread are whole matrices; several find more even shares in smaller ones.
+        let strip = match parallel::threads(blocks) {
+            1 => rows,
+            threads => rows.div_ceil(4 * threads).next_multiple_of(8),
+        };
+        let strips = mask.strips(strip);
+        let search = || Search {
             queries: Axis::new(Side::Queries, q_len, extents.q_block(), &program),
             keys: Axis::new(Side::Keys, kv_len, extents.kv_block(), &program),
             known: vec![Interval::EITHER; program.nodes.len()],
             region: everywhere(extents, [1, 1]),
             evaluator: Evaluator::new(expression),
             program: &program,
-            mask: &mut mask,
+            line: None,
         };
-        for b in 0..batch {
-            for h in 0..heads {
-                search.matrix(b, h);
-            }
-        }
+        parallel::consume_with(blocks, strips, search, |search, mut strip| {
+            search.strip(&mut strip, columns as u32);
+        });
         Ok(mask)
     }
 }
@@ -119,14 +126,28 @@ struct Search<'a> {
     region: Region,
     /// None if the host lacks numbers of tables.
     evaluator: Option<Evaluator<'a>>,
-    mask: &'a mut BlockMask,
+    /// The batch and the head that it is at.
+    line: Option<(usize, usize)>,
 }
 
 /// Whether a pair has been found that does not count, and one that does.
 type Found = [bool; 2];
 
 impl Search<'_> {
-    fn matrix(&mut self, batch: usize, head: usize) {
+    /// Finds the blocks of some rows.
+    fn strip(&mut self, strip: &mut Strip<'_>, columns: u32) {
+        self.go_to(strip.batch, strip.head);
+        let rows = (strip.rows.start as u32, strip.rows.end as u32);
+        let rows = self.queries.blocks(rows.0, rows.1);
+        let columns = self.keys.blocks(0, columns);
+        self.rectangle(rows, columns, strip);
+    }
+
+    fn go_to(&mut self, batch: usize, head: usize) {
+        if self.line == Some((batch, head)) {
+            return;
+        }
+        self.line = Some((batch, head));
         self.region.batch = Interval::one(batch as i64);
         self.region.head = Interval::one(head as i64);
         self.queries.reset();
@@ -136,14 +157,10 @@ impl Search<'_> {
                 self.known[node] = self.program.range(node, &self.known, &self.region);
             }
         }
-        self.rectangle(0, 0);
     }
 
     fn place(&self) -> (usize, usize) {
-        (
-            self.region.batch.low as usize,
-            self.region.head.low as usize,
-        )
+        self.line.unwrap_or_default()
     }
 
     /// Whether the pairs of some queries and keys count.
@@ -162,30 +179,26 @@ impl Search<'_> {
         known[program.root]
     }
 
-    fn rectangle(&mut self, rows: u32, columns: u32) {
+    fn rectangle(&mut self, rows: u32, columns: u32, strip: &mut Strip<'_>) {
         let verdict = self.verdict(rows, columns);
         if verdict == Interval::FALSE {
             return;
         }
         let (r, c) = (self.queries.piece(rows), self.keys.piece(columns));
-        let (batch, head) = self.place();
         if verdict == Interval::TRUE {
             let blocks = |first: u32, end: u32| first as usize..end as usize;
             let (r, c) = (
                 blocks(r.first_block, r.end_block),
                 blocks(c.first_block, c.end_block),
             );
-            self.mask.insert_all(batch, head, r, c);
+            strip.insert_all(r, c);
             return;
         }
         if r.is_block() && c.is_block() {
             let (row, column) = (r.first_block as usize, c.first_block as usize);
             let [outside, inside] = self.block(rows, columns);
             if inside {
-                self.mask.insert(batch, head, row, column);
-                if outside {
-                    self.mask.mark_partial(batch, head, row, column);
-                }
+                strip.insert(row, column, outside);
             }
             return;
         }
@@ -200,7 +213,7 @@ impl Search<'_> {
         let all_columns = halves(&mut self.keys, columns, columns_stay);
         for rows in all_rows.into_iter().flatten() {
             for columns in all_columns.into_iter().flatten() {
-                self.rectangle(rows, columns);
+                self.rectangle(rows, columns, strip);
             }
         }
     }
