@@ -1,19 +1,21 @@
-"""Block masks. In: tensors, lists, patterns or functions. Out: :class:`BlockMask`, or plain mask tensors.
+"""Block masks. In: tensors, lists, patterns or functions. Out: :class:`BlockMask`, or plain mask
+tensors.
 
-Called by users and by :mod:`.api`. The patterns themselves live in the library, and so does the search
-for the blocks of a function; here their blocks become tensors.
+Called by users and by :mod:`.api`. The patterns themselves live in the library, and so does the
+search for the blocks of a function; here their blocks become tensors.
 """
 
 import math
 import operator
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _native, ops, pictures
 from .trace import Expression, MaskMod, trace
 
 
@@ -90,8 +92,8 @@ class BlockMask:
     """Which blocks of an attention are computed, and the plan that kernels read.
 
     The plan is made once, here. Making a mask is cheap (proportional to its blocks), and using
-    one again is free. A mask of a function, by :func:`create_block_mask`, has partial blocks, in which
-    single pairs count: by its ``expression``.
+    one again is free. A mask of a function, by :func:`create_block_mask`, has partial blocks, in
+    which single pairs count: by its ``expression``.
 
     Args:
         blocks: as ``block_mask`` of :func:`flex_block_attn_func`, 2 to 5 dimensions.
@@ -327,9 +329,9 @@ class BlockMask:
         return 100.0 * (1.0 - computed / (math.prod(self._to_native().shape) or 1))
 
     def __getitem__(self, index: Any) -> "BlockMask":
-        """The mask of some batches, heads and rows of query blocks: integers, which leave a dimension
-        of 1, and slices. A dimension of 1 that all share stays as it is. The rows taken are the queries
-        of the new mask, from 0 on; they still see what they saw."""
+        """The mask of some batches, heads and rows of query blocks: integers, which leave a
+        dimension of 1, and slices. A dimension of 1 that all share stays as it is. The rows taken
+        are the queries of the new mask, from 0 on; they still see what they saw."""
         index = index if isinstance(index, tuple) else (index,)
         if len(index) > 3:
             raise IndexError(
@@ -387,8 +389,18 @@ class BlockMask:
         place = as_size("batch", batch), as_size("head", head), as_size("columns", columns)
         return self._to_native().picture(*place).rstrip("\n")
 
+    def show(self, batch: int = 0, head: int = 0, columns: int = 64) -> None:
+        """Prints what :meth:`picture` gives, and the mask's sizes."""
+        print(self, self.picture(batch, head, columns), sep="\n")
+
+    def save(self, path: str | Path, *, batch: int = 0, head: int = 0) -> None:
+        """Writes a picture: ``.png``, a pixel a block; ``.svg``; or ``.html``, a page of all
+        batches and heads to zoom into, which needs no other file. Blocks computed whole are blue,
+        those computed in part orange."""
+        pictures.save(self, path, as_size("batch", batch), as_size("head", head))
+
     def to_string(self, grid_size: int | tuple[int, int] = 64, limit: int = 4) -> str:
-        """Pictures of the first ``limit`` batches and heads, at most ``grid_size`` characters wide."""
+        """Pictures of the first ``limit`` batches and heads, ``grid_size`` characters wide."""
         columns = grid_size if isinstance(grid_size, int) else max(grid_size)
         batch, heads = self.shape[:2]
         places = [(b, h) for b in range(batch) for h in range(heads)]
@@ -401,8 +413,8 @@ class BlockMask:
 
     @classmethod
     def from_torch(cls, mask: Any) -> "BlockMask":
-        """A mask of torch's ``torch.nn.attention.flex_attention``: the same blocks, of which the same
-        are partial, and its function."""
+        """A mask of torch's ``torch.nn.attention.flex_attention``: the same blocks, of which the
+        same are partial, and its function."""
         from torch.nn.attention import flex_attention
 
         if not isinstance(mask, flex_attention.BlockMask):
@@ -432,8 +444,9 @@ class BlockMask:
         return cls._of_parts(sizes, partial | full, partial, expression, device, mask.mask_mod)
 
     def to_torch(self) -> Any:
-        """The mask as torch's ``flex_attention`` takes it. Of a mask with an expression the function
-        that it was made of is needed, which a part of a mask, or one from a file, does not have."""
+        """The mask as torch's ``flex_attention`` takes it. Of a mask with an expression the
+        function that it was made of is needed, which a part of a mask, or one from a file, does not
+        have."""
         from torch.nn.attention import flex_attention
 
         if self.expression is not None and self.mask_mod is None:
@@ -488,18 +501,19 @@ def create_block_mask(
     """The mask of a function, exact to the token: arguments and meaning are those of torch's
     ``torch.nn.attention.flex_attention.create_block_mask``.
 
-    The function is called once, with stand-ins for its arguments that write down what it does: it may
-    compute with whole numbers (``+ - * // %``, abs, minimum, maximum, clamp, where), compare, join
-    conditions by ``& | ~ ^``, and index bool and integer tensors of up to four dimensions, which are
-    copied. Which blocks it wants is then found by ranges of numbers, in time proportional to the blocks
-    at the mask's edges.
+    The function is called once, with stand-ins for its arguments that write down what it does: it
+    may compute with whole numbers (``+ - * // %``, abs, minimum, maximum, clamp, where), compare,
+    join conditions by ``& | ~ ^``, and index bool and integer tensors of up to four dimensions,
+    which are copied. Which blocks it wants is then found by ranges of numbers, in time proportional
+    to the blocks at the mask's edges.
 
     Args:
         mask_mod: ``mask_mod(b, h, q_idx, kv_idx)``, true where a pair counts.
         B: batches, if the function tells them apart; None if not.
         H: query heads, likewise.
         Q_LEN, KV_LEN: number of queries and keys; need not be multiples of the blocks.
-        device: where it will be used; by default where the tensors are that the function looks up, or
+        device: where it will be used; by default where the tensors are that the function looks up,
+        or
             the CPU. Planning is done by the host; tensors on a GPU are read once.
         BLOCK_SIZE: tokens of a block, or of a block of queries and one of keys: multiples of 16. By
             default 128, doubled until no side has more than 2048 blocks.

@@ -1,5 +1,6 @@
-"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``; for masks
-with an expression ``::exact_forward`` and ``::exact_backward``, which are told its text and tables too.
+"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``; for
+masks with an expression ``::exact_forward`` and ``::exact_backward``, which are told its text and
+tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
 Called by :mod:`.api` and :mod:`.masks`. Being operators, with what they return known without
@@ -77,9 +78,9 @@ def attention(
     return_lse: bool = False,
     exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``forward`` gives, or ``exact_forward``, for tensors of one device; no lse, perhaps, where
-    none is asked for. On a GPU, if nothing but the result is wanted, without torch's way to an
-    operator, which takes longer than all else in the call."""
+    """What ``forward`` gives, or ``exact_forward``, for tensors of one device; no lse, perhaps,
+    where none is asked for. On a GPU, if nothing but the result is wanted, without torch's way to
+    an operator, which takes longer than all else in the call."""
     if not (q.is_cuda and only_the_result(q, k, v, plan)):
         if exact is not None:
             formula, tables = exact

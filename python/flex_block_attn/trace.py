@@ -1,10 +1,10 @@
 """Functions of FlexAttention's kind, ``mask_mod(b, h, q_idx, kv_idx)``, as expressions.
 
-In: the function. Out: an :class:`Expression`: text that the library computes with, and the tensors it
-looks up. Called by :mod:`.masks`.
+In: the function. Out: an :class:`Expression`: text that the library computes with, and the tensors
+it looks up. Called by :mod:`.masks`.
 
-The function is called once, with proxies that write down what is done to them. torch's functions come
-here by a mode of torch's, which also sees a captured tensor that is indexed by a proxy.
+The function is called once, with proxies that write down what is done to them. torch's functions
+come here by a mode of torch's, which also sees a captured tensor that is indexed by a proxy.
 """
 
 import operator
@@ -132,8 +132,8 @@ class _Writer:
         self.places: dict[tuple, int] = {}
 
     def table(self, tensor: Tensor) -> int:
-        # Views of the same numbers are one table; what is captured here stays alive, and with it its
-        # address.
+        # Views of the same numbers are one table; what is captured here stays alive, and with it
+        # its address.
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         if key not in self.places:
             self.places[key] = len(self.captured)

@@ -280,7 +280,7 @@ BAD = [
     (lambda: made(lambda b, h, q, kv: TABLE.float()[q] == 1), TypeError,
      "mask_mod looks up a tensor of float32, but only bool and integers are supported: "
      "compare it before, and look up the result"),
-    (lambda: made(lambda b, h, q, kv: TABLE == q), TypeError,
+    (lambda: made(lambda b, h, q, kv: q == TABLE), TypeError,
      "mask_mod computes with a tensor of shape (64,): index it first, as in table[q_idx]"),
     (lambda: made(lambda b, h, q, kv: TABLE.view(8, 8)[q] == kv), TypeError,
      "mask_mod looks up a tensor of shape (8, 8) by 1 indices: "
@@ -379,7 +379,9 @@ GOOD = {
         and_masks(lambda b, h, q, kv: torch.ge(q, kv), lambda b, h, q, kv: ~(TABLE[kv] > 50))
     ),
     "numbers as tensors": lambda: made(lambda b, h, q, kv: torch.tensor(3) + q > TABLE[5] + kv),
-    "sizes of numpy, of functions": lambda: made(lengths=np.array([64, 64]), BLOCK_SIZE=np.int64(32)),
+    "sizes of numpy, of functions": lambda: made(
+        lengths=np.array([64, 64]), BLOCK_SIZE=np.int64(32)
+    ),
     "tiles of numpy": lambda: sta(np.array([2, 2, 2]), [3, 3, 3], np.prod([4, 2, 2])),
 }  # fmt: skip
 

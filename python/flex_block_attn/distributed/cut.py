@@ -28,8 +28,8 @@ def whole_blocks(mask: BlockMask) -> Tensor:
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
     if mask.expression is not None:
         raise NotImplementedError(
-            "mask chooses tokens within blocks by an expression, which cannot be divided by tokens: "
-            "divide it by heads (ulysses_attention), or give a mask of whole blocks, "
+            "mask chooses tokens within blocks by an expression, which cannot be divided by "
+            "tokens: divide it by heads (ulysses_attention), or give a mask of whole blocks, "
             "BlockMask(mask.blocks, q_len, kv_len, ...)"
         )
     return mask.blocks
@@ -46,7 +46,7 @@ def check_extents(blocks: Tensor, batch: int, heads: int) -> None:
 
 
 def mask_of_heads(mask: BlockMask, heads: range) -> BlockMask:
-    """The mask of some query heads, with its expression if it has one: itself if all heads share it."""
+    """The mask of some query heads, with its expression if there is one: itself if all share it."""
     if mask.shape[1] in (1, len(heads)):
         return mask
     parts = _of_heads.setdefault(mask, {})
