@@ -211,7 +211,7 @@ def _launch_forward(
     if k.shape[2] == 0:
         # There is nothing to launch for, but arguments are to be checked as ever.
         on_cpu = (x.cpu() for x in (q, k, v, plan))
-        out, lse = forward(*on_cpu, q_block, kv_block, scale)
+        out, lse = forward(*on_cpu, q_block, kv_block, scale, False)
         return out.to(q.device), lse.to(q.device)
     out = torch.empty_like(q)
     # One piece of memory for two: each costs the host as much as a launch.
@@ -353,9 +353,8 @@ def _backward_cuda(
     else:
         if dlse is not None:
             dlse = dlse.contiguous()
-        rows, sums = (
-            q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(q.shape)
-        )
+        counts = _native.backward_workspace(q.shape, deterministic)
+        rows, sums = (q.new_empty(count, dtype=torch.float32) for count in counts)
         _native.backward_cuda(
             (q, k, v, out, lse),
             (dout, dlse),

@@ -240,7 +240,7 @@ fn check(chance: &mut Chance) {
         dk: Some(written(places[1], DType::BF16, kv_shape)),
         dv: Some(written(places[2], DType::BF16, kv_shape)),
     };
-    let sizes = BackwardWorkspace::new(out_shape);
+    let sizes = BackwardWorkspace::new(out_shape, options.deterministic);
     let workspace = [
         memory.alloc("rows", 4 * sizes.rows),
         memory.alloc_with("sums", &vec![0f32; sizes.sums]),

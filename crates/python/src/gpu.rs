@@ -105,10 +105,11 @@ pub fn forward_cuda(
     .map_err(python)
 }
 
-/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape.
+/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape, and whether
+/// its gradient is to repeat to the last bit.
 #[pyfunction]
-pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
-    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape);
+pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool) -> (usize, usize) {
+    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape, deterministic);
     (rows, sums)
 }
 

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::sync::{OnceLock, PoisonError, RwLock};
 
 use flex_block_attn_cuda::{self as cuda, Device, Function};
-use flex_block_attn_kernels::backward::{self as backward_kernels, finish, prepare};
+use flex_block_attn_kernels::backward::{self as backward_kernels, bounds, finish, prepare};
 use flex_block_attn_kernels::forward as forward_kernels;
 use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, exact, plan as planning};
 use flex_block_attn_mask::PlanLayout;
@@ -116,6 +116,8 @@ pub enum Step {
     Plan(planning::Config),
     /// Attention forward.
     Forward(forward_kernels::Config),
+    /// What bounds the gradient of q.
+    Bounds(bounds::Config),
     /// What attention backward reads besides its inputs.
     Prepare(prepare::Config),
     /// Attention backward.
@@ -130,6 +132,7 @@ impl Step {
         match self {
             Self::Plan(config) => config.kernel(),
             Self::Forward(config) => config.kernel(),
+            Self::Bounds(config) => config.kernel(),
             Self::Prepare(config) => config.kernel(),
             Self::Backward(config) => config.kernel(),
             Self::Finish(config) => config.kernel(),

@@ -15,7 +15,7 @@ use flex_block_attn_tile::{
     SharedTile, WARPGROUP, Waiter, Warpgroup,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
+use super::kernel::{CONSUMERS, END, Maps, Share, Stores};
 use super::queries::{KeyTile, Problem};
 use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
 use crate::exact::{Axis, Where};
@@ -30,19 +30,19 @@ const TURN: u32 = 4;
 
 /// What a consumer works with.
 pub(super) struct Consumer<'a, 'k> {
-    k: &'k Builder,
+    pub(super) k: &'k Builder,
     config: Config,
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
-    wg: Warpgroup<'k>,
+    pub(super) wg: Warpgroup<'k>,
     keys_full: Waiter<'k>,
-    queries: Taker<'k>,
-    douts: Taker<'k>,
+    pub(super) queries: Taker<'k>,
+    pub(super) douts: Taker<'k>,
     /// Both sides of the exchange of gradients.
     given: Giver<'k>,
-    taken: Taker<'k>,
-    dq_empty: Vec<Waiter<'k>>,
+    pub(super) taken: Taker<'k>,
+    dq_empty: Waiter<'k>,
     own_keys: SharedTile<'k>,
     own_values: SharedTile<'k>,
     /// Of a tile, keys by queries: scores, then weights; the weights' gradients, then the scores'; and
@@ -50,8 +50,11 @@ pub(super) struct Consumer<'a, 'k> {
     scores: RegTile<'k>,
     gradients: RegTile<'k>,
     weights: Fragments<'k>,
-    rounded: Fragments<'k>,
+    pub(super) rounded: Fragments<'k>,
     dq: RegTile<'k>,
+    /// For each stage how many steps make 1 in the rows of dq that this thread has, if sums are of
+    /// integers.
+    steps: Vec<[Reg<'k, f32>; 2]>,
     dk: RegTile<'k>,
     dv: RegTile<'k>,
     hidden: Hidden<'k>,
@@ -83,7 +86,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
-        let empty = |out: &Outgoing<'k>| phases.waiter_ahead(out.empty.at(wg.index));
         Self {
             k,
             config,
@@ -96,7 +98,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             douts: stores.douts.consumer(wg.leader, &phases),
             given: stores.gradients.producer(&phases),
             taken: stores.gradients.consumer(wg.leader, &phases),
-            dq_empty: stores.dq.iter().map(empty).collect(),
+            dq_empty: phases.waiter_ahead(stores.dq.empty.at(wg.index)),
             own_keys: stores.keys.part(wg.index, OWN),
             own_values: stores.values.part(wg.index, OWN),
             scores,
@@ -104,6 +106,11 @@ impl<'a, 'k> Consumer<'a, 'k> {
             weights,
             rounded,
             dq: RegTile::uninit(k, UNIT),
+            steps: stores
+                .steps
+                .iter()
+                .map(|_| [k.uninit(), k.uninit()])
+                .collect(),
             dk,
             dv,
             hidden: Hidden {
@@ -124,6 +131,16 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.keys_full.wait();
         // The first consumer goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
+        match self.config.apart {
+            true => self.each_apart(),
+            false => self.each(),
+        }
+        self.store(maps);
+    }
+
+    /// Walks tiles that are wanted by both consumers.
+    fn each(&self) {
+        let Self { k, wg, .. } = *self;
         k.if_(self.seek(0), || {
             self.wait_for_turn();
             self.issue_scores(0);
@@ -138,7 +155,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
             };
             k.if_else(self.seek(1), rest, || self.finish_dq(0));
         });
-        self.store(maps);
     }
 
     /// Does all tiles but the first; dq's of the last, too.
@@ -164,7 +180,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Waits for the next tile, which goes into a stage; says whether there is one.
-    fn seek(&self, stage: usize) -> Reg<'k, bool> {
+    pub(super) fn seek(&self, stage: usize) -> Reg<'k, bool> {
         self.queries.wait(stage);
         let line = self.k.load_shared::<u32>(self.stores.notes[stage]);
         line.uniform().differs(END)
@@ -177,7 +193,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.queries.release(before);
     }
 
-    fn issue_scores(&self, stage: usize) {
+    pub(super) fn issue_scores(&self, stage: usize) {
         let q = self.queries.tile(stage);
         self.wg.fence();
         self.wg.product(
@@ -190,7 +206,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Makes weights, their gradients and the scores' gradients of the tile whose scores are under
     /// way, and gives the last to both consumers. The turn at the tensor cores is the other's
     /// meanwhile.
-    fn weigh(&self, stage: usize) {
+    pub(super) fn weigh(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
         let pair = pair(self.config.element);
         let dout = self.douts.wait(stage);
@@ -200,7 +216,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             Left::Tile(self.own_values),
             Right::Transposed(dout),
         );
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        self.pass_turn();
         let wants = self.wants(stage);
         wg.wait(1);
         self.hide(stage, &wants);
@@ -208,10 +224,8 @@ impl<'a, 'k> Consumer<'a, 'k> {
         each_column(k, wg, lse, &self.scores, |_, score, lse| {
             score.set(score.fma(self.scale, -lse).exp2());
         });
-        if self.config.order.settled {
-            wg.settle(&self.scores, lse);
-        }
         wg.wait(0);
+        self.note_steps(stage);
         // A step of 16 queries at a time: registers of its weights and gradients are free after it.
         let deltas = self.stores.deltas[stage];
         for step in 0..self.weights.steps() {
@@ -230,19 +244,45 @@ impl<'a, 'k> Consumer<'a, 'k> {
             );
             gradients.round_to(&self.rounded.part(step), pair);
         }
+        self.give_gradients(stage);
+        self.wait_for_turn();
+    }
+
+    /// Gives the scores' gradients to both consumers.
+    pub(super) fn give_gradients(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
         let (tile, full) = self.given.wait(stage);
         wg.store_transposed(&self.rounded, tile.panel_at(wg.index));
         k.warp_sync();
         k.where_(wg.leader, || full.arrive());
-        self.wait_for_turn();
     }
 
-    fn wait_for_turn(&self) {
+    /// Reads how many steps make 1 in the rows that this thread will have of the tile's dq.
+    pub(super) fn note_steps(&self, stage: usize) {
+        let Some(steps) = self.steps.get(stage) else {
+            return;
+        };
+        let first = match self.config.share() {
+            Share::Columns => self.wg.row(),
+            Share::Rows => self.wg.index * UNIT + self.wg.row(),
+        };
+        let own = self.stores.steps[stage].plus(first * 4);
+        for (i, &number) in (0..).zip(steps) {
+            number.set(self.k.load_shared::<f32>(own.at(4 * 8 * i)));
+        }
+    }
+
+    pub(super) fn wait_for_turn(&self) {
         self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
     }
 
+    pub(super) fn pass_turn(&self) {
+        let other = self.wg.index ^ 1;
+        self.k.barrier_arrive(other + TURN, 2 * WARPGROUP);
+    }
+
     /// Which warps' keys see each of a tile's pieces.
-    fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
+    pub(super) fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
         let note = self.stores.notes[stage];
         let want = |i| self.k.load_shared::<u32>(note.at(8 + 8 * i)).uniform();
         (0..self.config.pieces()).map(want).collect()
@@ -285,14 +325,14 @@ impl<'a, 'k> Consumer<'a, 'k> {
         });
     }
 
-    fn issue_dv(&self, stage: usize) {
+    pub(super) fn issue_dv(&self, stage: usize) {
         let dout = self.douts.tile(stage);
         let weights = Left::Fragments(&self.weights);
         self.wg.fence();
         self.wg.add_product(&self.dv, weights, Right::Tile(dout));
     }
 
-    fn issue_dk(&self, stage: usize) {
+    pub(super) fn issue_dk(&self, stage: usize) {
         let q = self.queries.tile(stage);
         let gradients = Left::Fragments(&self.rounded);
         self.wg.fence();
@@ -300,7 +340,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// This consumer's part of a tile's dq, from both consumers' gradients.
-    fn issue_dq(&self, stage: usize) {
+    pub(super) fn issue_dq(&self, stage: usize) {
         let wg = self.wg;
         let (gradients, keys) = (self.taken.wait(stage), self.stores.keys);
         let (left, right) = match self.config.share() {
@@ -312,16 +352,21 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Gives it to the reducer.
-    fn give_dq(&self, stage: usize) {
+    pub(super) fn give_dq(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
-        let number = stage % self.stores.dq.len();
-        let out = &self.stores.dq[number];
+        let out = &self.stores.dq;
         let to = out.units.plus(wg.index * UNIT_BYTES);
         let to = to.plus(wg.warp * (UNIT_BYTES / 4) + wg.lane * 16);
-        self.dq_empty[number].wait();
+        self.dq_empty.wait();
         for (i, numbers) in (0..).zip(self.dq.registers().chunks_exact(4)) {
-            let numbers: [Reg<'k, f32>; 4] = std::array::from_fn(|j| numbers[j]);
-            k.store_shareds(to.at(4 * 128 * i), numbers);
+            let at = to.at(4 * 128 * i);
+            match self.steps.get(stage) {
+                None => k.store_shareds(at, std::array::from_fn::<_, 4, _>(|j| numbers[j])),
+                Some(steps) => {
+                    let whole = |j: usize| (numbers[j] * steps[j / 2]).to_i32();
+                    k.store_shareds(at, std::array::from_fn::<_, 4, _>(whole));
+                }
+            }
         }
         k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();
@@ -330,11 +375,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
 
     /// dq of the last tile, when its other products are under way. The other consumer's turn has no
     /// end that this one waits for.
-    fn finish_dq(&self, stage: usize) {
-        let Self { k, wg, .. } = *self;
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+    pub(super) fn finish_dq(&self, stage: usize) {
+        self.pass_turn();
         self.issue_dq(stage);
-        wg.wait(0);
+        self.wg.wait(0);
         self.give_dq(stage);
     }
 

@@ -1,4 +1,5 @@
-//! Rounds dq: from the main kernel's float32 sums, which lie as its products leave them, to a tensor.
+//! Rounds dq: from the main kernel's sums, float32 or integers, which lie as its products leave them, to
+//! a tensor.
 //!
 //! A warp has 16 rows at a time, which are together in the sums; a lane makes 8 columns of one row: a
 //! store of 16 bytes of four loads of 8. What a load leaves of its lines, the next ones take.
@@ -24,6 +25,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of dq: 64 or 128.
     pub head_dim: u32,
+    /// Whether the sums are of integers.
+    pub deterministic: bool,
 }
 
 /// What a launch gives it.
@@ -31,6 +34,9 @@ pub struct Config {
 pub struct Args {
     /// Address of the sums, for each head [`Workspace::units`] of 64 rows.
     pub sums: u64,
+    /// Address of how many steps of integers make 1, [`Workspace::line`] for each head; not read if the
+    /// sums are float32.
+    pub steps: u64,
     /// Gradient of q, to be written.
     pub dq: Tensor,
     /// Batches.
@@ -46,10 +52,17 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        [Element::Bf16, Element::F16]
-            .iter()
-            .flat_map(|&element| [64, 128].map(|head_dim| Self { element, head_dim }))
-            .collect()
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            for head_dim in [64, 128] {
+                all.extend([false, true].map(|deterministic| Self {
+                    element,
+                    head_dim,
+                    deterministic,
+                }));
+            }
+        }
+        all
     }
 
     /// The launch for some tensors.
@@ -67,6 +80,9 @@ impl Config {
             Arg::U32(args.heads),
             Arg::F32(args.scale),
         ]);
+        if self.deterministic {
+            list.push(Arg::U64(args.steps));
+        }
         Launch {
             grid: [
                 args.q_len.div_ceil(GROUP * (THREADS / 32)),
@@ -79,8 +95,13 @@ impl Config {
 
     /// The kernel.
     pub fn kernel(self) -> Kernel {
-        let Self { element, head_dim } = self;
-        let name = format!("finish_{element:?}_d{head_dim}").to_lowercase();
+        let Self {
+            element, head_dim, ..
+        } = self;
+        let mut name = format!("finish_{element:?}_d{head_dim}").to_lowercase();
+        if self.deterministic {
+            name += "_deterministic";
+        }
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -89,7 +110,8 @@ impl Config {
         let sums = k.param::<u64>("sums");
         let (q_len, units) = (k.param::<u32>("q_len"), k.param::<u32>("units"));
         let heads = k.param::<u32>("heads");
-        let scale = k.param::<f32>("scale");
+        let mut scale = k.param::<f32>("scale");
+        let steps = self.deterministic.then(|| k.param::<u64>("steps"));
 
         let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
         let (row, odd) = (k.lane() % GROUP, k.lane() / GROUP);
@@ -102,13 +124,21 @@ impl Config {
         let panel_bytes = (units * UNIT_BYTES).to_u64();
         let query = group * GROUP + row;
         k.if_(query.lt(q_len), || {
+            if let Some(steps) = steps {
+                let own = line.times_wide((units + 1) * UNIT) + query.to_u64();
+                scale *= k.load_constant::<f32>(steps + (own << 2)).reciprocal();
+            }
             // Two lanes of a row take turns at its eights of columns.
             for i in 0..self.head_dim / EIGHT / 2 {
                 let eight = odd + 2 * i;
                 let at = (eight & 7) * (4 * GROUP * EIGHT);
                 let at = first + panel_bytes * u64::from(2 * i / (UNIT / EIGHT)) + at.to_u64();
                 let words = [0, 1, 2, 3].map(|two| {
-                    let [a, b]: [Reg<'_, f32>; 2] = k.load_constants(at.at(16 * two));
+                    let at = at.at(16 * two);
+                    let [a, b]: [Reg<'_, f32>; 2] = match self.deterministic {
+                        false => k.load_constants(at),
+                        true => k.load_constants(at).map(Reg::<'_, i32>::to_f32),
+                    };
                     (a * scale).pack(b * scale, self.pair())
                 });
                 k.store_globals(dq.chunk(query, eight), words);

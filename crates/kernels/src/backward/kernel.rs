@@ -12,7 +12,6 @@ use flex_block_attn_tile::{
 
 use super::consume::Consumer;
 use super::queries::{KeyTile, Problem, Walk};
-use super::tickets::Tickets;
 use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
 use crate::merge::WARPS;
 
@@ -45,10 +44,12 @@ pub(super) struct Stores<'k> {
     /// Gradients of the scores, queries by keys: what consumers tell each other.
     pub(super) gradients: Ring<'k>,
     /// dq on its way out.
-    pub(super) dq: Vec<Outgoing<'k>>,
+    pub(super) dq: Outgoing<'k>,
     /// For each stage: lse and deltas of its queries.
     pub(super) lse: Vec<Address<'k, u32>>,
     pub(super) deltas: Vec<Address<'k, u32>>,
+    /// And, if dq's sums are of integers, how many steps of them make 1.
+    pub(super) steps: Vec<Address<'k, u32>>,
     /// For each stage a note: the line of the workspace that is the queries' head's, then for each
     /// piece its first query, and a bit for each warp whose keys it sees.
     pub(super) notes: Vec<Address<'k, u32>>,
@@ -107,11 +108,11 @@ impl Config {
             dk: k.tensor_map("dk"),
             dv: k.tensor_map("dv"),
         };
-        let problem = Problem::new(k, self.mask);
+        let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
         let gradient = Shape::new(self.queries(), KEYS, self.element);
-        let outgoing = |_| Outgoing {
+        let outgoing = Outgoing {
             units: shared.bytes(CONSUMERS * UNIT_BYTES, 128),
             full: shared.barriers(CONSUMERS, WARPS / CONSUMERS),
             empty: shared.barriers(CONSUMERS, 1),
@@ -126,32 +127,27 @@ impl Config {
             notes: each(4 + 8 * self.pieces()),
             douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
             deltas: each(self.numbers_bytes()),
+            steps: match self.deterministic {
+                true => each(self.numbers_bytes()),
+                false => Vec::new(),
+            },
             gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
-            dq: (0..self.order.outgoing).map(outgoing).collect(),
+            dq: outgoing,
             keys_full: shared.barrier(1),
         };
-        let tickets = self.deterministic.then(|| Tickets::new(&problem, &shared));
         shared.finish();
         k.if_(k.tid().equals(0), || {
             stores.keys_full.init();
             stores.queries.init();
             stores.douts.init();
             stores.gradients.init();
-            for out in &stores.dq {
-                out.full.init();
-                out.empty.init();
-            }
+            stores.dq.full.init();
+            stores.dq.empty.init();
             k.mbarrier_init_fence();
-            if let Some(tickets) = &tickets {
-                tickets.draw();
-            }
         });
         k.sync_threads();
 
-        let keys = match &tickets {
-            None => problem.keys(),
-            Some(tickets) => tickets.keys(),
-        };
+        let keys = problem.keys();
         k.if_else(
             Warpgroup::number(k).equals(0),
             || {
@@ -159,14 +155,9 @@ impl Config {
                 k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
                 // The warps behind the loader's.
                 let reducer = (k.tid() >> 5) - 1;
-                match &tickets {
-                    None => k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
-                        reduce::reduce(self, &problem, reducer, &stores);
-                    }),
-                    Some(tickets) => k.if_(reducer.lt(CONSUMERS), || {
-                        tickets.reduce(self, keys, reducer, &stores);
-                    }),
-                }
+                k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
+                    reduce::reduce(self, &problem, reducer, &stores);
+                });
             },
             || {
                 Warpgroup::acquire_registers(k, 240);
@@ -220,25 +211,32 @@ impl Config {
                 k.store_shared(own.at(4), row);
                 k.store_shared(own.at(8), want);
             });
-            let load =
-                |tile: SharedTile<'k>, full: Barrier<'k>, map, to: Address<'k, u32>, from| {
-                    // Behind the notes, and before the copies that it expects.
-                    k.warp_sync();
-                    let bytes = tile.shape.bytes() + self.numbers_bytes();
-                    k.if_(leader, || full.arrive_expect(bytes));
-                    k.warp_sync();
-                    k.if_(copies, || {
-                        let place = Place::rows(row, walk.head(), keys.batch);
-                        let part = tile.part(k.lane(), self.piece);
-                        part.load_panels(map, place, full, options);
-                        let number = walk.line().times_wide(problem.line) + row.to_u64();
-                        let bytes = 4 * self.piece;
+            // A tile, with some numbers for each of its queries.
+            type Numbers<'k> = (Address<'k, u32>, Reg<'k, u64>);
+            let load = |tile: SharedTile<'k>, full: Barrier<'k>, map, numbers: &[Numbers<'k>]| {
+                // Behind the notes, and before the copies that it expects.
+                k.warp_sync();
+                let bytes = tile.shape.bytes() + numbers.len() as u32 * self.numbers_bytes();
+                k.if_(leader, || full.arrive_expect(bytes));
+                k.warp_sync();
+                k.if_(copies, || {
+                    let place = Place::rows(row, walk.head(), keys.batch);
+                    let part = tile.part(k.lane(), self.piece);
+                    part.load_panels(map, place, full, options);
+                    let number = walk.line().times_wide(problem.line) + row.to_u64();
+                    let bytes = 4 * self.piece;
+                    for &(to, from) in numbers {
                         full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
-                    });
-                };
-            load(tile, full, maps.q, stores.lse[stage], problem.lse);
+                    }
+                });
+            };
+            load(tile, full, maps.q, &[(stores.lse[stage], problem.lse)]);
             let (tile, full) = douts.wait(stage);
-            load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
+            let mut numbers = vec![(stores.deltas[stage], problem.delta)];
+            if let Some(from) = problem.steps {
+                numbers.push((stores.steps[stage], from));
+            }
+            load(tile, full, maps.dout, &numbers);
         });
     }
 }

@@ -3,18 +3,27 @@
 //! log2. Queries without keys, and those that only fill up the workspace's lines, get a lse of inf,
 //! which makes their weights 0.
 //!
+//! If dq's sums are to be of integers, also how many steps of them make 1, a power of two: so many that
+//! no sum can leave the range. With p the weights, `dq = sum of p (dout v - delta) k`, and the weights of
+//! a query sum to 1: no part of the sum exceeds `(|dout| max |v| + |delta|) max |k|`, for which 2^30 is
+//! left. Not a number where something that goes in is not: integers would not show it.
+//!
 //! Bound by memory: a thread's eight loads of 16 bytes are all under way before the first is used.
 
 use flex_block_attn_ptx::ir::Special;
-use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
+use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
-use super::Workspace;
+use super::{Workspace, bounds};
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
 
 const THREADS: u32 = 256;
 /// Rows that a lane has a chunk of.
 const DEPTH: usize = 4;
+/// What sums of integers keep within: half of what they could, for what rounding adds.
+const RANGE: f32 = (1u32 << 30) as f32;
+/// Steps at most, where nothing but 0 is added: so many that 1 over them is still a float32.
+const MOST_STEPS: f32 = (1u128 << 100) as f32;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +32,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of out and dout: a multiple of 8 from 32 to 256.
     pub head_dim: u32,
+    /// Whether dq's sums are of integers.
+    pub deterministic: bool,
 }
 
 /// What a launch gives it.
@@ -40,10 +51,16 @@ pub struct Args {
     pub log2: u64,
     /// Address of the deltas, to be written, likewise.
     pub delta: u64,
+    /// Address of the steps, to be written, likewise; not read if sums are of float32.
+    pub steps: u64,
+    /// Address of what [`bounds`] leaves; likewise.
+    pub bounds: u64,
     /// Batches.
     pub batch: u32,
     /// Heads.
     pub heads: u32,
+    /// Heads of k and v: they divide these.
+    pub kv_heads: u32,
     /// Queries, at least 1.
     pub q_len: u32,
 }
@@ -51,11 +68,19 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let dims = [64, 96, 128, 192, 256];
-        [Element::Bf16, Element::F16]
-            .iter()
-            .flat_map(|&element| dims.map(|head_dim| Self { element, head_dim }))
-            .collect()
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            let of = |deterministic| {
+                move |head_dim| Self {
+                    element,
+                    head_dim,
+                    deterministic,
+                }
+            };
+            all.extend([64, 96, 128, 192, 256].map(of(false)));
+            all.extend([64, 128].map(of(true)));
+        }
+        all
     }
 
     /// Rows of a thread block.
@@ -74,6 +99,11 @@ impl Config {
         let line = Workspace::new(args.q_len as usize).line as u32;
         list.extend([args.lse, args.dlse, args.log2, args.delta].map(Arg::U64));
         list.extend([args.q_len, line].map(Arg::U32));
+        if self.deterministic {
+            let group = args.heads / args.kv_heads;
+            list.extend([args.steps, args.bounds].map(Arg::U64));
+            list.extend([args.kv_heads, group].map(Arg::U32));
+        }
         Launch {
             grid: [line.div_ceil(self.rows()), args.heads, args.batch],
             args: list,
@@ -82,8 +112,13 @@ impl Config {
 
     /// The kernel.
     pub fn kernel(self) -> Kernel {
-        let Self { element, head_dim } = self;
-        let name = format!("prepare_{element:?}_d{head_dim}").to_lowercase();
+        let Self {
+            element, head_dim, ..
+        } = self;
+        let mut name = format!("prepare_{element:?}_d{head_dim}").to_lowercase();
+        if self.deterministic {
+            name += "_deterministic";
+        }
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -92,6 +127,7 @@ impl Config {
         let (lse, dlse) = (k.param::<u64>("lse"), k.param::<u64>("dlse"));
         let (log2, delta) = (k.param::<u64>("log2"), k.param::<u64>("delta"));
         let (q_len, line) = (k.param::<u32>("q_len"), k.param::<u32>("line"));
+        let steps = self.deterministic.then(|| Steps::new(k));
 
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
@@ -102,23 +138,30 @@ impl Config {
             let inside = row.lt(q_len) & chunk.lt(lanes.chunks);
             [out, dout].map(|tensor| k.load_constants_where(inside, tensor.chunk(row, chunk)))
         });
-        let sums = loaded.map(|chunks| {
-            let [a, b] = chunks.map(|words| chunk::floats(words, self.element));
-            let products = a.into_iter().zip(b).skip(1);
-            let own = products.fold(a[0] * b[0], |sum, (a, b)| a.fma(b, sum));
-            lanes.sum(own)
-        });
-        // Lane i of a row's stores the i-th: a warp's results are neighbours.
-        let mut value = sums[0];
-        for (i, &sum) in (1u32..).zip(&sums[1..]) {
-            value = chunk.equals(i).select(sum, value);
-        }
+        // Of two tensors' rows the products' sum. Lane i of a row's has the i-th: a warp's results are
+        // neighbours.
+        let product = |one: usize, other: usize| {
+            let sums = loaded.map(|chunks| {
+                let [a, b] = [one, other].map(|i| chunk::floats(chunks[i], self.element));
+                let products = a.into_iter().zip(b).skip(1);
+                let own = products.fold(a[0] * b[0], |sum, (a, b)| a.fma(b, sum));
+                lanes.sum(own)
+            });
+            let mut value = sums[0];
+            for (i, &sum) in (1u32..).zip(&sums[1..]) {
+                value = chunk.equals(i).select(sum, value);
+            }
+            value
+        };
+        let value = product(0, 1);
+        let squares = steps.as_ref().map(|_| product(1, 1));
         let row = first + chunk * lanes.rows;
         let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
         let read = head.times_wide(q_len) + row.to_u64();
         let written = head.times_wide(line) + row.to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
             let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
+            let fine = k.var(1f32);
             k.if_(row.lt(q_len), || {
                 let lse = k.load_constant::<f32>(lse + (read << 2));
                 let less = k.var(0f32);
@@ -128,10 +171,52 @@ impl Config {
                 k.if_(lse.differs(f32::NEG_INFINITY), || {
                     result.set(value - less);
                     scaled.set(lse * std::f32::consts::LOG2_E);
+                    if let (Some(steps), Some(squares)) = (&steps, squares) {
+                        fine.set(steps.of(result, squares, lse));
+                    }
                 });
             });
+            if let Some(steps) = &steps {
+                k.store_global(steps.written + (written << 2), fine);
+            }
             k.store_global(delta + (written << 2), result);
             k.store_global(log2 + (written << 2), scaled);
         });
+    }
+}
+
+/// What it takes to say how many steps make 1.
+struct Steps<'k> {
+    k: &'k Builder,
+    written: Reg<'k, u64>,
+    bounds: Reg<'k, u64>,
+    kv_heads: Reg<'k, u32>,
+    group: Reg<'k, u32>,
+}
+
+impl<'k> Steps<'k> {
+    /// Declares its parameters.
+    fn new(k: &'k Builder) -> Self {
+        Self {
+            k,
+            written: k.param("steps"),
+            bounds: k.param("bounds"),
+            kv_heads: k.param("kv_heads"),
+            group: k.param("group"),
+        }
+    }
+
+    /// Of a query with this delta, sum of dout's squares, and lse.
+    fn of(&self, delta: Reg<'k, f32>, squares: Reg<'k, f32>, lse: Reg<'k, f32>) -> Reg<'k, f32> {
+        let k = self.k;
+        let head = k.cta_z() * self.kv_heads + k.cta_y() / self.group;
+        let bounds = self.bounds + head.times_wide(4 * bounds::WORDS as u32);
+        let [keys, values]: [Reg<'k, f32>; 2] = k.load_constants(bounds);
+        let gradient = squares.sqrt() * values.sqrt() + delta.abs();
+        let bound = gradient * keys;
+        // Rounded down to a power of two.
+        let most = (bound.reciprocal() * RANGE).min(MOST_STEPS);
+        let steps = (most.to_bits() & 0x7f80_0000).as_f32();
+        (bound + lse).fma(0.0, steps)
     }
 }

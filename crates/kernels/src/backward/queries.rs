@@ -4,7 +4,7 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
-use crate::exact::{Exact, Mask};
+use crate::exact::Exact;
 use crate::lists::Lists;
 use crate::merge::{Merge, NO_BLOCK};
 
@@ -31,9 +31,13 @@ pub(super) struct Problem<'k> {
     pub(super) line: Reg<'k, u32>,
     /// Units of a head's panel of dq's sums.
     units: Reg<'k, u32>,
+    /// Where sums of integers are made: address of how many steps make 1, for each query.
+    pub(super) steps: Option<Reg<'k, u64>>,
     /// Entries of a list that thread blocks start at different places of: of one that has all queries.
     /// 0 for none.
     spread: Reg<'k, u32>,
+    /// How many of its first entries they start at.
+    window: Reg<'k, u32>,
     /// The plan's columns.
     pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
@@ -67,7 +71,7 @@ pub(super) struct Walk<'a, 'k> {
 
 impl<'k> Problem<'k> {
     /// Declares its parameters.
-    pub(super) fn new(k: &'k Builder, mask: Option<Mask>) -> Self {
+    pub(super) fn new(k: &'k Builder, config: Config) -> Self {
         let mut problem = Self {
             k,
             lse: k.param("lse"),
@@ -83,12 +87,15 @@ impl<'k> Problem<'k> {
             group: k.param("group"),
             line: k.param("line"),
             units: k.param("units"),
+            steps: None,
             spread: k.param("spread"),
+            window: k.param("window"),
             lists: Lists::new(k),
             exact: None,
         };
         let lengths = [problem.q_len, problem.kv_len];
-        problem.exact = mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.exact = config.mask.map(|mask| Exact::new(k, mask, lengths));
+        problem.steps = config.deterministic.then(|| k.param("steps"));
         problem
     }
 
@@ -114,15 +121,15 @@ impl<'k> Problem<'k> {
 
     /// Where in a list of so many entries its walk starts; what lies before comes in the end. Of lists
     /// with all queries each thread block starts somewhere else, or all would add to the same tile of
-    /// dq at the same time. Others are walked as they lie: thread blocks then read the same queries at
-    /// about the same time.
+    /// dq at the same time; but not far away, or what they read and add to would not stay in the L2
+    /// cache until the next one comes by. Other lists are walked as they lie.
     fn start(&self, keys: KeyTile<'k>, count: Reg<'k, u32>) -> Reg<'k, u32> {
         let k = self.k;
         let start = k.var(0u32);
         k.if_(count.equals(self.spread), || {
             // Multiples of the golden ratio, less their whole part, are spread evenly.
             let part = keys.first / KEYS * GOLDEN;
-            start.set((part.times_wide(count) >> 32).to_u32());
+            start.set((part.times_wide(self.window) >> 32).to_u32());
         });
         start
     }

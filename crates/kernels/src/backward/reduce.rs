@@ -4,7 +4,7 @@
 use flex_block_attn_ptx::Reg;
 use flex_block_attn_tile::Phases;
 
-use super::kernel::{END, Outgoing, Stores};
+use super::kernel::{END, Stores};
 use super::queries::Problem;
 use super::{Config, ROW_BYTES, UNIT, UNIT_BYTES};
 
@@ -18,8 +18,8 @@ pub(super) fn reduce<'k>(
     let k = problem.k;
     let phases = Phases::new(k);
     let queries = stores.queries.consumer(k.lane().equals(0), &phases);
-    let full = |out: &Outgoing<'k>| phases.waiter(out.full.at(index));
-    let full: Vec<_> = stores.dq.iter().map(full).collect();
+    let out = &stores.dq;
+    let full = phases.waiter(out.full.at(index));
     let bytes = config.piece * ROW_BYTES;
     let (first, panel) = config.own_unit(index);
     // The next unit's head and pieces, noted before the loader writes the next note.
@@ -39,18 +39,19 @@ pub(super) fn reduce<'k>(
     };
     read_note(0);
     k.loop_(|leave| {
-        for (stage, other) in [(0, 1), (1, 0)] {
+        for other in [1, 0] {
             leave.when(line.equals(END));
-            let number = stage % stores.dq.len();
-            let out = &stores.dq[number];
-            full[number].wait();
+            full.wait();
             let panel = (line * (config.head_dim / UNIT) + panel).times_wide(problem.padded());
             for (i, &row) in (0..).zip(&rows) {
                 // What only fills the tile up is not wanted.
                 k.if_(row.lt(problem.padded()), || {
                     let to = problem.dq + (panel + row.to_u64()) * u64::from(ROW_BYTES);
                     let from = out.units.plus(index * UNIT_BYTES).at(i * bytes);
-                    k.bulk_reduce_add(to, from, bytes);
+                    match config.deterministic {
+                        false => k.bulk_reduce_add::<f32>(to, from, bytes),
+                        true => k.bulk_reduce_add::<i32>(to, from, bytes),
+                    }
                 });
             }
             k.bulk_commit();

@@ -26,7 +26,7 @@ use crate::gpu::Gpu;
 pub use attention::{Backward, Forward};
 pub use plan::{Compaction, MaskLayout};
 pub use product::Product;
-pub use rows::{Pool, Prepare};
+pub use rows::{Bounds, Pool, Prepare};
 pub use rule::Rule;
 pub use tensor::Layout;
 

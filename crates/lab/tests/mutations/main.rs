@@ -53,8 +53,8 @@ enum Base {
     /// Attention backward, head dimension 128, three thread blocks, with five tiles of queries, four
     /// and one: last ones in either stage, and some behind them.
     Gradients,
-    /// The same, deterministic: thread blocks wait for each other.
-    InOrder,
+    /// The same, deterministic: sums of integers.
+    Integers,
 }
 
 const BASES: [Base; 6] = [
@@ -63,7 +63,7 @@ const BASES: [Base; 6] = [
     Base::Short,
     Base::Ragged,
     Base::Gradients,
-    Base::InOrder,
+    Base::Integers,
 ];
 
 impl Base {
@@ -119,7 +119,7 @@ impl Base {
                 .setup()
             }
             Self::Gradients => gradients(false),
-            Self::InOrder => gradients(true),
+            Self::Integers => gradients(true),
         }
     }
 }
