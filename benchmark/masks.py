@@ -114,12 +114,18 @@ def measure(library: str, name: str, tokens: int, args: argparse.Namespace) -> s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.masks", description=__doc__.split("\n")[0]
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--tokens", type=int, nargs="+", choices=CANVAS, default=list(CANVAS))
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="of masks")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", choices=CANVAS, default=list(CANVAS), help="lengths"
+    )
+    parser.add_argument(
+        "--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="of them"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="masks after the first")
     parser.add_argument("--patience", type=float, default=120, help="seconds of a measurement")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

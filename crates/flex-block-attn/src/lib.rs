@@ -64,3 +64,8 @@ pub use tensor::{DType, Element, Tensor, TensorMut};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// And so is that of the page on masks of functions.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/masks.md")]
+struct Masks;
