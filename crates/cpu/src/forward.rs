@@ -4,15 +4,16 @@
 //! plan keeps. The heads of k and v are packed in waves, as many at once as a memory budget
 //! allows; then every tile of queries is a task of its own, longest rows first.
 
+use flex_block_attn_mask::expression::Evaluator;
+
 use crate::buffer::Buffer;
-use crate::exact::{self, Hidden};
 use crate::pack::{self, Tokens, Width};
+use crate::simd::exact::{self, Hidden};
 use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, Running, Scores};
 use crate::simd::{Isa, Job, PANEL, Real};
 use crate::tiles::{self, KeyTile, KeyTiles};
 use crate::{Element, Forward, threads};
-use flex_block_attn_mask::expression::Evaluator;
 
 /// Queries of a tile at most. With [`TILE_KEYS`], chosen by measurement: scores, output, queries
 /// and a stretch of k and v are together about 400 KB at head_dim 128, inside a second-level cache.

@@ -11,7 +11,6 @@
 mod backward;
 mod buffer;
 mod element;
-mod exact;
 mod forward;
 mod pack;
 mod pool;

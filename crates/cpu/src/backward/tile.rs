@@ -8,7 +8,7 @@ use flex_block_attn_mask::{block_of, is_partial};
 
 use super::Task;
 use crate::buffer::Buffer;
-use crate::exact::{self, Hidden};
+use crate::simd::exact::{self, Hidden};
 use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, RowFacts, Scores};
 use crate::simd::{Isa, PANEL, Real};

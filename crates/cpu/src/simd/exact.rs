@@ -7,7 +7,7 @@ use std::ops::Range;
 use flex_block_attn_mask::PlanView;
 use flex_block_attn_mask::expression::Evaluator;
 
-use crate::simd::{Isa, Operation};
+use super::{Isa, Operation};
 
 /// What evaluates a plan's expression, if it has one.
 pub(crate) fn evaluator(plan: PlanView<'_>) -> Option<Evaluator<'_>> {
