@@ -80,11 +80,8 @@ pub fn backward_steps(
     } = choice(&q, plan, options)?;
     let deterministic = options.deterministic;
     let (mask, tables) = plan.exact();
-    let config = Config {
-        deterministic,
-        ..Config::choose(element, head_dim, q_block, kv_block, mask)
-            .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?
-    };
+    let config = Config::choose(element, head_dim, q_block, kv_block, mask, deterministic)
+        .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
         contiguous("dlse", dlse.shape, dlse.strides)?;
