@@ -386,7 +386,9 @@ mod tests {
                     }
                 }
             }
-            assert!(used.iter().all(|used| *used), "an allocation is not used");
+            for (used, allocation) in used.iter().zip(allocations) {
+                assert!(used, "{} is not used", allocation.name());
+            }
         }
     }
 

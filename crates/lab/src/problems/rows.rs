@@ -99,8 +99,14 @@ impl Prepare {
             dlse,
             log2: memory.alloc("log2", 4 * places),
             delta: memory.alloc("delta", 4 * places),
-            steps: memory.alloc("steps", 4 * places),
-            bounds: memory.alloc_with("bounds", bounds.as_flattened()),
+            steps: match config.deterministic {
+                true => memory.alloc("steps", 4 * places),
+                false => 0,
+            },
+            bounds: match config.deterministic {
+                true => memory.alloc_with("bounds", bounds.as_flattened()),
+                false => 0,
+            },
             batch: batch as u32,
             heads: heads as u32,
             kv_heads: (heads / group) as u32,
