@@ -120,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Namespace) -> int:
     """Measures all, or what the budget allows."""
-    start, status, finished = time.monotonic(), 0, 0
+    start, status = time.monotonic(), 0
     missing: set[str] = set()
     bar = tqdm(total=len(jobs), unit="pass", disable=None) if tqdm else None
     say = bar.write if bar is not None else print
-    for job in jobs:
+    for finished, job in enumerate(jobs):
         elapsed = time.monotonic() - start
         # A pass takes as long as those before it did.
         if args.budget and elapsed * (finished + 1) / max(finished, 1) > args.budget:
@@ -143,7 +143,6 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
         say(f"{name}: {in_words(measured)}")
         status |= "ours" in measured.failed
         missing |= {f"{each} {reason}" for each, reason in measured.absent.items()}
-        finished += 1
         if bar is not None:
             bar.update()
     if bar is not None:
