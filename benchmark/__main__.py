@@ -77,7 +77,11 @@ def _default_device() -> str:
 
 def chosen(args: argparse.Namespace) -> list[Job]:
     """What is asked for, the most important first."""
-    suites = args.suite or [name for name in SUITES if args.device in SUITES[name].devices]
+    suites = args.suite or [
+        name
+        for name, suite in SUITES.items()
+        if args.device in suite.devices and not suite.on_request
+    ]
     cases = [
         (name, each)
         for name in suites

@@ -87,6 +87,8 @@ def measure(
             measured.figures[name] = figures
         except Absent as reason:
             measured.absent[name] = str(reason)
+        except NotImplementedError as error:
+            measured.absent[name] = f"says: {str(error).split('.')[0].strip()}"
         except Exception as error:  # an implementation's own failure is a line of the table
             measured.failed[name] = _failure(name, error, problem.device)
         if "ours" not in calls:

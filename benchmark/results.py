@@ -132,12 +132,12 @@ def row(
         **{name: str(getattr(case, name)) for name in ("head_dim", "dtype")},
         **{name: str(getattr(case, name)) for name in ("q_block", "kv_block")},
         "density": f"{problem.density:.4f}",
-        "ms_median": f"{figures.ms:.4f}",
-        "ms_min": f"{min(figures.turns):.4f}",
-        "ms_max": f"{max(figures.turns):.4f}",
-        "tflops": f"{tflops:.4f}",
-        "peak_mib": "" if figures.peak_mib is None else f"{figures.peak_mib:.1f}",
-        "mask_ms": "" if figures.mask_ms is None else f"{figures.mask_ms:.4f}",
+        "ms_median": f"{figures.ms:.5f}",
+        "ms_min": f"{min(figures.turns):.5f}",
+        "ms_max": f"{max(figures.turns):.5f}",
+        "tflops": f"{tflops:.6f}",
+        "peak_mib": "" if figures.peak_mib is None else f"{figures.peak_mib:.2f}",
+        "mask_ms": "" if figures.mask_ms is None else f"{figures.mask_ms:.5f}",
         **asdict(machine),
     }
 

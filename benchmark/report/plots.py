@@ -25,6 +25,8 @@ STYLE = 1
 COLOURS = ("#d62728", "#1f77b4", "#17becf", "#2ca02c", "#8c564b", "#9467bd", "#e8a100", "#7f7f7f")
 MARKERS = "osD^v<>P"
 FEWEST_POINTS = 2
+# Marks of the axis of ratios.
+RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 KEYWORD = "Shows"
 
 
@@ -109,6 +111,8 @@ def _ratios(device: Device) -> Plot:
 
 
 def _draw_ratios(figure: "Figure", groups: Any) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     axes = figure.subplots()
     at, ticks, seen = 0.0, [], set()
     for title, bars in groups:
@@ -116,7 +120,7 @@ def _draw_ratios(figure: "Figure", groups: Any) -> None:
         for name, (middle, least, most) in bars.items():
             label = None if name in seen else name
             seen.add(name)
-            axes.bar(at, middle, 0.9, color=_colour(name), label=label)
+            axes.bar(at, middle - 1, 0.9, bottom=1, color=_colour(name), label=label)
             axes.plot([at, at], [least, most], color="black", linewidth=1)
             axes.annotate(f"{middle:.2f}", (at, most), ha="center", va="bottom", fontsize=7)
             at += 1
@@ -124,6 +128,9 @@ def _draw_ratios(figure: "Figure", groups: Any) -> None:
         at += 0.8
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator(RATIOS))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("their time / our time")
     axes.set_xticks([x for x, _ in ticks], [title for _, title in ticks], fontsize=8)
     axes.margins(y=0.12)

@@ -19,7 +19,10 @@ def test_the_python_examples_run(capsys):
     assert "density" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", ["demo", "benchmark.cpu", "benchmark.distributed"])
+@pytest.mark.parametrize(
+    "program",
+    ["demo", "benchmark", "benchmark.cpu", "benchmark.distributed", "benchmark.report"],
+)
 def test_programs_say_what_they_do(program):
     help_text = subprocess.run(
         [sys.executable, "-m", program, "--help"],
