@@ -4,7 +4,6 @@ In: calls without arguments. Out: milliseconds, MiB. Used by everything here tha
 """
 
 import ctypes
-import gc
 import math
 import statistics
 import time
@@ -77,7 +76,6 @@ def timed(call: Call, device: torch.device, calls: int = 1, repeats: int = 30) -
 def peak_mib(call: Call, device: torch.device) -> float | None:
     """The most memory that was in use at once during a call, beyond what was before it: on a GPU
     what torch allocated, on a CPU what the process had from Linux. None if nobody knows."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

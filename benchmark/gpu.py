@@ -51,7 +51,6 @@ def main() -> None:
             {"case": case, "pass": direction, "impl": name, "tflops": rate}
             for name, rate in rates.items()
         ]
-        torch.cuda.empty_cache()
     for reason in sorted(reasons):
         print(reason, file=sys.stderr)
     if args.csv:

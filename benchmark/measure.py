@@ -7,6 +7,7 @@ Wrong results are not timed: ours are compared with float64, of all rows where t
 of some where it is not; the peers' with ours.
 """
 
+import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,10 @@ def measure(
 ) -> Measured:
     """Ours beside the peers of these names: ``rounds`` turns each of about ``milliseconds``. If
     there is none of ours, there is nothing."""
+    if problem.device.type == "cuda":
+        # Nothing of earlier cases is freed while memory is counted.
+        gc.collect()
+        torch.cuda.empty_cache()
     measured, calls = Measured(), {}
     expected: list[torch.Tensor] = []
     for name in ("ours", *names):

@@ -215,15 +215,15 @@ def _cpu() -> tuple[Case, ...]:
 def _smoke() -> tuple[Case, ...]:
     """One of each kind, so small that it takes seconds anywhere."""
 
-    def of(mask: str, rate: float = 1.0, tokens: int = 500) -> Case:
+    def of(mask: str, rate: float = 1.0, tokens: int = 200) -> Case:
         name = f"{mask} s{tokens}"
         return case(2, tokens, mask, rate, block=64, head_dim=64, name=name, importance=0)
 
     clip = Video((3, 6, 8), topk=2, tile=(2, 4, 8), window=(1, 1, 1), text=20)
     return (
         *(of(mask, 0.5) for mask in ("dense", "window", "random", "causal blocks", "causal")),
-        of("dense", tokens=900),
-        of("random", 0.25, tokens=900),
+        of("dense", tokens=400),
+        of("random", 0.25, tokens=400),
         video("3x6x8", 2, clip, head_dim=64, importance=0),
     )
 
