@@ -189,7 +189,7 @@ def _cpu() -> tuple[Case, ...]:
     """What a CPU does in minutes: the same kinds of cases, small."""
 
     def of(tokens: int, mask: str = "dense", rate: float = 1.0, **others) -> Case:
-        return case(4, tokens, mask, rate, **{"block": 128, "dtype": "float32", **others})
+        return case(2, tokens, mask, rate, **{"block": 128, "dtype": "float32", **others})
 
     return (
         *(of(n, importance=0) for n in (1024, 2048, 4096)),
@@ -198,14 +198,14 @@ def _cpu() -> tuple[Case, ...]:
         *(of(2048, "window", rate) for rate in (0.1, 0.2)),
         of(2048, "causal blocks"),
         of(2048, "causal"),
-        of(2048, "random", 0.2, block=64, name="random 0.2 h4 s2048 b64"),
-        of(2048, head_dim=64, name="dense h4 s2048 d64"),
-        of(2048, "random", 0.2, head_dim=64, name="random 0.2 h4 s2048 d64"),
-        of(2048, dtype="bfloat16", name="dense h4 s2048 bf16"),
-        of(2048, "random", 0.2, dtype="bfloat16", name="random 0.2 h4 s2048 bf16"),
+        of(2048, "random", 0.2, block=64, name="random 0.2 h2 s2048 b64"),
+        of(2048, head_dim=64, name="dense h2 s2048 d64"),
+        of(2048, "random", 0.2, head_dim=64, name="random 0.2 h2 s2048 d64"),
+        of(2048, dtype="bfloat16", name="dense h2 s2048 bf16"),
+        of(2048, "random", 0.2, dtype="bfloat16", name="random 0.2 h2 s2048 bf16"),
         video(
             "7x15x24",
-            4,
+            2,
             Video((7, 15, 24), topk=4, tile=(2, 8, 8), window=(3, 1, 1), text=100),
             dtype="float32",
         ),
