@@ -144,7 +144,9 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
             say(f"{name}: {broken}. Start again: it goes on behind.")
             return 1
         keep(job, problem, measured, results, machine)
-        say(f"{name}: {in_words(measured)}")
+        # For those who see no bar.
+        left = (time.monotonic() - start) / (finished + 1) * (len(jobs) - finished - 1)
+        say(f"{name}: {in_words(measured)} [{finished + 1}/{len(jobs)}, {left:.0f} s left]")
         status |= "ours" in measured.failed
         missing |= {f"{each} {reason}" for each, reason in measured.absent.items()}
         if bar is not None:

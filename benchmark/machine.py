@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
-# What a figure depends on.
-SOURCES = ("crates", "python/flex_block_attn", "benchmark", "Cargo.toml", "Cargo.lock")
+# What a figure depends on; the report and what it is made of do not matter.
+SOURCES = (
+    "crates",
+    "python/flex_block_attn",
+    ":(glob)benchmark/*.py",
+    "Cargo.toml",
+    "Cargo.lock",
+)
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,18 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Ten digits; with a plus behind if sources differ from it."""
+    """Ten digits of the last one that changed what figures depend on; with a plus behind if that
+    has changed since."""
     try:
-        commit = _output(["git", "rev-parse", "--short=10", "HEAD"]).strip()
-        changed = _output(
-            ["git", "status", "--porcelain", "--", *SOURCES, ":!benchmark/results"]
-        ).strip()
-    except (OSError, subprocess.CalledProcessError) as error:
+        commit = _output(["git", "log", "-1", "--format=%H", "--", *SOURCES]).strip()[:10]
+        changed = _output(["git", "status", "--porcelain", "--", *SOURCES]).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit, changed = "", ""
+    if not commit:
         raise ValueError(
             "git does not say which commit this is: name it by --commit, so that results can be "
             "told from those of other commits"
-        ) from error
+        )
     return commit + "+" * bool(changed)
 
 

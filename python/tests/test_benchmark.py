@@ -2,6 +2,7 @@
 the columns of its files say of one another."""
 
 import csv
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -12,14 +13,15 @@ from reference import attention, relative_error, token_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 import flex_block_attn as package
+from benchmark import machine, peers
 from benchmark import measure as measuring
-from benchmark import peers
 from benchmark.__main__ import chosen, main, options
 from benchmark.attention import Attention, Prepared
 from benchmark.clock import peak_mib
 from benchmark.measure import Broken, measure
 from benchmark.problem import Problem
 from benchmark.report.__main__ import main as report
+from benchmark.report.load import devices
 from benchmark.report.plots import text_of_png
 from benchmark.results import COLUMNS
 from benchmark.suites import LENGTHS, MASKS, RATES, SUITES
@@ -204,6 +206,44 @@ def test_a_peer_that_comes_later_has_ours_beside_it(results, monkeypatch):
     assert new == [(impl, which) for which in ("forward", "backward") for impl in ("ours", "FA2")]
 
 
+def test_ratios_are_those_of_one_run(results, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "FA2", peers.sdpa)
+    assert run(results, "--case", "window s200", peers=("FA2",)) == 0
+    found = [r for r in rows(results) if (r["case"], r["pass"]) == ("window s200", "forward")]
+    ours, sdpa, ours_again, flash = (float(r["ms_median"]) for r in found)
+    (device,) = devices(results)
+    entry = next(x for x in device.entries["smoke", "forward"] if x.ours.case == "window s200")
+    assert entry.ours.ms == ours_again
+    assert entry.ratios == {"FA2": flash / ours_again, "SDPA": sdpa / ours}
+    assert entry.best == min(entry.ratios, key=entry.ratios.get)
+
+
+def test_the_commit_is_that_of_what_figures_depend_on(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout
+
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    with pytest.raises(ValueError, match="name it by --commit"):
+        machine.describe(CPU, None)
+    (tmp_path / "crates").mkdir()
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    (tmp_path / "crates" / "lib.rs").write_text("one")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    first = git("rev-parse", "HEAD").decode()[:10]
+    # Results are not what they depend on.
+    (tmp_path / "benchmark" / "results" / "a.csv").write_text("a")
+    git("add", "-A")
+    git("commit", "-qm", "two")
+    assert machine.describe(CPU, None).commit == first
+    (tmp_path / "crates" / "lib.rs").write_text("two")
+    assert machine.describe(CPU, None).commit == first + "+"
+    assert machine.describe(CPU, "named").commit == "named"
+
+
 def test_another_commit_is_measured_again(results):
     count = len(rows(results))
     assert run(results, "--case", "dense*", "--passes", "forward", commit="second") == 0
@@ -239,8 +279,8 @@ def test_options_without_sense_are_refused(more, said, capsys):
 
 
 def test_who_is_absent_is_named_with_the_reason(finished):
-    absent = {(r["impl"], r["case"]): r["reason"] for r in rows(finished, "absent.csv")}
     if not hasattr(package, "create_block_mask"):
+        absent = {(r["impl"], r["case"]): r["reason"] for r in rows(finished, "absent.csv")}
         assert absent["ours", "causal s200"] == "has no create_block_mask"
     # All but the one that would be compiled.
     names = [name for name in peers.PEERS if name != "Flex"]

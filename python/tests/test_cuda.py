@@ -10,12 +10,12 @@ import threading
 
 import pytest
 import torch
-from benchmark.__main__ import main as benchmark
-from benchmark.clock import peak_mib, turn
 from reference import attention, relative_error, token_mask
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
+from benchmark.__main__ import main as benchmark
+from benchmark.clock import peak_mib, turn
 from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
 from flex_block_attn.moba import moba_attention
 from flex_block_attn.ssta_attention import ssta_3d_attention
