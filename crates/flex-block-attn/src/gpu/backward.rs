@@ -86,11 +86,8 @@ pub fn backward_steps(
         scale,
     } = choice(&q, plan, options)?;
     let deterministic = options.deterministic;
-    let config = Config {
-        deterministic,
-        ..Config::choose(element, head_dim, q_block, kv_block, None)
-            .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?
-    };
+    let config = Config::choose(element, head_dim, q_block, kv_block, None, deterministic)
+        .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
         contiguous("dlse", dlse.shape, dlse.strides)?;

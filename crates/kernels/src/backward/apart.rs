@@ -48,10 +48,10 @@ impl<'k> Consumer<'_, 'k> {
         let unwanted = || {
             self.pass_turn();
             self.douts.wait(stage);
-            self.note_steps(stage);
             self.rounded.fill(0);
             self.give_gradients(stage);
             self.wait_for_turn();
+            self.keep_steps(stage);
             if let Some(before) = before {
                 self.issue_dq(before);
                 wg.wait(0);
@@ -60,7 +60,10 @@ impl<'k> Consumer<'_, 'k> {
             }
             self.douts.release(stage);
         };
-        k.if_else(self.sees(stage), wanted, unwanted);
+        match self.config.apart {
+            true => k.if_else(self.sees(stage), wanted, unwanted),
+            false => wanted(),
+        }
         self.queries.release(stage);
     }
 

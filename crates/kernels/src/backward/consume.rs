@@ -15,9 +15,9 @@ use flex_block_attn_tile::{
     SharedTile, WARPGROUP, Waiter, Warpgroup,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, Share, Stores};
+use super::kernel::{CONSUMERS, END, Maps, NEXT_PIECE, ROWS, Share, Stores, WANTS};
 use super::queries::{KeyTile, Problem};
-use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
+use super::{Config, EIGHT_BYTES, KEYS, OWN, UNIT};
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::PARTIAL_WANTS;
@@ -28,10 +28,13 @@ const BOTH: u32 = 1;
 const OWN_SYNC: u32 = 2;
 const TURN: u32 = 4;
 
+/// Bytes between what consumers keep of steps: a number for each thread.
+pub(super) const KEPT_BYTES: u32 = 4 * WARPGROUP;
+
 /// What a consumer works with.
 pub(super) struct Consumer<'a, 'k> {
     pub(super) k: &'k Builder,
-    config: Config,
+    pub(super) config: Config,
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
@@ -51,10 +54,8 @@ pub(super) struct Consumer<'a, 'k> {
     gradients: RegTile<'k>,
     weights: Fragments<'k>,
     pub(super) rounded: Fragments<'k>,
+    /// Of a unit, columns by queries.
     dq: RegTile<'k>,
-    /// For each stage how many steps make 1 in the rows of dq that this thread has, if sums are of
-    /// integers.
-    steps: Vec<[Reg<'k, f32>; 2]>,
     dk: RegTile<'k>,
     dv: RegTile<'k>,
     hidden: Hidden<'k>,
@@ -84,8 +85,8 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let phases = Phases::new(k);
         let own = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
-        let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
-        let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
+        let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries));
+        let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries / 16));
         Self {
             k,
             config,
@@ -105,12 +106,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             gradients,
             weights,
             rounded,
-            dq: RegTile::uninit(k, UNIT),
-            steps: stores
-                .steps
-                .iter()
-                .map(|_| [k.uninit(), k.uninit()])
-                .collect(),
+            dq: RegTile::uninit(k, config.unit_rows()),
             dk,
             dv,
             hidden: Hidden {
@@ -131,7 +127,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.keys_full.wait();
         // The first consumer goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
-        match self.config.apart {
+        match self.config.apart || self.config.queries == 80 {
             true => self.each_apart(),
             false => self.each(),
         }
@@ -225,7 +221,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
             score.set(score.fma(self.scale, -lse).exp2());
         });
         wg.wait(0);
-        self.note_steps(stage);
         // A step of 16 queries at a time: registers of its weights and gradients are free after it.
         let deltas = self.stores.deltas[stage];
         for step in 0..self.weights.steps() {
@@ -246,6 +241,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         }
         self.give_gradients(stage);
         self.wait_for_turn();
+        self.keep_steps(stage);
     }
 
     /// Gives the scores' gradients to both consumers.
@@ -257,19 +253,31 @@ impl<'a, 'k> Consumer<'a, 'k> {
         k.where_(wg.leader, || full.arrive());
     }
 
-    /// Reads how many steps make 1 in the rows that this thread will have of the tile's dq.
-    pub(super) fn note_steps(&self, stage: usize) {
-        let Some(steps) = self.steps.get(stage) else {
+    /// Copies how many steps make 1, of a tile whose dq is made when its stage holds the next one's.
+    /// Other threads read them: a turn's wait lies before and behind.
+    pub(super) fn keep_steps(&self, stage: usize) {
+        let (k, stores) = (self.k, self.stores);
+        let (Some(&steps), Some(&kept)) = (stores.steps.get(stage), stores.kept_steps.get(stage))
+        else {
             return;
         };
-        let first = match self.config.share() {
-            Share::Columns => self.wg.row(),
-            Share::Rows => self.wg.index * UNIT + self.wg.row(),
+        let thread = k.tid() - WARPGROUP;
+        let own = (thread & (WARPGROUP - 1)) * 4;
+        k.if_(own.lt(4 * self.config.queries), || {
+            let number = k.load_shared::<u32>(steps.plus(own));
+            k.store_shared(kept.plus(thread * 4), number);
+        });
+    }
+
+    /// Where those of this consumer's unit lie, if there are any.
+    fn kept_steps(&self, stage: usize) -> Option<Address<'k, u32>> {
+        let kept = self.stores.kept_steps.get(stage)?;
+        // The second consumer's unit may be of the second half of the queries.
+        let next = match self.config.share() {
+            Share::Columns => KEPT_BYTES,
+            Share::Rows => KEPT_BYTES + 4 * UNIT,
         };
-        let own = self.stores.steps[stage].plus(first * 4);
-        for (i, &number) in (0..).zip(steps) {
-            number.set(self.k.load_shared::<f32>(own.at(4 * 8 * i)));
-        }
+        Some(kept.plus(self.wg.index * next))
     }
 
     pub(super) fn wait_for_turn(&self) {
@@ -284,7 +292,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Which warps' keys see each of a tile's pieces.
     pub(super) fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
         let note = self.stores.notes[stage];
-        let want = |i| self.k.load_shared::<u32>(note.at(8 + 8 * i)).uniform();
+        let want = |i| {
+            let place = note.at(WANTS + NEXT_PIECE * i);
+            self.k.load_shared::<u32>(place).uniform()
+        };
         (0..self.config.pieces()).map(want).collect()
     }
 
@@ -292,33 +303,46 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// them in partial blocks, and of keys behind the last.
     fn hide(&self, stage: usize, wants: &[Reg<'k, u32>]) {
         let Self { k, ref hidden, .. } = *self;
-        let piece = self.config.piece;
+        let columns = |i: u32| i * self.config.piece..(i + 1) * self.config.piece;
+        // Mostly all pieces are wanted by all.
+        let every = wants[1..]
+            .iter()
+            .fold(wants[0], |every, &want| every & want);
+        k.if_((every & hidden.warp).equals(0), || {
+            for (i, &want) in (0..).zip(wants) {
+                k.if_((want & hidden.warp).equals(0), || {
+                    self.scores.set_columns(columns(i), f32::NEG_INFINITY);
+                });
+            }
+        });
+        let Some(exact) = &self.problem.exact else {
+            return self.hide_behind_the_last();
+        };
         for (i, &want) in (0..).zip(wants) {
-            let columns = i * piece..(i + 1) * piece;
-            k.if_((want & hidden.warp).equals(0), || {
-                self.scores.set_columns(columns.clone(), f32::NEG_INFINITY);
-            });
-            let Some(exact) = &self.problem.exact else {
-                continue;
-            };
             let partial = (want >> PARTIAL_WANTS) & hidden.warp;
             k.if_(partial.differs(0), || {
                 let Self { wg, keys, .. } = *self;
                 let note = self.stores.notes[stage];
                 let line = k.load_shared::<u32>(note);
                 exact.hide(
-                    &self.scores.part(columns),
+                    &self.scores.part(columns(i)),
                     &Where {
                         batch: keys.batch,
                         head: line % self.problem.heads,
                         rows: Axis::Keys(keys.first + wg.index * OWN + wg.row()),
-                        first_column: k.load_shared(note.at(4 + 8 * i)),
+                        first_column: k.load_shared(note.at(ROWS + NEXT_PIECE * i)),
                         lane: wg.lane,
                     },
                 );
             });
         }
-        k.if_(hidden.cut, || {
+        self.hide_behind_the_last();
+    }
+
+    /// Hides keys behind the last.
+    fn hide_behind_the_last(&self) {
+        let hidden = &self.hidden;
+        self.k.if_(hidden.cut, || {
             for (score, row) in self.scores.elements() {
                 score.set(hidden.inside[row].select(score, f32::NEG_INFINITY));
             }
@@ -343,28 +367,40 @@ impl<'a, 'k> Consumer<'a, 'k> {
     pub(super) fn issue_dq(&self, stage: usize) {
         let wg = self.wg;
         let (gradients, keys) = (self.taken.wait(stage), self.stores.keys);
-        let (left, right) = match self.config.share() {
-            Share::Columns => (gradients, keys.panel_at(wg.index)),
-            Share::Rows => (gradients.part(wg.index, UNIT), keys),
+        let (keys, gradients) = match self.config.share() {
+            Share::Columns => (keys.panel_at(wg.index), gradients),
+            Share::Rows => (keys, gradients.part(wg.index, UNIT)),
         };
         wg.fence();
-        wg.product(&self.dq, Left::Tile(left), Right::Tile(right));
+        wg.product(
+            &self.dq,
+            Left::TileTransposed(keys),
+            Right::Transposed(gradients),
+        );
     }
 
     /// Gives it to the reducer.
     pub(super) fn give_dq(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
         let out = &self.stores.dq;
-        let to = out.units.plus(wg.index * UNIT_BYTES);
-        let to = to.plus(wg.warp * (UNIT_BYTES / 4) + wg.lane * 16);
+        let to = out.units.plus(wg.index * self.config.unit_bytes());
+        let to = to.plus(wg.warp * (4 * 128) + wg.lane * 16);
         self.dq_empty.wait();
-        for (i, numbers) in (0..).zip(self.dq.registers().chunks_exact(4)) {
-            let at = to.at(4 * 128 * i);
-            match self.steps.get(stage) {
-                None => k.store_shareds(at, std::array::from_fn::<_, 4, _>(|j| numbers[j])),
-                Some(steps) => {
-                    let whole = |j: usize| (numbers[j] * steps[j / 2]).to_i32();
-                    k.store_shareds(at, std::array::from_fn::<_, 4, _>(whole));
+        // Of eight queries a thread has two, in two columns.
+        let place = |eight| to.at(EIGHT_BYTES * eight);
+        match self.kept_steps(stage) {
+            None => {
+                for (eight, four) in (0..).zip(self.dq.registers().chunks_exact(4)) {
+                    k.store_shareds(place(eight), std::array::from_fn::<_, 4, _>(|i| four[i]));
+                }
+            }
+            Some(steps) => {
+                let mut whole = Vec::new();
+                each_column(k, wg, steps, &self.dq, |_, number, steps| {
+                    whole.push((number * steps).to_i32());
+                });
+                for (eight, four) in (0..).zip(whole.chunks_exact(4)) {
+                    k.store_shareds(place(eight), std::array::from_fn::<_, 4, _>(|i| four[i]));
                 }
             }
         }
@@ -379,6 +415,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.pass_turn();
         self.issue_dq(stage);
         self.wg.wait(0);
+        if !self.stores.kept_steps.is_empty() {
+            self.wg.sync(self.wg.index + OWN_SYNC);
+        }
         self.give_dq(stage);
     }
 
@@ -406,21 +445,21 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 }
 
-/// Does `body(i, element, number)` for each element, the `i`-th, of a tile of keys by queries:
-/// `numbers` has one for each query.
+/// Does `body(i, element, number)` for each element, the `i`-th, of a tile whose columns are queries:
+/// `numbers` has one for each query, as [`prepare::place`](super::prepare::place) has it.
 fn each_column<'k>(
     k: &'k Builder,
     wg: Warpgroup<'k>,
     numbers: Address<'k, u32>,
     tile: &RegTile<'k>,
-    body: impl Fn(usize, Reg<'k, f32>, Reg<'k, f32>),
+    mut body: impl FnMut(usize, Reg<'k, f32>, Reg<'k, f32>),
 ) {
-    // Of every 8 columns a thread has two, in both of its rows.
-    let own = numbers.plus((wg.lane & 3) * 8);
-    for (eight, four) in tile.registers().chunks_exact(4).enumerate() {
-        let two: [Reg<'k, f32>; 2] = k.load_shareds(own.at(32 * eight as u32));
-        for (i, &element) in four.iter().enumerate() {
-            body(4 * eight + i, element, two[i % 2]);
+    // Of every 16 columns a thread has four, two in each eight, in both of its rows.
+    let own = numbers.plus((wg.lane & 3) * 16);
+    for (sixteen, eight) in tile.registers().chunks_exact(8).enumerate() {
+        let four: [Reg<'k, f32>; 4] = k.load_shareds(own.at(64 * sixteen as u32));
+        for (i, &element) in eight.iter().enumerate() {
+            body(8 * sixteen + i, element, four[i / 4 * 2 + i % 2]);
         }
     }
 }

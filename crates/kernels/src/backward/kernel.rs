@@ -10,9 +10,9 @@ use flex_block_attn_tile::{
     Barrier, Barriers, Phases, Place, Ring, Shape, Shared, SharedTile, Warpgroup,
 };
 
-use super::consume::Consumer;
+use super::consume::{Consumer, KEPT_BYTES};
 use super::queries::{KeyTile, Problem, Walk};
-use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
+use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
 use crate::merge::WARPS;
 
 /// Stages of q, of dout and of the scores' gradients.
@@ -21,14 +21,20 @@ pub(super) const STAGES: usize = 2;
 pub(super) const CONSUMERS: u32 = 2;
 /// In a note's place of a line: there are no more queries.
 pub(super) const END: u32 = u32::MAX;
+/// Places in a note, and bytes from a piece to the next.
+pub(super) const WHOLE: u32 = 4;
+pub(super) const ROWS: u32 = 8;
+pub(super) const WANTS: u32 = 12;
+pub(super) const NEXT_PIECE: u32 = 8;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
 pub(super) struct Maps<'k> {
-    q: Reg<'k, u64>,
+    /// Of pieces and, where a tile has several, of whole tiles.
+    q: [Reg<'k, u64>; 2],
+    dout: [Reg<'k, u64>; 2],
     k: Reg<'k, u64>,
     v: Reg<'k, u64>,
-    dout: Reg<'k, u64>,
     pub(super) dk: Reg<'k, u64>,
     pub(super) dv: Reg<'k, u64>,
 }
@@ -50,8 +56,11 @@ pub(super) struct Stores<'k> {
     pub(super) deltas: Vec<Address<'k, u32>>,
     /// And, if dq's sums are of integers, how many steps of them make 1.
     pub(super) steps: Vec<Address<'k, u32>>,
-    /// For each stage a note: the line of the workspace that is the queries' head's, then for each
-    /// piece its first query, and a bit for each warp whose keys it sees.
+    /// The same of the tile whose dq is made, of each consumer.
+    pub(super) kept_steps: Vec<Address<'k, u32>>,
+    /// For each stage a note: the line of the workspace that is the queries' head's; at [`WHOLE`],
+    /// whether the tile's pieces follow each other in the sequence; for each piece, at [`ROWS`], its
+    /// first query, and at [`WANTS`] a bit for each warp whose keys it sees.
     pub(super) notes: Vec<Address<'k, u32>>,
 }
 
@@ -89,31 +98,47 @@ impl Config {
         }
     }
 
-    /// Pieces of a unit.
+    /// Queries of a unit.
+    pub(super) fn unit_rows(self) -> u32 {
+        match self.share() {
+            Share::Columns => self.queries,
+            Share::Rows => UNIT,
+        }
+    }
+
+    /// Pieces of a unit, and its bytes.
     pub(super) fn unit_pieces(self) -> u32 {
-        UNIT / self.piece
+        self.unit_rows() / self.piece
+    }
+
+    pub(super) fn unit_bytes(self) -> u32 {
+        self.unit_rows() * ROW_BYTES
     }
 
     /// Bytes of a tile's lse, or of its deltas.
     fn numbers_bytes(self) -> u32 {
-        4 * self.queries()
+        4 * self.queries
     }
 
     pub(super) fn body(self, k: &Builder) {
         let maps = Maps {
-            q: k.tensor_map("q"),
+            q: ["q", "whole_q"].map(|name| k.tensor_map(name)),
+            dout: ["dout", "whole_dout"].map(|name| k.tensor_map(name)),
             k: k.tensor_map("k"),
             v: k.tensor_map("v"),
-            dout: k.tensor_map("dout"),
             dk: k.tensor_map("dk"),
             dv: k.tensor_map("dv"),
         };
         let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
-        let gradient = Shape::new(self.queries(), KEYS, self.element);
-        let outgoing = Outgoing {
-            units: shared.bytes(CONSUMERS * UNIT_BYTES, 128),
+        let gradient = Shape::new(self.queries, KEYS, self.element);
+        let if_integers = |bytes| match self.deterministic {
+            true => each(bytes),
+            false => Vec::new(),
+        };
+        let outgoing = || Outgoing {
+            units: shared.bytes(CONSUMERS * self.unit_bytes(), 128),
             full: shared.barriers(CONSUMERS, WARPS / CONSUMERS),
             empty: shared.barriers(CONSUMERS, 1),
         };
@@ -124,15 +149,13 @@ impl Config {
             // The reducers read the notes of these.
             queries: Ring::new(&shared, STAGES, self.q_shape(), WARPS + CONSUMERS),
             lse: each(self.numbers_bytes()),
-            notes: each(4 + 8 * self.pieces()),
+            notes: each(ROWS + NEXT_PIECE * self.pieces()),
             douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
             deltas: each(self.numbers_bytes()),
-            steps: match self.deterministic {
-                true => each(self.numbers_bytes()),
-                false => Vec::new(),
-            },
+            steps: if_integers(self.numbers_bytes()),
+            kept_steps: if_integers(CONSUMERS * KEPT_BYTES),
             gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
-            dq: outgoing,
+            dq: outgoing(),
             keys_full: shared.barrier(1),
         };
         shared.finish();
@@ -205,30 +228,59 @@ impl Config {
                 row.set(own.select(next.0, row));
                 want.set(own.select(next.1, want));
             }
-            let (line, own) = (walk.line(), note.plus(k.lane() * 8));
+            let (line, own) = (walk.line(), note.plus(k.lane() * NEXT_PIECE));
+            let whole = (self.pieces() > 1).then(|| {
+                let first = row.from_lane(0);
+                let follows = row.equals(first + k.lane() * self.piece) | !copies;
+                let inside = (first + (self.queries - self.piece)).lt(problem.padded());
+                follows.all() & inside
+            });
             k.where_(leader, || k.store_shared(note, line));
+            if let Some(whole) = whole {
+                let word = whole.select(k.var(1u32), k.var(0u32));
+                k.where_(leader, || k.store_shared(note.at(WHOLE), word));
+            }
             k.where_(copies, || {
-                k.store_shared(own.at(4), row);
-                k.store_shared(own.at(8), want);
+                k.store_shared(own.at(ROWS), row);
+                k.store_shared(own.at(WANTS), want);
             });
             // A tile, with some numbers for each of its queries.
             type Numbers<'k> = (Address<'k, u32>, Reg<'k, u64>);
-            let load = |tile: SharedTile<'k>, full: Barrier<'k>, map, numbers: &[Numbers<'k>]| {
+            let load = |tile: SharedTile<'k>,
+                        full: Barrier<'k>,
+                        [pieces, all]: [Reg<'k, u64>; 2],
+                        numbers: &[Numbers<'k>]| {
                 // Behind the notes, and before the copies that it expects.
                 k.warp_sync();
                 let bytes = tile.shape.bytes() + numbers.len() as u32 * self.numbers_bytes();
                 k.if_(leader, || full.arrive_expect(bytes));
                 k.warp_sync();
-                k.if_(copies, || {
-                    let place = Place::rows(row, walk.head(), keys.batch);
-                    let part = tile.part(k.lane(), self.piece);
-                    part.load_panels(map, place, full, options);
+                // A lane's queries, `rows` of them.
+                let copy = |rows: u32, tile: &dyn Fn(Place)| {
+                    tile(Place::rows(row, walk.head(), keys.batch));
                     let number = walk.line().times_wide(problem.line) + row.to_u64();
-                    let bytes = 4 * self.piece;
                     for &(to, from) in numbers {
-                        full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
+                        let to = to.plus(k.lane() * (4 * rows));
+                        full.load_bytes(to, from + (number << 2), 4 * rows);
                     }
-                });
+                };
+                let together = || {
+                    k.if_(leader, || {
+                        copy(self.queries, &|place| tile.load(all, place, full, options));
+                    });
+                };
+                let apart = || {
+                    k.if_(copies, || {
+                        let part = tile.part(k.lane(), self.piece);
+                        copy(self.piece, &|place| {
+                            part.load_panels(pieces, place, full, options);
+                        });
+                    });
+                };
+                match whole {
+                    None => together(),
+                    Some(whole) => k.if_else(whole, together, apart),
+                }
             };
             load(tile, full, maps.q, &[(stores.lse[stage], problem.lse)]);
             let (tile, full) = douts.wait(stage);

@@ -38,11 +38,14 @@ use crate::lists::{self, Call, panels, whole};
 const KEYS: u32 = 128;
 /// Keys of a warpgroup.
 const OWN: u32 = 64;
-/// Queries and columns of a unit: what a consumer makes of a tile's dq, and what the sums are made of.
+/// Columns of a unit, which is what a consumer makes of a tile's dq, and of a panel of dq's sums.
+/// Queries of a line are counted in as many.
 const UNIT: u32 = 64;
-/// Bytes of a unit's row, and of the whole.
+/// Bytes of a query's numbers in a panel of sums, and of eight queries'.
 const ROW_BYTES: u32 = 4 * UNIT;
-const UNIT_BYTES: u32 = UNIT * ROW_BYTES;
+const EIGHT_BYTES: u32 = 8 * ROW_BYTES;
+/// Blocks of so many queries, or more, are cut into tiles of 80, most of which are of one block.
+const FROM_TILES_OF_80: u32 = 256;
 /// Entries of a list at least that thread blocks start at different places of.
 const FEWEST_SPREAD: u32 = 16;
 /// What [`Args::window`] is chosen to be.
@@ -55,7 +58,9 @@ pub struct Config {
     pub element: Element,
     /// Columns of q, k and v: 64 or 128.
     pub head_dim: u32,
-    /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
+    /// Queries of a tile: 64 or 80 if head_dim is 128, 128 if it is 64.
+    pub queries: u32,
+    /// Queries of a piece, which divides the mask's query blocks, and a tile's: 64, 32 or 16.
     pub piece: u32,
     /// Whether dq is the same to the last bit each time, as dk and dv always are.
     pub deterministic: bool,
@@ -68,8 +73,8 @@ pub struct Config {
 /// The arrays between the launches: lse, deltas, perhaps steps, and dq's sums, each (batch, heads, ...),
 /// contiguous; float32, but for sums of integers.
 ///
-/// dq's sums lie in panels of 64 columns, and in them as the products leave them: of each 16 rows eight
-/// times a warp's 32 lanes times four.
+/// dq's sums lie in panels of 64 columns, and in them as the products leave them, see [`finish`]; the
+/// numbers of queries lie as the main kernel's threads have them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workspace {
     /// Numbers of a line of the first ones: queries in whole units, and one unit more.
@@ -141,9 +146,15 @@ impl Config {
                 for (deterministic, apart) in
                     [(false, false), (false, true), (true, false), (true, true)]
                 {
-                    all.extend([64, 32, 16].map(|piece| Self {
+                    let tiles: &[(u32, u32)] = match head_dim {
+                        64 => &[(128, 64), (128, 32), (128, 16)],
+                        _ if apart || deterministic => &[(64, 64), (64, 32), (64, 16)],
+                        _ => &[(80, 16), (64, 64), (64, 32), (64, 16)],
+                    };
+                    all.extend(tiles.iter().map(|&(queries, piece)| Self {
                         element,
                         head_dim,
+                        queries,
                         piece,
                         deterministic,
                         apart,
@@ -156,7 +167,7 @@ impl Config {
     }
 
     /// The config for a head dimension, blocks of so many queries and keys, and a mask's expression, if
-    /// it has one, with dq's sums in any order; none if head_dim is neither 64 nor 128, or blocks are no
+    /// it has one; none if head_dim is neither 64 nor 128, or blocks are no
     /// multiples of 16.
     pub fn choose(
         element: Element,
@@ -164,6 +175,7 @@ impl Config {
         q_block: u32,
         kv_block: u32,
         mask: Option<Mask>,
+        deterministic: bool,
     ) -> Option<Self> {
         let supported = matches!(head_dim, 64 | 128)
             && [q_block, kv_block]
@@ -171,24 +183,29 @@ impl Config {
                 .all(|&block| block > 0 && block.is_multiple_of(16));
         let fits = |&piece: &u32| q_block.is_multiple_of(piece);
         let piece = [64, 32, 16].into_iter().find(fits).filter(|_| supported)?;
+        let apart = !kv_block.is_multiple_of(KEYS);
+        let (queries, piece) = match head_dim {
+            64 => (128, piece),
+            // Beside 80 there is no shared memory left for anything else.
+            _ if q_block >= FROM_TILES_OF_80 && !apart && !deterministic && mask.is_none() => {
+                (80, 16)
+            }
+            _ => (64, piece),
+        };
         Some(Self {
             element,
             head_dim,
+            queries,
             piece,
-            deterministic: false,
-            apart: !kv_block.is_multiple_of(KEYS),
+            deterministic,
+            apart,
             mask,
         })
     }
 
-    /// Queries of a tile: each consumer makes a unit of its dq.
-    fn queries(self) -> u32 {
-        2 * UNIT * UNIT / self.head_dim
-    }
-
     /// Pieces of a tile.
     fn pieces(self) -> u32 {
-        self.queries() / self.piece
+        self.queries / self.piece
     }
 
     fn kv_shape(self) -> Shape {
@@ -196,7 +213,7 @@ impl Config {
     }
 
     fn q_shape(self) -> Shape {
-        Shape::new(self.queries(), self.head_dim, self.element)
+        Shape::new(self.queries, self.head_dim, self.element)
     }
 
     fn piece_shape(self) -> Shape {
@@ -238,9 +255,11 @@ impl Config {
         };
         let mut list = vec![
             panels(self.piece_shape(), args.q, of_q),
+            whole(self.q_shape(), args.q, of_q),
+            panels(self.piece_shape(), args.dout, of_q),
+            whole(self.q_shape(), args.dout, of_q),
             whole(self.kv_shape(), args.k, of_kv),
             whole(self.kv_shape(), args.v, of_kv),
-            panels(self.piece_shape(), args.dout, of_q),
             panels(self.out_shape(), args.dk, of_kv),
             panels(self.out_shape(), args.dv, of_kv),
             Arg::U64(args.lse),
@@ -275,12 +294,14 @@ impl Config {
         let Self {
             element,
             head_dim,
+            queries,
             piece,
             deterministic,
             apart,
             mask,
         } = self;
-        let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        let mut name =
+            format!("backward_{element:?}_d{head_dim}_q{queries}_p{piece}").to_lowercase();
         if apart {
             name += "_apart";
         }

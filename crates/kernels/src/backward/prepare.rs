@@ -158,7 +158,7 @@ impl Config {
         let row = first + chunk * lanes.rows;
         let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
         let read = head.times_wide(q_len) + row.to_u64();
-        let written = head.times_wide(line) + row.to_u64();
+        let written = head.times_wide(line) + place(row).to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
             let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
             let fine = k.var(1f32);
@@ -183,6 +183,13 @@ impl Config {
             k.store_global(log2 + (written << 2), scaled);
         });
     }
+}
+
+/// Where a query's number lies: of 16 neighbours those four are together which a thread of the main
+/// kernel has, two in each eight.
+pub(super) fn place(query: Reg<'_, u32>) -> Reg<'_, u32> {
+    let (pair, eight) = ((query >> 1) & 3, (query >> 3) & 1);
+    (query & !15) + pair * 4 + eight * 2 + (query & 1)
 }
 
 /// What it takes to say how many steps make 1.

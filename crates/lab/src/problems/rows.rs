@@ -70,7 +70,7 @@ impl Prepare {
             .chunks_exact(head_dim)
             .zip(dout_values.chunks_exact(head_dim));
         for (i, (out, dout)) in rows.enumerate().filter(|(i, _)| lse(*i).is_finite()) {
-            let at = i / q_len * line + i % q_len;
+            let at = i / q_len * line + place(i % q_len);
             let sum: f64 = out.iter().zip(dout).map(|(a, b)| a * b).sum();
             let less = if self.has_dlse { dlse(i) } else { 0.0 };
             deltas[at] = sum - f64::from(less);
@@ -124,6 +124,13 @@ impl Prepare {
         let steps = vec![Step::new(config.kernel(), config.launch(&args))];
         Setup::new(memory, steps, expected)
     }
+}
+
+/// Where a query's numbers are among those of its head: of 16, first those of the first pair of each
+/// eight, then of the second, and so on.
+fn place(query: usize) -> usize {
+    let (eight, pair) = (query % 16 / 8, query % 8 / 2);
+    query / 16 * 16 + pair * 4 + eight * 2 + query % 2
 }
 
 /// What bounds the gradient of q.

@@ -131,12 +131,8 @@ fn gradients(deterministic: bool) -> Setup {
         [1, 1],
         &[&[0, 2], &[0, 1, 2], &[2], &[0, 2], &[0, 2]],
     );
-    let chosen = backward::Config::choose(Element::Bf16, 128, 64, 128, None);
-    let config = backward::Config {
-        deterministic,
-        ..chosen.expect("blocks are multiples of 16")
-    };
-    Backward::new(config, mask).setup()
+    let config = backward::Config::choose(Element::Bf16, 128, 64, 128, None, deterministic);
+    Backward::new(config.expect("blocks are multiples of 16"), mask).setup()
 }
 
 /// The mask of some batches and heads that keeps these blocks of keys in each row of blocks.

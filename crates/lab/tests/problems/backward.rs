@@ -14,6 +14,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
     Config {
         element: Element::Bf16,
         head_dim,
+        queries: if head_dim == 64 { 128 } else { 64 },
         piece,
         deterministic: false,
         apart: false,
@@ -64,6 +65,34 @@ fn pieces_and_sequences_that_end_anywhere() {
         let mask = BlockMask::from_fn(extents, seen);
         let problem = Backward::new(config(head_dim, piece), mask);
         right_in_all_ways(&problem.setup(), &Options::all(0));
+    }
+}
+
+/// Tiles of one block of queries and of two that are or are not neighbours; sequences that end with a
+/// tile, in one, and with a piece of one.
+#[test]
+fn tiles_of_80_queries() {
+    for (q_block, kv_block, q_len, kv_len) in [
+        (384, 128, 960, 256),
+        (256, 384, 900, 400),
+        (48, 256, 330, 300),
+        (16, 128, 176, 130),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
+        for element in [Element::Bf16, Element::F16] {
+            let config = Config {
+                element,
+                queries: 80,
+                ..config(128, 16)
+            };
+            let problem = Backward {
+                heads: 2,
+                kv_heads: 1,
+                ..Backward::new(config, BlockMask::from_fn(extents, seen))
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        }
     }
 }
 

@@ -108,7 +108,9 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         scale,
     };
 
-    let chosen = Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
+    let choose = |deterministic| {
+        Config::choose(element, head_dim, block, block, None, deterministic).ok_or(unsupported)
+    };
     let mut passes = Vec::new();
     for deterministic in [false, true] {
         let bounds = bounds::Config { element, head_dim };
@@ -117,10 +119,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
             head_dim,
             deterministic,
         };
-        let chosen = Config {
-            deterministic,
-            ..chosen
-        };
+        let chosen = choose(deterministic)?;
         let finish = finish::Config {
             element,
             head_dim,
@@ -144,8 +143,13 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         ));
     }
     let mut mains = Vec::new();
-    for apart in [false, true] {
-        let config = Config { apart, ..chosen };
+    let chosen = choose(false)?;
+    let like = |config: &Config| {
+        (config.element, config.head_dim, config.deterministic) == (element, head_dim, false)
+            && (config.piece == 64 || *config == chosen)
+            && block.is_multiple_of(config.piece)
+    };
+    for config in Config::all().into_iter().filter(like) {
         mains.push((config, gpu.load(&config.kernel())?));
     }
 
@@ -169,7 +173,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
                 gpu.zero_words(main.dq, sums)?;
                 let launch = config.launch(&backward::Args { window, ..main });
                 let times = gpu.time(1, 10, || gpu.launch(function, &launch))?;
-                let name = format!("main, apart {}, window {window}", config.apart);
+                let name = format!("{}, window {window}", config.kernel().name);
                 results.push((name, Measured { times, work }));
             }
         }
