@@ -222,8 +222,8 @@ def _smoke() -> tuple[Case, ...]:
     clip = Video((3, 6, 8), topk=2, tile=(2, 4, 8), window=(1, 1, 1), text=20)
     return (
         *(of(mask, 0.5) for mask in ("dense", "window", "random", "causal blocks", "causal")),
-        of("dense", tokens=400),
-        of("random", 0.25, tokens=400),
+        *(of("dense", tokens=n) for n in (100, 400)),
+        *(of("random", 0.5, tokens=n) for n in (100, 400)),
         video("3x6x8", 2, clip, head_dim=64, importance=0),
     )
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 STYLE = 1
 COLOURS = ("#d62728", "#1f77b4", "#17becf", "#2ca02c", "#8c564b", "#9467bd", "#e8a100", "#7f7f7f")
 MARKERS = "osD^v<>P"
-FEWEST_POINTS = 2
+FEWEST_POINTS = 3
+# Of a row.
+MOST_PANELS = 4
 # Marks of the axis of ratios.
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 KEYWORD = "Shows"
@@ -90,51 +92,57 @@ def plots(device: Device) -> Iterator[Plot]:
 
 
 def _ratios(device: Device) -> Plot:
-    """For each suite and pass, each peer's time over ours: mean, least and most."""
-    groups = []
-    for (suite, passed), entries in device.entries.items():
-        bars = {}
-        for name in IMPLS[1:]:
-            ratios = [entry.ratios[name] for entry in entries if name in entry.ratios]
-            if ratios:
-                bars[name] = [round(x, 4) for x in (mean(ratios), min(ratios), max(ratios))]
-        if bars:
-            groups.append([f"{suite}\n{passed}", bars])
-    count = sum(len(bars) for _, bars in groups)
+    """For each pass and suite, each peer's time over ours: mean, least and most."""
+    rows = []
+    for passed in PASSES:
+        groups = []
+        for suite in device.suites:
+            entries, bars = device.entries.get((suite, passed), []), {}
+            for name in IMPLS[1:]:
+                ratios = [entry.ratios[name] for entry in entries if name in entry.ratios]
+                if ratios:
+                    bars[name] = [round(x, 4) for x in (mean(ratios), min(ratios), max(ratios))]
+            if bars:
+                groups.append([suite, bars])
+        if groups:
+            rows.append([passed, groups])
+    longest = max(sum(0.8 + len(bars) for _, bars in groups) for _, groups in rows)
     return Plot(
         "speed-up.png",
         f"{device.name}: how much faster ours is than each peer",
-        groups,
+        rows,
         _draw_ratios,
-        (max(6.0, 1.5 + 0.35 * count + 0.3 * len(groups)), 4.2),
+        (max(6.0, 1.5 + 0.28 * longest), 3.0 * len(rows) + 0.4),
     )
 
 
-def _draw_ratios(figure: "Figure", groups: Any) -> None:
+def _draw_ratios(figure: "Figure", rows: Any) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    axes = figure.subplots()
-    at, ticks, seen = 0.0, [], set()
-    for title, bars in groups:
-        start = at
-        for name, (middle, least, most) in bars.items():
-            label = None if name in seen else name
-            seen.add(name)
-            axes.bar(at, middle - 1, 0.9, bottom=1, color=_colour(name), label=label)
-            axes.plot([at, at], [least, most], color="black", linewidth=1)
-            axes.annotate(f"{middle:.2f}", (at, most), ha="center", va="bottom", fontsize=7)
-            at += 1
-        ticks.append(((start + at - 1) / 2, title))
-        at += 0.8
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator(RATIOS))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("their time / our time")
-    axes.set_xticks([x for x, _ in ticks], [title for _, title in ticks], fontsize=8)
-    axes.margins(y=0.12)
-    axes.legend(fontsize=8)
+    names: dict[str, Any] = {}
+    grid = figure.subplots(len(rows), 1, squeeze=False)
+    for (axes,), (passed, groups) in zip(grid, rows, strict=True):
+        at, ticks = 0.0, []
+        for suite, bars in groups:
+            start = at
+            for name, (middle, least, most) in bars.items():
+                names[name] = axes.bar(at, middle - 1, 0.9, bottom=1, color=_colour(name))
+                axes.plot([at, at], [least, most], color="black", linewidth=1)
+                axes.annotate(f"{middle:.2f}", (at, most), ha="center", va="bottom", fontsize=6)
+                at += 1
+            ticks.append(((start + at - 1) / 2, suite))
+            at += 0.8
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(RATIOS))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.tick_params(labelsize=7)
+        axes.set_ylabel(f"{passed}: their time / our time", fontsize=8)
+        axes.set_xticks([x for x, _ in ticks], [suite for _, suite in ticks], fontsize=8)
+        axes.margins(y=0.12)
+    order = [name for name in IMPLS if name in names]
+    figure.legend([names[name] for name in order], order, loc="outside right upper", fontsize=8)
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -155,8 +163,7 @@ def _against_length(device: Device, suite: str, column: str) -> Iterator[Plot]:
             lines = _lines(entries, "q_len", column, device)
             if max((len(line) for line in lines.values()), default=0) >= FEWEST_POINTS:
                 panels.append([f"{label}, {passed}", lines])
-        if panels:
-            rows.append(panels)
+        rows += _broken(panels)
     if not rows:
         return
     kind, title = {"tflops": ("speed", "speed"), "peak_mib": ("memory", "peak memory")}[column]
@@ -183,8 +190,7 @@ def _against_density(device: Device) -> Iterator[Plot]:
         ]
         for suite in device.suites:
             panels += _density_panels(device, suite, passed, dense)
-        if panels:
-            rows.append(panels)
+        rows += _broken(panels)
     if rows:
         across = max(map(len, rows))
         yield Plot(
@@ -207,7 +213,7 @@ def _density_panels(
             groups.setdefault((*shape, ours.q_len, ours.series.split()[0]), []).append(entry)
     longest: dict[tuple, tuple] = {}
     for key, entries in groups.items():
-        if len({entry.ours.density for entry in entries}) > FEWEST_POINTS:
+        if len({entry.ours.density for entry in entries}) >= FEWEST_POINTS:
             longest[(*key[:5], key[6])] = max(key, longest.get((*key[:5], key[6]), key))
     for key in longest.values():
         heads, head_dim, dtype, block, _, tokens, kind = key
@@ -219,8 +225,13 @@ def _density_panels(
             and each.ours.q_len == tokens
         ][:1]
         lines = _lines(entries, "density", "tflops", device)
-        title = f"{kind}, {heads} heads, {tokens} tokens,\nblocks of {block}, {passed}"
+        title = f"{kind}, {heads} head{'s' * (heads > 1)}, {tokens} tokens,\nblocks of {block}, {passed}"
         yield [title, lines]
+
+
+def _broken(panels: list[Any]) -> list[list[Any]]:
+    """Into rows."""
+    return [panels[i : i + MOST_PANELS] for i in range(0, len(panels), MOST_PANELS)]
 
 
 def _lines(entries: list[Entry], x: str, y: str, device: Device) -> Lines:

@@ -13,11 +13,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def number(x: float | None) -> str:
-    """Three digits, none of them after an e."""
+    """Three digits, or all of those before the point."""
     if x is None:
         return ""
-    digits = 2 if x == 0 else max(0, 2 - math.floor(math.log10(abs(x))))
-    return f"{x:.{digits}f}"
+    if abs(x) >= 999.5:
+        return f"{x:.0f}"
+    return f"{x:#.3g}".rstrip(".") if abs(x) >= 1e-4 else "0"
 
 
 def mean(values: Sequence[float]) -> float:

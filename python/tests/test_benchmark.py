@@ -23,6 +23,7 @@ from benchmark.problem import Problem
 from benchmark.report.__main__ import main as report
 from benchmark.report.load import devices
 from benchmark.report.plots import text_of_png
+from benchmark.report.tables import number
 from benchmark.results import COLUMNS
 from benchmark.suites import LENGTHS, MASKS, RATES, SUITES
 
@@ -549,6 +550,13 @@ def test_the_newest_commit_counts(reported):
     # Nobody was beside us in it.
     assert row.endswith("|  |  |")
     assert "commit first, second." in "\n".join(lines)
+
+
+def test_numbers_have_three_digits():
+    numbers = [0.0, 0.00123, 0.04, 0.9999, 1.0, 12.34, 123.4, 999.6, 12345.6]
+    texts = ["0", "0.00123", "0.0400", "1.00", "1.00", "12.3", "123", "1000", "12346"]
+    assert [number(x) for x in numbers] == texts
+    assert number(None) == ""
 
 
 def test_a_plot_says_what_it_shows(reported):
