@@ -225,7 +225,8 @@ def _density_panels(
             and each.ours.q_len == tokens
         ][:1]
         lines = _lines(entries, "density", "tflops", device)
-        title = f"{kind}, {heads} head{'s' * (heads > 1)}, {tokens} tokens,\nblocks of {block}, {passed}"
+        many = f"{heads} head{'s' * (heads > 1)}"
+        title = f"{kind}, {many}, {tokens} tokens,\nblocks of {block}, {passed}"
         yield [title, lines]
 
 
