@@ -21,7 +21,7 @@ from .machine import Machine, describe
 from .measure import PASSES, Broken, Measured, measure
 from .peers import PEERS
 from .problem import Problem
-from .results import DEFAULT_FOLDER, Damaged, Results, Unit
+from .results import DEFAULT_FOLDER, WAITS, Damaged, Results, Unit
 from .suites import SUITES, Case
 
 try:
@@ -171,7 +171,7 @@ def keep(
         # Without ours, nobody was tried.
         for name in job.peers:
             unit = Unit(job.suite, job.case.name, job.passed, name)
-            results.add_absent(unit, "waits for ours", machine)
+            results.add_absent(unit, WAITS, machine)
 
 
 def in_words(measured: Measured) -> str:

@@ -54,6 +54,9 @@ ABSENT_COLUMNS = (
     "commit",
 )
 
+# Why nobody has a row where ours has none.
+WAITS = "waits for ours"
+
 DEFAULT_FOLDER = Path(__file__).parent / "results"
 
 

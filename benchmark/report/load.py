@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..peers import PEERS
-from ..results import Results
+from ..results import WAITS, Results
 from ..suites import SUITES
 
 IMPLS = ("ours", *PEERS)
@@ -140,7 +140,8 @@ def _device(folder: Path) -> Device:
     for text in files.absent.rows():
         key = text["suite"], text["case"], text["pass"]
         is_old = text["commit"] != newest.get(key, text["commit"])
-        if not is_old and (*key, text["impl"]) not in measured:
+        is_here = (*key, text["impl"]) in measured
+        if not (is_old or is_here or text["reason"] == WAITS):
             reason = text["impl"], text["reason"]
             absent[reason] = absent.get(reason, 0) + 1
     note = folder / "note.md"

@@ -56,7 +56,7 @@ class Plot:
             ) from error
         figure = Figure(figsize=self.size, dpi=110, layout="constrained")
         self.draw(figure, self.data)
-        figure.suptitle(self.caption, fontsize=11)
+        figure.suptitle(self.caption, fontsize=10)
         figure.savefig(path, metadata={"Software": None, KEYWORD: self.digest})
 
     def is_current(self, path: Path) -> bool:
@@ -112,7 +112,7 @@ def _ratios(device: Device) -> Plot:
         f"{device.name}: how much faster ours is than each peer",
         rows,
         _draw_ratios,
-        (max(6.0, 1.5 + 0.28 * longest), 3.0 * len(rows) + 0.4),
+        (max(5.4, 1.5 + 0.28 * longest), 2.6 * len(rows) + 0.7),
     )
 
 
@@ -126,7 +126,7 @@ def _draw_ratios(figure: "Figure", rows: Any) -> None:
         for suite, bars in groups:
             start = at
             for name, (middle, least, most) in bars.items():
-                names[name] = axes.bar(at, middle - 1, 0.9, bottom=1, color=_colour(name))
+                names[name] = axes.bar(at, middle - 1, 0.8, bottom=1, color=_colour(name))
                 axes.plot([at, at], [least, most], color="black", linewidth=1)
                 axes.annotate(f"{middle:.2f}", (at, most), ha="center", va="bottom", fontsize=6)
                 at += 1
@@ -141,8 +141,7 @@ def _draw_ratios(figure: "Figure", rows: Any) -> None:
         axes.set_ylabel(f"{passed}: their time / our time", fontsize=8)
         axes.set_xticks([x for x, _ in ticks], [suite for _, suite in ticks], fontsize=8)
         axes.margins(y=0.12)
-    order = [name for name in IMPLS if name in names]
-    figure.legend([names[name] for name in order], order, loc="outside right upper", fontsize=8)
+    _legend(figure, names)
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def _against_length(device: Device, suite: str, column: str) -> Iterator[Plot]:
         f"{device.name}, {suite}: {title} against length",
         ["tokens", _axis(device, column), rows],
         _draw_lines,
-        (3.6 * across + 0.6, 3.0 * len(rows) + 0.4),
+        (max(5.4, 3.6 * across), 3.0 * len(rows) + 0.7),
     )
 
 
@@ -198,7 +197,7 @@ def _against_density(device: Device) -> Iterator[Plot]:
             f"{device.name}: speed of kept blocks against density",
             ["density", _axis(device, "tflops"), rows],
             _draw_lines,
-            (3.6 * across + 0.6, 3.0 * len(rows) + 0.4),
+            (max(5.4, 3.6 * across), 3.0 * len(rows) + 0.7),
         )
 
 
@@ -263,8 +262,18 @@ def _draw_lines(figure: "Figure", data: Any) -> None:
             names |= _draw_panel(axes, title, lines)
             axes.set_xlabel(x, fontsize=8)
         row[0].set_ylabel(y, fontsize=8)
-    order = [name for name in IMPLS if name in names] + sorted(set(names) - set(IMPLS))
-    figure.legend([names[name] for name in order], order, loc="outside right upper", fontsize=8)
+    _legend(figure, names)
+
+
+def _legend(figure: "Figure", names: dict[str, Any]) -> None:
+    order = sorted(names, key=lambda name: (_index(name), name))
+    figure.legend(
+        [names[name] for name in order],
+        order,
+        loc="outside lower center",
+        ncols=len(order),
+        fontsize=8,
+    )
 
 
 def _draw_panel(axes: "Axes", title: str, lines: Lines) -> dict[str, Any]:
