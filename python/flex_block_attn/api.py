@@ -78,7 +78,8 @@ def flex_block_attn(
 
     Args:
         q, k, v: as for :func:`flex_block_attn_func`.
-        mask: which blocks; its lengths are those of q and k.
+        mask: which blocks, and, if it has an expression, which pairs of the partial ones; its
+            lengths are those of q and k.
         scale: factor of ``q k^T``; ``1 / sqrt(head_dim)`` if not given.
         return_lse: also return the natural logarithm of the sum of ``exp(scale * q k^T)`` of each
             query, (batch, q_heads, q_len), in float32 (float64 for float64 tensors); -inf for a
@@ -97,13 +98,15 @@ def flex_block_attn(
             "BlockMask(tensor, q_len, kv_len, q_block_size, kv_block_size) makes one of a tensor"
         )
     q, k, v = as_inputs(q, k, v)
-    _same_device("mask", mask.blocks, q)
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, but q is on {q.device}")
     if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
             f"but the tensors have {q.shape[2]} and {k.shape[2]}"
         )
     scale = _default_scale(q) if scale is None else float(scale)
+    expression = mask.expression
     out, lse = ops.attention(
         q,
         k,
@@ -114,6 +117,7 @@ def flex_block_attn(
         scale,
         _is_deterministic(deterministic),
         return_lse,
+        None if expression is None else (expression.text, expression.tables),
     )
     return (out, lse) if return_lse else out
 

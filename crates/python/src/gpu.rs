@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use crate::attention::{RawPlan, Unbound};
 use crate::error::{python, python_mask};
+use crate::expression::RawExact;
 use crate::mask::{RawExtents, extents};
 use crate::tensor::Raw;
 
@@ -43,6 +44,7 @@ pub fn plan_cuda(
     let plan = Plan {
         layout,
         address: to.0,
+        exact: None,
     };
     // SAFETY: `ops.py` has read the mask's layout from a tensor on the stream's device, and has
     // allocated the plan, which has room for its words; torch's allocator keeps both until the stream
@@ -54,6 +56,8 @@ pub fn plan_cuda(
 /// Attention forward on a GPU: writes `out`, and the lse at address `rows`: contiguous numbers, behind
 /// which the workspace lies, of [`gpu::FORWARD_WORKSPACE_BYTES`] bytes.
 #[pyfunction]
+#[pyo3(signature = (inputs, plan, scale, out, rows, on, exact=None))]
+#[allow(clippy::too_many_arguments)]
 pub fn forward_cuda(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
@@ -62,11 +66,13 @@ pub fn forward_cuda(
     out: Raw,
     rows: u64,
     on: RawStream,
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     let (address, layout) = plan.layout(&inputs.0, &inputs.1)?;
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
         scale: Some(scale),
@@ -111,6 +117,7 @@ pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool) -> (usize, u
 /// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
 /// `settings` are the scale, and whether the gradient of q is to repeat to the last bit.
 #[pyfunction]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, workspace, on, exact=None))]
 #[allow(clippy::too_many_arguments)]
 pub fn backward_cuda(
     py: Python<'_>,
@@ -121,11 +128,13 @@ pub fn backward_cuda(
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
     on: RawStream,
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     let (address, layout) = plan.layout(&saved.0, &saved.1)?;
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
         scale: Some(settings.0),

@@ -7,6 +7,7 @@
 mod attention;
 mod doctor;
 mod error;
+mod expression;
 mod gpu;
 mod mask;
 mod tensor;
@@ -18,6 +19,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
+    module.add_function(wrap_pyfunction!(mask::default_block, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
@@ -30,5 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     )?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
+    module.add_class::<expression::Steps>()?;
+    module.add_function(wrap_pyfunction!(expression::moved, module)?)?;
     Ok(())
 }
