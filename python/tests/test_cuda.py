@@ -3,6 +3,7 @@
 All of it needs a Hopper GPU; without one the tests are skipped and say why.
 """
 
+import csv
 import math
 import random
 import threading
@@ -13,6 +14,8 @@ from reference import attention, relative_error, token_mask
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
+from benchmark.__main__ import main as benchmark
+from benchmark.clock import peak_mib, turn
 from flex_block_attn import (
     BlockMask,
     and_masks,
@@ -510,3 +513,35 @@ def test_masks_of_functions_go_between_devices_once():
     assert on_host.to("cuda") is on_device and on_device.to("cpu") is on_host
     assert torch.equal(on_device.to_dense().cpu(), on_host.to_dense())
     assert torch.equal(on_device[0, 0, 1].to_dense().cpu(), on_host.to_dense()[:, :, 128:256])
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_one_case_of_each_kind(tmp_path):
+    arguments = ["--suite", "smoke", "--rounds", "2", "--turn", "1", "--commit", "none"]
+    assert benchmark([*arguments, "--peers", "cuDNN", "SDPA", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/results.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["device"] == torch.cuda.get_device_name()
+    assert rows[0]["driver"].split(".")[0].isdigit()
+    measured = {(row["case"].split()[0], row["impl"], row["pass"]) for row in rows}
+    for which in ("forward", "backward"):
+        assert ("dense", "cuDNN", which) in measured
+        for mask in ("window", "random", "causal", "ssta"):
+            assert {(mask, "ours", which), (mask, "SDPA", which)} <= measured
+    for row in rows:
+        assert 0 < float(row["ms_min"]) <= float(row["ms_max"])
+        # The output at least.
+        outputs = int(row["heads"]) * int(row["head_dim"]) * 2 / 2**20
+        assert float(row["peak_mib"]) >= 0.5 * outputs * int(row["q_len"])
+
+
+def test_memory_and_time_are_those_of_the_call():
+    device = torch.device("cuda")
+    assert peak_mib(lambda: torch.ones(2**23, device="cuda"), device) == pytest.approx(32, abs=2)
+    cycles = 10_000_000
+    ms = turn(lambda: torch.cuda._sleep(cycles), 20, device)
+    # A clock of 1 to 2 GHz.
+    assert 4 < ms < 11

@@ -23,7 +23,15 @@ def test_the_python_examples_run(page, printed, capsys):
 
 
 @pytest.mark.parametrize(
-    "program", ["demo", "benchmark.cpu", "benchmark.distributed", "benchmark.masks"]
+    "program",
+    [
+        "demo",
+        "benchmark",
+        "benchmark.cpu",
+        "benchmark.distributed",
+        "benchmark.masks",
+        "benchmark.report",
+    ],
 )
 def test_programs_say_what_they_do(program):
     help_text = subprocess.run(
