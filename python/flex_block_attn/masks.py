@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _native, direct, ops
 
 
 def as_size(name: str, value: Any, limit: int = 2**63) -> int:
@@ -112,7 +112,8 @@ class BlockMask:
         self.blocks = as_blocks(blocks).clone()
         sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         self.q_len, self.kv_len, self.q_block_size, self.kv_block_size = sizes
-        self.plan = ops.make_plan(self.blocks, *self._sizes)
+        plan = direct.plan(self.blocks, self._sizes)
+        self.plan = ops.plan(self.blocks, *self._sizes) if plan is None else plan
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:

@@ -7,10 +7,12 @@
 mod attention;
 mod doctor;
 mod error;
+mod exchange;
 mod gpu;
 mod mask;
 mod tensor;
 
+use flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES;
 use pyo3::prelude::*;
 
 #[pymodule]
@@ -20,14 +22,15 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::are_ready, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::forward_numbers, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
-    module.add(
-        "FORWARD_WORKSPACE_BYTES",
-        flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES,
-    )?;
+    module.add("FORWARD_WORKSPACE_BYTES", FORWARD_WORKSPACE_BYTES)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
     Ok(())
