@@ -83,7 +83,8 @@ def flex_block_attn(
 
     Args:
         q, k, v: as for :func:`flex_block_attn_func`.
-        mask: which blocks; its lengths are those of q and k.
+        mask: which blocks, and, if it has an expression, which pairs of the partial ones; its
+            lengths are those of q and k.
         scale: factor of ``q k^T``; ``1 / sqrt(head_dim)`` if not given.
         return_lse: also return the natural logarithm of the sum of ``exp(scale * q k^T)`` of each
             query, (batch, q_heads, q_len), in float32 (float64 for float64 tensors); -inf for a
@@ -103,10 +104,12 @@ def flex_block_attn(
         )
     sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
     scale = None if scale is None else float(scale)
-    done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse)
+    exact = None if mask.expression is None else (mask.expression.text, mask.expression.tables)
+    done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse, exact)
     if done is None:
         q, k, v = as_inputs(q, k, v)
-        _same_device("mask", mask.blocks, q)
+        if mask.device != q.device:
+            raise ValueError(f"mask is on {mask.device}, but q is on {q.device}")
         if sizes[:2] != (q.shape[2], k.shape[2]):
             raise ValueError(
                 f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
@@ -114,7 +117,7 @@ def flex_block_attn(
             )
         scale = _default_scale(q) if scale is None else scale
         deterministic = _is_deterministic(deterministic)
-        done = ops.forward(q, k, v, mask.plan, *sizes[2:], scale, deterministic)
+        done = ops.attention(q, k, v, mask.plan, *sizes[2:], scale, deterministic, exact)
     return done if return_lse else done[0]
 
 

@@ -40,6 +40,7 @@ def attention(
     sizes: tuple[int, int, int, int],
     scale: float | None = None,
     return_lse: bool = False,
+    exact: launch.Exact | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """The output, and the lse if it is asked for; ``sizes`` are those that the plan is made for."""
     if not _nobody_watches() or torch.is_autocast_enabled("cuda"):
@@ -48,7 +49,7 @@ def attention(
     numbers = _native.forward_numbers(q, k, v, plan, (q_len, kv_len), torch.is_grad_enabled())
     if numbers is None or (scale is not None and not scale >= 0):
         return None
-    out, rows = launch.forward((q, k, v), (plan, q_block, kv_block), scale, numbers)
+    out, rows = launch.forward((q, k, v), (plan, q_block, kv_block), scale, numbers, exact)
     return out, launch.lse_in(rows, q) if return_lse else None
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from . import _native
 
+# A mask's expression: its text, and its tables.
+Exact = tuple[str, list[Tensor]]
+
 # Numbers of memory that the forward kernel needs behind the lse.
 _WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
 
@@ -31,6 +34,7 @@ def forward(
     plan: tuple[Tensor, int, int],
     scale: float | None,
     numbers: int,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and memory that starts with the lse, see :func:`lse_in`. A plan comes with its
     q_block and kv_block; the scale is not negative."""
@@ -38,7 +42,7 @@ def forward(
     out = torch.empty_like(q)
     # One piece of memory for two: each costs the host as much as a launch.
     rows = q.new_empty(numbers, dtype=torch.float32)
-    _native.forward_cuda(inputs, plan, scale, out, rows)
+    _native.forward_cuda(inputs, plan, scale, out, rows, exact)
     return out, rows
 
 

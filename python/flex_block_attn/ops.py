@@ -1,4 +1,6 @@
-"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``.
+"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``; for
+masks with an expression ``::exact_forward`` and ``::exact_backward``, which are told its text and
+tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
 Called by :mod:`.api` and :mod:`.masks` where the short way of :mod:`.direct` is not open. Being
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native, launch
+from .launch import Exact
 
 _LIBRARY = "flex_block_attn"
 
@@ -35,9 +38,42 @@ torch.library.define(
     " -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
+torch.library.define(
+    f"{_LIBRARY}::exact_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor[] tables, str formula, int q_block,"
+    " int kv_block, float scale, bool deterministic) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    f"{_LIBRARY}::exact_backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor plan, Tensor[] tables, str formula, int q_block, int kv_block, float scale,"
+    " bool deterministic, bool[3] wanted) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
 plan = torch.ops.flex_block_attn.plan.default
 forward = torch.ops.flex_block_attn.forward.default
 backward = torch.ops.flex_block_attn.backward.default
+exact_forward = torch.ops.flex_block_attn.exact_forward.default
+exact_backward = torch.ops.flex_block_attn.exact_backward.default
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    deterministic: bool,
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """What ``forward`` gives, or ``exact_forward``."""
+    settings = q_block, kv_block, scale, deterministic
+    if exact is None:
+        return forward(q, k, v, plan, *settings)
+    formula, tables = exact
+    return exact_forward(q, k, v, plan, tables, formula, *settings)
 
 
 def _check_devices(q: Tensor, *others: Tensor) -> None:
@@ -45,6 +81,10 @@ def _check_devices(q: Tensor, *others: Tensor) -> None:
     of another device."""
     if any(tensor.device != q.device for tensor in others):
         raise ValueError("q, k, v, the plan and all else must be on one device")
+
+
+def _tables_of(exact: Exact | None) -> list[Tensor]:
+    return [] if exact is None else exact[1]
 
 
 def _for_copies(tensor: Tensor) -> Tensor:
@@ -97,7 +137,6 @@ def _forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
-@torch.library.impl(f"{_LIBRARY}::forward", "CPU")
 def _forward_cpu(
     q: Tensor,
     k: Tensor,
@@ -107,6 +146,7 @@ def _forward_cpu(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
     _native.forward(
@@ -114,11 +154,11 @@ def _forward_cpu(
         (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
         (out, lse),
+        exact,
     )
     return out, lse
 
 
-@torch.library.impl(f"{_LIBRARY}::forward", "CUDA")
 def _forward_cuda(
     q: Tensor,
     k: Tensor,
@@ -128,8 +168,9 @@ def _forward_cuda(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(q, k, v, plan)
+    _check_devices(q, k, v, plan, *_tables_of(exact))
     if k.shape[2] == 0:
         # There is nothing to launch for, but arguments are to be checked as ever.
         on_cpu = (x.cpu() for x in (q, k, v, plan))
@@ -140,8 +181,12 @@ def _forward_cuda(
         q, scale = -q, -scale
     inputs = _for_copies(q), _for_copies(k), _for_copies(v)
     numbers = launch.numbers_of(q)
-    out, rows = launch.forward(inputs, (plan, q_block, kv_block), scale, numbers)
+    out, rows = launch.forward(inputs, (plan, q_block, kv_block), scale, numbers, exact)
     return out, launch.lse_in(rows, q)
+
+
+torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)
+torch.library.impl(f"{_LIBRARY}::forward", "CUDA", _forward_cuda)
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -171,7 +216,6 @@ def _backward_outputs(
     return dq, dk, dv
 
 
-@torch.library.impl(f"{_LIBRARY}::backward", "CPU")
 def _backward_cpu(
     dout: Tensor,
     dlse: Tensor | None,
@@ -186,6 +230,7 @@ def _backward_cpu(
     scale: float,
     deterministic: bool,
     wanted: list[bool],
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _backward_outputs(
         dout, dlse, q, k, v, out, lse, plan, q_block, kv_block, scale, deterministic, wanted
@@ -199,11 +244,11 @@ def _backward_cpu(
         (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
         tuple(x if wants else None for x, wants in zip(gradients, wanted, strict=True)),
+        exact,
     )
     return gradients
 
 
-@torch.library.impl(f"{_LIBRARY}::backward", "CUDA")
 def _backward_cuda(
     dout: Tensor,
     dlse: Tensor | None,
@@ -218,8 +263,10 @@ def _backward_cuda(
     scale: float,
     deterministic: bool,
     wanted: list[bool],
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
+    others = () if dlse is None else (dlse,)
+    _check_devices(q, k, v, out, lse, dout, plan, *others, *_tables_of(exact))
     if scale < 0:
         # As the forward pass: the gradient of -q is less that of q.
         q, scale, negated = -q, -scale, True
@@ -243,12 +290,17 @@ def _backward_cuda(
             (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
+            exact,
         )
         gradients = dq.neg_() if negated else dq, dk, dv
     dq, dk, dv = (
         x if wants else x.new_empty(0) for x, wants in zip(gradients, wanted, strict=True)
     )
     return dq, dk, dv
+
+
+torch.library.impl(f"{_LIBRARY}::backward", "CPU", _backward_cpu)
+torch.library.impl(f"{_LIBRARY}::backward", "CUDA", _backward_cuda)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -275,3 +327,90 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
 
 torch.library.register_autograd(f"{_LIBRARY}::forward", _differentiate, setup_context=_save)
 torch.library.register_autograd(f"{_LIBRARY}::backward", _refuse_double_backward)
+
+
+# --- masks with an expression -------------------------------------------------------------------
+
+
+@torch.library.register_fake(f"{_LIBRARY}::exact_forward")
+def _exact_forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _forward_outputs(q)
+
+
+def _exact_forward(plain: Any) -> Any:
+    """An implementation of ``exact_forward``, from that of ``forward``."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        tables: list[Tensor],
+        formula: str,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return plain(q, k, v, plan, *settings, (formula, tables))
+
+    return call
+
+
+def _exact_backward(plain: Any) -> Any:
+    """Of ``exact_backward`` likewise."""
+
+    def call(
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        plan: Tensor,
+        tables: list[Tensor],
+        formula: str,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return plain(dout, dlse, q, k, v, out, lse, plan, *settings, (formula, tables))
+
+    return call
+
+
+@torch.library.register_fake(f"{_LIBRARY}::exact_backward")
+def _exact_backward_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first, settings = arguments[:8], arguments[10:]
+    return _backward_outputs(*first, *settings)
+
+
+for _device, _forward, _backward in (
+    ("CPU", _forward_cpu, _backward_cpu),
+    ("CUDA", _forward_cuda, _backward_cuda),
+):
+    torch.library.impl(f"{_LIBRARY}::exact_forward", _device, _exact_forward(_forward))
+    torch.library.impl(f"{_LIBRARY}::exact_backward", _device, _exact_backward(_backward))
+
+
+def _save_exact(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, plan, tables, ctx.formula, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, plan, *tables)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_exact(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    q, k, v, out, lse, plan, *tables = ctx.saved_tensors
+    nothing = None, [None] * len(tables), None, None, None, None, None
+    if dout is None and dlse is None:
+        return (None, None, None, *nothing)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = exact_backward(
+        dout, dlse, q, k, v, out, lse, plan, tables, ctx.formula, *ctx.settings, wanted
+    )
+    given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
+    return (*given, *nothing)
+
+
+torch.library.register_autograd(
+    f"{_LIBRARY}::exact_forward", _differentiate_exact, setup_context=_save_exact
+)
+torch.library.register_autograd(f"{_LIBRARY}::exact_backward", _refuse_double_backward)

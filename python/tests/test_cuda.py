@@ -13,7 +13,14 @@ from reference import attention, relative_error, token_mask
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
-from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func, ops
+from flex_block_attn import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    flex_block_attn,
+    flex_block_attn_func,
+    ops,
+)
 from flex_block_attn.moba import moba_attention
 from flex_block_attn.ssta_attention import ssta_3d_attention
 
@@ -499,3 +506,95 @@ def test_training_on_video(deterministic: bool):
     dense = losses(lambda q, k, v: scaled_dot_product_attention(q, k, v, tokens))
     assert sparse[-1] < 0.3 * sparse[0]
     assert sparse == pytest.approx(dense, rel=2e-2)
+
+
+def _functions(tokens: int, heads: int):
+    """Functions of masks, which look up tensors on the GPU, and how many heads they tell apart."""
+    document = torch.arange(tokens, device="cuda") // 150
+    prefix = torch.tensor([[70], [300]], device="cuda")
+    width = torch.arange(heads, device="cuda", dtype=torch.int32) * 40 + 20
+
+    def causal(b, h, q, kv):
+        return q >= kv
+
+    def near(b, h, q, kv):
+        return (q - kv).abs() < width[h]
+
+    def in_space(b, h, q, kv):
+        row, column = q // 17 - kv // 17, q % 17 - kv % 17
+        return (row.abs() <= 6) & (column.abs() <= 4)
+
+    return [
+        causal,
+        and_masks(causal, lambda b, h, q, kv: document[q] == document[kv]),
+        lambda b, h, q, kv: (q >= kv) | (kv < prefix[b, 0]),
+        near,
+        in_space,
+        and_masks(near, lambda b, h, q, kv: (q - kv) % 3 == 0),
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("head_dim, block", [(64, 128), (128, 128), (128, (256, 64)), (64, 48)])
+def test_masks_of_functions(which: int, head_dim: int, block):
+    """Forward and backward as on the CPU, where they are tested against float64."""
+    tokens, heads = 700, 4
+    mask_mod = _functions(tokens, heads)[which]
+    mask = create_block_mask(mask_mod, 2, heads, tokens, tokens, device="cuda", BLOCK_SIZE=block)
+    assert mask.device.type == "cuda"
+    generator = torch.Generator("cuda").manual_seed(which)
+    q, k, v, dout = (
+        tensor((2, h, tokens, head_dim), "tokens first", torch.bfloat16, generator)
+        for h in (heads, 2, 2, heads)
+    )
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = flex_block_attn(*leaves, mask.to(device), return_lse=True)
+        gradients = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+        results.append((out, *gradients, lse))
+    for got, expected in zip(*(r[:4] for r in results), strict=True):
+        assert relative_error(got.cpu(), expected) < 1e-2
+    got, expected = (r[4].detach().cpu().double() for r in results)
+    assert torch.equal(got.isneginf(), expected.isneginf())
+    assert (got - expected).nan_to_num(0).abs().max() < 2e-3
+
+
+def test_masks_of_functions_wait_for_nothing():
+    """Once made, a mask is used without the host waiting for the GPU, also from a graph."""
+    mask_mod = _functions(512, 2)[1]
+    mask = create_block_mask(mask_mod, None, None, 512, 512, device="cuda")
+    q, k, v = (torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = flex_block_attn(q, k, v, mask)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert mask.to("cuda:0") is mask
+        flex_block_attn(q, k, v, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flex_block_attn(q, k, v, mask)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_masks_of_functions_in_compiled_graphs():
+    mask_mod = _functions(512, 2)[1]
+    mask = create_block_mask(mask_mod, None, None, 512, 512, device="cuda")
+    q, k, v = (
+        torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    out = flex_block_attn(q, k, v, mask)
+    compiled = torch.compile(lambda *x: flex_block_attn(*x, mask), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), out)
+
+
+def test_masks_of_functions_go_between_devices_once():
+    on_host = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 300, 300)
+    on_device = on_host.to("cuda")
+    assert on_host.to("cuda") is on_device and on_device.to("cpu") is on_host
+    assert torch.equal(on_device.to_dense().cpu(), on_host.to_dense())
+    assert torch.equal(on_device[0, 0, 1].to_dense().cpu(), on_host.to_dense()[:, :, 128:256])

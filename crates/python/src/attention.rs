@@ -2,11 +2,13 @@
 
 use std::num::NonZeroUsize;
 
+use flex_block_attn::expression::Expression;
 use flex_block_attn::{Gradients, Options, PlanLayout, PlanView, Saved};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::error::{python, python_mask};
+use crate::expression::RawExact;
 use crate::mask::extents;
 use crate::tensor::{Kind, Raw};
 
@@ -40,14 +42,23 @@ impl RawPlan {
 
     /// # Safety
     /// The tensor is alive and not written during `'a`.
-    unsafe fn view<'a>(&self, q: &Raw, k: &Raw) -> PyResult<PlanView<'a>> {
+    unsafe fn view<'a>(
+        &self,
+        q: &Raw,
+        k: &Raw,
+        expression: Option<&'a Expression>,
+    ) -> PyResult<PlanView<'a>> {
         let (address, layout) = self.layout(q, k)?;
         let words: &[i32] = match layout.words() {
             0 => &[],
             // SAFETY: the caller's promise; torch aligns int32 tensors to their elements.
             words => unsafe { std::slice::from_raw_parts(address as *const i32, words) },
         };
-        PlanView::new(layout, words).map_err(python_mask)
+        match expression {
+            Some(expression) => PlanView::with_expression(layout, words, expression),
+            None => PlanView::new(layout, words),
+        }
+        .map_err(python_mask)
     }
 }
 
@@ -61,12 +72,14 @@ fn options((scale, threads): (f64, usize)) -> Options {
 
 /// Writes `out` and `lse`. `settings` are scale and threads.
 #[pyfunction]
+#[pyo3(signature = (inputs, plan, settings, outputs, exact=None))]
 pub fn forward(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Raw, Raw),
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     // SAFETY: `ops.py` holds all tensors for the length of this call, has just read their layouts,
     // and has allocated the outputs itself.
@@ -77,7 +90,8 @@ pub fn forward(
             inputs.2.read("v")?,
         );
         let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
-        let plan = plan.view(&inputs.0, &inputs.1)?;
+        let expression = exact.map(|exact| exact.expression()).transpose()?;
+        let plan = plan.view(&inputs.0, &inputs.1, expression.as_ref())?;
         let options = options(settings);
         let call = Unbound((q, k, v, plan, options, out, lse));
         py.detach(move || {
@@ -91,6 +105,7 @@ pub fn forward(
 /// Writes the gradients that are not `None`. `saved` are q, k, v, out and lse; `gradients` those
 /// of out and, perhaps, of lse; `outputs` those of q, k and v.
 #[pyfunction]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, exact=None))]
 pub fn backward(
     py: Python<'_>,
     saved: (Raw, Raw, Raw, Raw, Raw),
@@ -98,10 +113,12 @@ pub fn backward(
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Option<Raw>, Option<Raw>, Option<Raw>),
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     // SAFETY: as for `forward`.
     unsafe {
-        let plan = plan.view(&saved.0, &saved.1)?;
+        let expression = exact.map(|exact| exact.expression()).transpose()?;
+        let plan = plan.view(&saved.0, &saved.1, expression.as_ref())?;
         let saved = Saved {
             q: saved.0.read("q")?,
             k: saved.1.read("k")?,

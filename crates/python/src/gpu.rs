@@ -15,6 +15,7 @@ use pyo3::sync::PyOnceLock;
 use crate::attention::{RawPlan, Unbound};
 use crate::error::{python, python_mask};
 use crate::exchange::is_plain;
+use crate::expression::RawExact;
 use crate::mask::{RawExtents, extents};
 use crate::tensor::{Kind, MOST, Raw};
 
@@ -86,6 +87,7 @@ pub fn plan_cuda(py: Python<'_>, blocks: Raw, sizes: RawExtents, to: Raw) -> PyR
     let plan = Plan {
         layout,
         address: to.address as u64,
+        exact: None,
     };
     let on = stream(py, &blocks)?;
     // SAFETY: the mask's layout was read from a tensor on the stream's device, and `ops.py` has
@@ -195,11 +197,13 @@ pub fn forward_cuda(
     scale: Option<f64>,
     out: Raw,
     rows: Raw,
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     let (address, layout) = plan.layout(&inputs.0, &inputs.1)?;
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
         scale,
@@ -258,11 +262,13 @@ pub fn backward_cuda(
     settings: (f64, bool),
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
+    exact: Option<RawExact>,
 ) -> PyResult<()> {
     let (address, layout) = plan.layout(&saved.0, &saved.1)?;
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
         scale: Some(settings.0),

@@ -8,6 +8,7 @@ mod attention;
 mod doctor;
 mod error;
 mod exchange;
+mod expression;
 mod gpu;
 mod mask;
 mod tensor;
@@ -20,6 +21,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
+    module.add_function(wrap_pyfunction!(mask::default_block, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
@@ -33,5 +35,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("FORWARD_WORKSPACE_BYTES", FORWARD_WORKSPACE_BYTES)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
+    module.add_class::<expression::Steps>()?;
+    module.add_function(wrap_pyfunction!(expression::moved, module)?)?;
     Ok(())
 }

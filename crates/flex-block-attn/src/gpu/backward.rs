@@ -66,14 +66,7 @@ pub fn backward_steps(
     gradients: &Gradients<'_>,
     workspace: [u64; 2],
 ) -> Result<Option<BackwardSteps>> {
-    check::backward(
-        saved,
-        &dout,
-        dlse.as_ref(),
-        &plan.layout,
-        options,
-        gradients,
-    )?;
+    check::backward(saved, &dout, dlse.as_ref(), plan.mask(), options, gradients)?;
     let Saved { q, k, v, out, lse } = *saved;
     if q.shape.contains(&0) || k.shape.contains(&0) {
         return Ok(None);
@@ -86,7 +79,8 @@ pub fn backward_steps(
         scale,
     } = choice(&q, plan, options)?;
     let deterministic = options.deterministic;
-    let config = Config::choose(element, head_dim, q_block, kv_block, None, deterministic)
+    let (mask, tables) = plan.exact();
+    let config = Config::choose(element, head_dim, q_block, kv_block, mask, deterministic)
         .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     if let Some(dlse) = &dlse {
@@ -151,7 +145,7 @@ pub fn backward_steps(
         heads,
         kv_heads,
         scale,
-        tables: &[],
+        tables,
     };
     let after = finish::Args {
         sums,

@@ -27,7 +27,7 @@ pub fn forward_step(
     workspace: u64,
     multiprocessors: u32,
 ) -> Result<Option<(Step, Launch)>> {
-    check::forward([&q, &k, &v], &plan.layout, options, out, lse)?;
+    check::forward([&q, &k, &v], plan.mask(), options, out, lse)?;
     if q.shape.contains(&0) {
         return Ok(None);
     }
@@ -38,7 +38,8 @@ pub fn forward_step(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
-    let config = Config::choose(element, head_dim, q_block, kv_block, None)
+    let (mask, tables) = plan.exact();
+    let config = Config::choose(element, head_dim, q_block, kv_block, mask)
         .ok_or_else(|| refused("head_dim", head_dim, "64 or 128"))?;
     contiguous("lse", lse.shape, lse.strides)?;
     let [batch, heads, ..] = q.shape;
@@ -56,7 +57,7 @@ pub fn forward_step(
         scale,
         counter: workspace,
         blocks: multiprocessors,
-        tables: &[],
+        tables,
     };
     Ok(Some((Step::Forward(config), config.launch(&args))))
 }

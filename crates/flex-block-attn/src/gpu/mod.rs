@@ -19,13 +19,14 @@ use std::sync::{OnceLock, PoisonError, RwLock};
 use flex_block_attn_cuda::{self as cuda, Device, Function};
 use flex_block_attn_kernels::backward::{self as backward_kernels, bounds, finish, prepare};
 use flex_block_attn_kernels::forward as forward_kernels;
-use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, plan as planning};
+use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, exact, plan as planning};
 use flex_block_attn_mask::PlanLayout;
+use flex_block_attn_mask::expression::Formula;
 
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
 
-use crate::{DType, Error, Options, Result, Tensor};
+use crate::{DType, Error, Options, Result, Tensor, check};
 
 /// A stream of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,12 +47,66 @@ pub struct Mask {
 }
 
 /// A plan in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// What it is for.
     pub layout: PlanLayout,
     /// Address of its words, int32, [`PlanLayout::words`] of them.
     pub address: u64,
+    /// By which pairs of partial blocks are chosen; without it no block is partial.
+    pub exact: Option<Exact>,
+}
+
+/// A mask's expression on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exact {
+    mask: exact::Mask,
+    tables: Vec<exact::Table>,
+}
+
+impl Exact {
+    /// A formula, with its tables' addresses and extents. The numbers there, int32 and contiguous, are
+    /// those that the mask's blocks were found with; nothing is looked up outside of tables that
+    /// [`crate::BlockMask::from_expression`] has accepted.
+    ///
+    /// # Errors
+    /// Tables of other dimensions than the formula looks up, or at odd addresses.
+    pub fn new(formula: &Formula, tables: Vec<(u64, Vec<u32>)>) -> Result<Self> {
+        if formula.tables.len() != tables.len() {
+            let got = format!("{} tables", tables.len());
+            return Err(refused("a mask's expression", got, "given all its tables"));
+        }
+        for (table, ((address, extents), &dimensions)) in
+            tables.iter().zip(&formula.tables).enumerate()
+        {
+            if extents.len() != dimensions || !address.is_multiple_of(4) {
+                let allowed = "of as many dimensions as it has indices, at a multiple of 4 bytes";
+                return Err(Error::MaskTable { table, allowed });
+            }
+        }
+        let table = |(address, extents)| exact::Table { address, extents };
+        Ok(Self {
+            mask: exact::Mask::new(formula.clone()),
+            tables: tables.into_iter().map(table).collect(),
+        })
+    }
+}
+
+impl Plan {
+    /// What kernels are built with, and what they look up.
+    fn exact(&self) -> (Option<exact::Mask>, &[exact::Table]) {
+        match &self.exact {
+            Some(exact) => (Some(exact.mask), &exact.tables),
+            None => (None, &[]),
+        }
+    }
+
+    fn mask(&self) -> check::Mask<'_> {
+        check::Mask {
+            layout: &self.layout,
+            formula: self.exact.as_ref().map(|exact| exact.mask.formula()),
+        }
+    }
 }
 
 /// A kernel that a call launches.

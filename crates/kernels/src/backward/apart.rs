@@ -19,6 +19,10 @@ impl<'k> Consumer<'_, 'k> {
             k.loop_(|leave| {
                 for (stage, other) in [(1, 0), (0, 1)] {
                     k.if_not(self.seek(stage), || {
+                        // There may have been but one.
+                        if other == 0 {
+                            self.sync_steps();
+                        }
                         self.finish_dq(other);
                         leave.now();
                     });
@@ -60,10 +64,7 @@ impl<'k> Consumer<'_, 'k> {
             }
             self.douts.release(stage);
         };
-        match self.config.apart {
-            true => k.if_else(self.sees(stage), wanted, unwanted),
-            false => wanted(),
-        }
+        k.if_else(self.sees(stage), wanted, unwanted);
         self.queries.release(stage);
     }
 

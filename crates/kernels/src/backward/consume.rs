@@ -85,8 +85,8 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let phases = Phases::new(k);
         let own = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
-        let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries));
-        let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries / 16));
+        let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
+        let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
         Self {
             k,
             config,
@@ -127,7 +127,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.keys_full.wait();
         // The first consumer goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
-        match self.config.apart || self.config.queries == 80 {
+        match self.config.apart {
             true => self.each_apart(),
             false => self.each(),
         }
@@ -149,7 +149,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
                 self.next_scores(0, 1);
                 self.each_after_first();
             };
-            k.if_else(self.seek(1), rest, || self.finish_dq(0));
+            k.if_else(self.seek(1), rest, || {
+                self.sync_steps();
+                self.finish_dq(0);
+            });
         });
     }
 
@@ -263,10 +266,18 @@ impl<'a, 'k> Consumer<'a, 'k> {
         };
         let thread = k.tid() - WARPGROUP;
         let own = (thread & (WARPGROUP - 1)) * 4;
-        k.if_(own.lt(4 * self.config.queries), || {
+        k.if_(own.lt(4 * self.config.queries()), || {
             let number = k.load_shared::<u32>(steps.plus(own));
             k.store_shared(kept.plus(thread * 4), number);
         });
+    }
+
+    /// Waits for what the consumer's threads keep of the first tile. Of a later one the dq before has
+    /// been taken by the reducer meanwhile, which all of them have waited for.
+    pub(super) fn sync_steps(&self) {
+        if !self.stores.kept_steps.is_empty() {
+            self.wg.sync(self.wg.index + OWN_SYNC);
+        }
     }
 
     /// Where those of this consumer's unit lie, if there are any.
@@ -415,9 +426,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.pass_turn();
         self.issue_dq(stage);
         self.wg.wait(0);
-        if !self.stores.kept_steps.is_empty() {
-            self.wg.sync(self.wg.index + OWN_SYNC);
-        }
         self.give_dq(stage);
     }
 

@@ -101,7 +101,7 @@ impl Config {
     /// Queries of a unit.
     pub(super) fn unit_rows(self) -> u32 {
         match self.share() {
-            Share::Columns => self.queries,
+            Share::Columns => self.queries(),
             Share::Rows => UNIT,
         }
     }
@@ -117,7 +117,7 @@ impl Config {
 
     /// Bytes of a tile's lse, or of its deltas.
     fn numbers_bytes(self) -> u32 {
-        4 * self.queries
+        4 * self.queries()
     }
 
     pub(super) fn body(self, k: &Builder) {
@@ -132,7 +132,7 @@ impl Config {
         let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
-        let gradient = Shape::new(self.queries, KEYS, self.element);
+        let gradient = Shape::new(self.queries(), KEYS, self.element);
         let if_integers = |bytes| match self.deterministic {
             true => each(bytes),
             false => Vec::new(),
@@ -232,7 +232,7 @@ impl Config {
             let whole = (self.pieces() > 1).then(|| {
                 let first = row.from_lane(0);
                 let follows = row.equals(first + k.lane() * self.piece) | !copies;
-                let inside = (first + (self.queries - self.piece)).lt(problem.padded());
+                let inside = (first + (self.queries() - self.piece)).lt(problem.padded());
                 follows.all() & inside
             });
             k.where_(leader, || k.store_shared(note, line));
@@ -266,7 +266,9 @@ impl Config {
                 };
                 let together = || {
                     k.if_(leader, || {
-                        copy(self.queries, &|place| tile.load(all, place, full, options));
+                        copy(self.queries(), &|place| {
+                            tile.load(all, place, full, options)
+                        });
                     });
                 };
                 let apart = || {

@@ -44,8 +44,6 @@ const UNIT: u32 = 64;
 /// Bytes of a query's numbers in a panel of sums, and of eight queries'.
 const ROW_BYTES: u32 = 4 * UNIT;
 const EIGHT_BYTES: u32 = 8 * ROW_BYTES;
-/// Blocks of so many queries, or more, are cut into tiles of 80, most of which are of one block.
-const FROM_TILES_OF_80: u32 = 256;
 /// Entries of a list at least that thread blocks start at different places of.
 const FEWEST_SPREAD: u32 = 16;
 /// What [`Args::window`] is chosen to be.
@@ -58,9 +56,7 @@ pub struct Config {
     pub element: Element,
     /// Columns of q, k and v: 64 or 128.
     pub head_dim: u32,
-    /// Queries of a tile: 64 or 80 if head_dim is 128, 128 if it is 64.
-    pub queries: u32,
-    /// Queries of a piece, which divides the mask's query blocks, and a tile's: 64, 32 or 16.
+    /// Queries of a piece, which divides the mask's query blocks: 64, 32 or 16.
     pub piece: u32,
     /// Whether dq is the same to the last bit each time, as dk and dv always are.
     pub deterministic: bool,
@@ -146,15 +142,9 @@ impl Config {
                 for (deterministic, apart) in
                     [(false, false), (false, true), (true, false), (true, true)]
                 {
-                    let tiles: &[(u32, u32)] = match head_dim {
-                        64 => &[(128, 64), (128, 32), (128, 16)],
-                        _ if apart || deterministic => &[(64, 64), (64, 32), (64, 16)],
-                        _ => &[(80, 16), (64, 64), (64, 32), (64, 16)],
-                    };
-                    all.extend(tiles.iter().map(|&(queries, piece)| Self {
+                    all.extend([64, 32, 16].map(|piece| Self {
                         element,
                         head_dim,
-                        queries,
                         piece,
                         deterministic,
                         apart,
@@ -183,29 +173,24 @@ impl Config {
                 .all(|&block| block > 0 && block.is_multiple_of(16));
         let fits = |&piece: &u32| q_block.is_multiple_of(piece);
         let piece = [64, 32, 16].into_iter().find(fits).filter(|_| supported)?;
-        let apart = !kv_block.is_multiple_of(KEYS);
-        let (queries, piece) = match head_dim {
-            64 => (128, piece),
-            // Beside 80 there is no shared memory left for anything else.
-            _ if q_block >= FROM_TILES_OF_80 && !apart && !deterministic && mask.is_none() => {
-                (80, 16)
-            }
-            _ => (64, piece),
-        };
         Some(Self {
             element,
             head_dim,
-            queries,
             piece,
             deterministic,
-            apart,
+            apart: !kv_block.is_multiple_of(KEYS),
             mask,
         })
     }
 
+    /// Queries of a tile: each consumer makes a unit of its dq.
+    fn queries(self) -> u32 {
+        2 * UNIT * UNIT / self.head_dim
+    }
+
     /// Pieces of a tile.
     fn pieces(self) -> u32 {
-        self.queries / self.piece
+        self.queries() / self.piece
     }
 
     fn kv_shape(self) -> Shape {
@@ -213,7 +198,7 @@ impl Config {
     }
 
     fn q_shape(self) -> Shape {
-        Shape::new(self.queries, self.head_dim, self.element)
+        Shape::new(self.queries(), self.head_dim, self.element)
     }
 
     fn piece_shape(self) -> Shape {
@@ -294,14 +279,12 @@ impl Config {
         let Self {
             element,
             head_dim,
-            queries,
             piece,
             deterministic,
             apart,
             mask,
         } = self;
-        let mut name =
-            format!("backward_{element:?}_d{head_dim}_q{queries}_p{piece}").to_lowercase();
+        let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
         if apart {
             name += "_apart";
         }

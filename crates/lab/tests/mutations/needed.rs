@@ -38,7 +38,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (INTEGERS, "cp.async.bulk.wait_group", 1),
 ];
 
-const INTEGERS: &str = "backward_bf16_d128_q64_p64_deterministic";
+const INTEGERS: &str = "backward_bf16_d128_p64_deterministic";
 
 fn orders(op: &Op) -> bool {
     matches!(

@@ -14,7 +14,6 @@ fn config(head_dim: u32, piece: u32) -> Config {
     Config {
         element: Element::Bf16,
         head_dim,
-        queries: if head_dim == 64 { 128 } else { 64 },
         piece,
         deterministic: false,
         apart: false,
@@ -59,40 +58,15 @@ fn pieces_and_sequences_that_end_anywhere() {
         (64, 16, 16, 128, 40, 10),
         (64, 64, 128, 128, 129, 257),
         (64, 32, 32, 384, 200, 400),
+        // Tiles within a block, and of two that follow each other or do not.
+        (128, 16, 80, 128, 500, 256),
+        (128, 32, 32, 128, 330, 130),
     ] {
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
         let mask = BlockMask::from_fn(extents, seen);
         let problem = Backward::new(config(head_dim, piece), mask);
         right_in_all_ways(&problem.setup(), &Options::all(0));
-    }
-}
-
-/// Tiles of one block of queries and of two that are or are not neighbours; sequences that end with a
-/// tile, in one, and with a piece of one.
-#[test]
-fn tiles_of_80_queries() {
-    for (q_block, kv_block, q_len, kv_len) in [
-        (384, 128, 960, 256),
-        (256, 384, 900, 400),
-        (48, 256, 330, 300),
-        (16, 128, 176, 130),
-    ] {
-        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
-        let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
-        for element in [Element::Bf16, Element::F16] {
-            let config = Config {
-                element,
-                queries: 80,
-                ..config(128, 16)
-            };
-            let problem = Backward {
-                heads: 2,
-                kv_heads: 1,
-                ..Backward::new(config, BlockMask::from_fn(extents, seen))
-            };
-            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
-        }
     }
 }
 

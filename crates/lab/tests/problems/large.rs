@@ -123,7 +123,6 @@ fn gradients() {
             let config = backward::Config {
                 element,
                 head_dim,
-                queries: if head_dim == 64 { 128 } else { 64 },
                 piece: 64,
                 mask: None,
                 apart: false,
