@@ -31,9 +31,6 @@ _Sizes = tuple[int, int, int, int]
 _Plan = tuple[Tensor, int, int]
 # A formula's text, and its tables: contiguous int32 tensors
 _Exact = tuple[str, list[Tensor]]
-# (device ordinal, stream handle)
-_Stream = tuple[int, int]
-
 # Bytes of forward_cuda's workspace.
 FORWARD_WORKSPACE_BYTES: int
 
@@ -55,22 +52,25 @@ def backward(
 def forward_cuda(
     inputs: tuple[Tensor, Tensor, Tensor],
     plan: _Plan,
-    scale: float,
+    scale: float | None,
     out: Tensor,
-    rows: int,
-    on: _Stream,
-    exact: _Exact | None = None,
+    rows: Tensor,
+    exact: _Exact | None,
 ) -> None: ...
+def forward_numbers(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, lengths: tuple[int, int], differentiable: bool
+) -> int | None: ...
+def are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool: ...
+def must_be_copied(tensor: Tensor) -> bool: ...
 def backward_workspace(q_shape: tuple[int, ...], deterministic: bool) -> tuple[int, int]: ...
 def backward_cuda(
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor | None],
     plan: _Plan,
-    scale: float,
+    settings: tuple[float, bool],
     outputs: tuple[Tensor, Tensor, Tensor],
     workspace: tuple[int, int],
-    on: _Stream,
-    exact: _Exact | None = None,
+    exact: _Exact | None,
 ) -> None: ...
 def default_block(q_len: int, kv_len: int) -> int: ...
 def moved(text: str, places: tuple[tuple[int, int], ...]) -> str: ...
@@ -79,12 +79,8 @@ def write_plan(
     blocks: tuple[int, tuple[int, ...], tuple[int, ...]], sizes: _Sizes, to: tuple[int, int]
 ) -> None: ...
 def doctor() -> _Report: ...
-def plan_cuda(
-    blocks: tuple[int, tuple[int, ...], tuple[int, ...]],
-    sizes: _Sizes,
-    to: tuple[int, int],
-    on: _Stream,
-) -> None: ...
+def plan_shape(blocks: Tensor, sizes: _Sizes) -> tuple[int, int, int] | None: ...
+def plan_cuda(blocks: Tensor, sizes: _Sizes, to: Tensor) -> None: ...
 
 class Steps:
     def number(self, n: int) -> int: ...

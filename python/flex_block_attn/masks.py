@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops, pictures
+from . import _native, direct, ops, pictures
 from .trace import Expression, MaskMod, trace
 
 
@@ -117,7 +117,8 @@ class BlockMask:
         self._blocks: Tensor | None = as_blocks(blocks).clone()
         sizes = _as_sizes(q_len, kv_len, q_block_size, kv_block_size)
         self.q_len, self.kv_len, self.q_block_size, self.kv_block_size = sizes
-        self.plan = ops.make_plan(self._blocks, *self._sizes)
+        plan = direct.plan(self._blocks, self._sizes)
+        self.plan = ops.plan(self._blocks, *self._sizes) if plan is None else plan
         self.expression: Expression | None = None
         self.mask_mod: MaskMod | None = None
         self._native: _native.BlockMask | None = None

@@ -3,9 +3,9 @@ masks with an expression ``::exact_forward`` and ``::exact_backward``, which are
 tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
-Called by :mod:`.api` and :mod:`.masks`. Being operators, with what they return known without
-running them and with their derivative, they compile into graphs, and autograd and checkpointing
-see one node each.
+Called by :mod:`.api` and :mod:`.masks` where the short way of :mod:`.direct` is not open. Being
+operators, with what they return known without running them and with their derivative, they compile
+into graphs, and autograd and checkpointing see one node each.
 
 Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
 what the call itself does.
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from .direct import only_the_result
+from . import _native, launch
+from .launch import Exact
 
 _LIBRARY = "flex_block_attn"
 
@@ -56,15 +56,6 @@ backward = torch.ops.flex_block_attn.backward.default
 exact_forward = torch.ops.flex_block_attn.exact_forward.default
 exact_backward = torch.ops.flex_block_attn.exact_backward.default
 
-# A mask's expression: its text, and its tables.
-Exact = tuple[str, list[Tensor]]
-
-
-def make_plan(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
-    """What ``plan`` gives, as :func:`attention` what ``forward`` does."""
-    call = _plan_cuda if blocks.is_cuda and only_the_result(blocks) else plan
-    return call(blocks, q_len, kv_len, q_block, kv_block)
-
 
 def attention(
     q: Tensor,
@@ -75,29 +66,14 @@ def attention(
     kv_block: int,
     scale: float,
     deterministic: bool,
-    return_lse: bool = False,
-    exact: Exact | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What ``forward`` gives, or ``exact_forward``, for tensors of one device; no lse, perhaps,
-    where none is asked for. On a GPU, if nothing but the result is wanted, without torch's way to
-    an operator, which takes longer than all else in the call."""
-    if not (q.is_cuda and only_the_result(q, k, v, plan)):
-        if exact is not None:
-            formula, tables = exact
-            return exact_forward(
-                q, k, v, plan, tables, formula, q_block, kv_block, scale, deterministic
-            )
-        return forward(q, k, v, plan, q_block, kv_block, scale, deterministic)
-    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale, exact)
-    return out, _lse(rows, q) if return_lse else None
-
-
-def _stream(tensor: Tensor) -> tuple[int, int]:
-    """A CUDA tensor's device, and the stream that is current there. The extension makes the
-    device's context current itself, so no device guard is needed."""
-    device = tensor.device.index
-    # What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
-    return device, torch._C._cuda_getCurrentRawStream(device)
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """What ``forward`` gives, or ``exact_forward``."""
+    settings = q_block, kv_block, scale, deterministic
+    if exact is None:
+        return forward(q, k, v, plan, *settings)
+    formula, tables = exact
+    return exact_forward(q, k, v, plan, tables, formula, *settings)
 
 
 def _check_devices(q: Tensor, *others: Tensor) -> None:
@@ -112,16 +88,9 @@ def _tables_of(exact: Exact | None) -> list[Tensor]:
 
 
 def _for_copies(tensor: Tensor) -> Tensor:
-    """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
-    torch makes is so; an odd slice or an expanded tensor becomes a copy."""
-    aligned = tensor.data_ptr() % 16 == 0
-    if aligned and tensor.is_contiguous():
-        # Kernels take head dimensions of whole 16 bytes only.
-        return tensor
-    step = 16 // tensor.element_size()
-    shape, strides = tensor.shape, tensor.stride()
-    odd = (shape[i] > 1 and (strides[i] <= 0 or strides[i] % step) for i in range(3))
-    if strides[3] == 1 and (not aligned or any(odd)):
+    """The tensor as a GPU's copy engine takes it. What torch makes is so; an odd slice or an
+    expanded tensor becomes a copy."""
+    if _native.must_be_copied(tensor):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -143,19 +112,13 @@ def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: i
     return result
 
 
+@torch.library.impl(f"{_LIBRARY}::plan", "CUDA")
 def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
     if blocks.numel() == 0:
         # There is nothing to launch for, but the plan's words are to be right.
         return plan(blocks.cpu(), q_len, kv_len, q_block, kv_block).to(blocks.device)
     sizes = q_len, kv_len, q_block, kv_block
-    words = _native.plan_words(sizes)
-    result = blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
-    raw = blocks.data_ptr(), blocks.shape, blocks.stride()
-    _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), _stream(blocks))
-    return result
-
-
-torch.library.impl(f"{_LIBRARY}::plan", "CUDA", _plan_cuda)
+    return launch.plan(blocks, sizes, (*blocks.shape[:2], _native.plan_words(sizes)))
 
 
 @torch.library.register_fake(f"{_LIBRARY}::plan")
@@ -196,51 +159,6 @@ def _forward_cpu(
     return out, lse
 
 
-def _launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Tensor,
-    q_block: int,
-    kv_block: int,
-    scale: float,
-    exact: Exact | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output, and memory that starts with the lse, see :func:`_lse`."""
-    batch, heads, tokens, _ = q.shape
-    if k.shape[2] == 0:
-        # There is nothing to launch for, but arguments are to be checked as ever.
-        on_cpu = (x.cpu() for x in (q, k, v, plan))
-        out, lse = forward(*on_cpu, q_block, kv_block, scale, False)
-        return out.to(q.device), lse.to(q.device)
-    out = torch.empty_like(q)
-    # One piece of memory for two: each costs the host as much as a launch.
-    count = batch * heads * tokens + _WORKSPACE
-    rows = torch.empty_strided((count,), (1,), dtype=torch.float32, device=q.device)
-    if scale < 0:
-        # Kernels look for the largest score before they scale.
-        q, scale = -q, -scale
-    _native.forward_cuda(
-        (_for_copies(q), _for_copies(k), _for_copies(v)),
-        (plan, q_block, kv_block),
-        scale,
-        out,
-        rows.data_ptr(),
-        _stream(q),
-        exact,
-    )
-    return out, rows
-
-
-# Numbers of memory that the kernel needs behind the lse.
-_WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
-
-
-def _lse(rows: Tensor, q: Tensor) -> Tensor:
-    batch, heads, tokens, _ = q.shape
-    return rows.as_strided((batch, heads, tokens), (heads * tokens, tokens, 1))
-
-
 def _forward_cuda(
     q: Tensor,
     k: Tensor,
@@ -253,8 +171,18 @@ def _forward_cuda(
     exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_devices(q, k, v, plan, *_tables_of(exact))
-    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale, exact)
-    return out, _lse(rows, q)
+    if k.shape[2] == 0:
+        # There is nothing to launch for, but arguments are to be checked as ever.
+        on_cpu = (x.cpu() for x in (q, k, v, plan))
+        out, lse = forward(*on_cpu, q_block, kv_block, scale, deterministic)
+        return out.to(q.device), lse.to(q.device)
+    if scale < 0:
+        # Kernels look for the largest score before they scale.
+        q, scale = -q, -scale
+    inputs = _for_copies(q), _for_copies(k), _for_copies(v)
+    numbers = launch.numbers_of(q)
+    out, rows = launch.forward(inputs, (plan, q_block, kv_block), scale, numbers, exact)
+    return out, launch.lse_in(rows, q)
 
 
 torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)
@@ -362,7 +290,6 @@ def _backward_cuda(
             (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
-            _stream(q),
             exact,
         )
         gradients = dq.neg_() if negated else dq, dk, dv

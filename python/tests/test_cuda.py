@@ -22,6 +22,7 @@ from flex_block_attn import (
     create_block_mask,
     flex_block_attn,
     flex_block_attn_func,
+    ops,
 )
 from flex_block_attn.moba import moba_attention
 from flex_block_attn.ssta_attention import ssta_3d_attention
@@ -316,6 +317,93 @@ def test_odd_slices_and_expanded_tensors_are_copied():
     shared = k[:, :1].expand_as(k)
     same = flex_block_attn(q, shared.contiguous(), v, mask)
     assert torch.equal(flex_block_attn(q, shared, v, mask), same)
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """The names of the operators that are called: the long ways."""
+    called = []
+    for name in ("plan", "forward"):
+
+        def call(*arguments, name=name, original=getattr(ops, name)):
+            called.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(ops, name, call)
+    return called
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "together"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_short_way_gives_what_the_operators_give(layout, dtype, operators):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (tensor((2, 4, 200, 64), layout, dtype, generator) for _ in "qkv")
+    blocks = torch.rand(2, 4, 4, 7, device="cuda", generator=generator) < 0.5
+    for given in (blocks, blocks[0], blocks[0, 0], blocks.mT.contiguous().mT, blocks[:, :1]):
+        four = given[(None,) * (4 - given.dim())]
+        plan = torch.ops.flex_block_attn.plan(four, 200, 200, 64, 32)
+        settings = plan, 64, 32, 64**-0.5, False
+        expected, expected_lse = torch.ops.flex_block_attn.forward(q, k, v, *settings)
+        mask = BlockMask(given, 200, 200, 64, 32)
+        assert torch.equal(mask.plan, plan)
+        out, lse = flex_block_attn(q, k, v, mask, return_lse=True)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+        assert lse.shape == (2, 4, 200) and out.stride() == expected.stride()
+        assert torch.equal(flex_block_attn(q, k, v, mask, scale=0.125), expected)
+        assert torch.equal(flex_block_attn_func(q, k, v, 64, 32, given), expected)
+    assert not operators
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, call, types, arguments=(), settings=None):
+        return call(*arguments, **(settings or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass of no further meaning."""
+
+
+def test_calls_that_need_an_operator_get_it(operators):
+    q, k, v, mask = problem()
+    expected = flex_block_attn(q, k, v, mask)
+    assert not operators
+    odd = torch.cat([q[..., :1], q], -1)[..., 1:]
+    for other in (
+        torch.nn.Parameter(q, requires_grad=False),
+        q.as_subclass(Named),
+        q.detach().requires_grad_(),
+        # Its memory holds -q.
+        torch._neg_view(-q),
+        odd,
+    ):
+        assert torch.equal(flex_block_attn(other, k, v, mask).detach(), expected)
+        assert operators == ["forward"]
+        operators.clear()
+    with torch.no_grad():
+        assert torch.equal(flex_block_attn(q.detach().requires_grad_(), k, v, mask), expected)
+    assert not operators
+    scale = 128**-0.5
+    assert torch.equal(flex_block_attn(-q, k, v, mask, scale=-scale), expected)
+    with Watched():
+        assert torch.equal(flex_block_attn(q, k, v, mask), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(flex_block_attn(q.float(), k.float(), v.float(), mask), expected)
+    assert operators == ["forward"] * 3
+
+
+def test_a_tensor_of_another_stream_waits_for_nothing_else():
+    """The launch goes to the stream that is current, which here has the tensors' values first."""
+    q, k, v, mask = problem()
+    expected = flex_block_attn(q, k, v, mask)
+    for _ in range(20):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            late = q.clone()
+            out = flex_block_attn(late, k, v, mask)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(out, expected)
 
 
 def test_no_keys_and_no_queries():

@@ -270,6 +270,13 @@ fn contiguous(argument: &'static str, shape: [usize; 4], strides: [isize; 4]) ->
     ))
 }
 
+/// Whether kernels take a tensor of these strides, in elements of 16 bits, as it lies in memory: its address,
+/// and the strides of dimensions longer than 1, are positive multiples of 16 bytes. The last dimension
+/// is not looked at.
+pub fn takes(address: u64, shape: [usize; 4], strides: [isize; 4]) -> bool {
+    in_strides(address, shape, strides).is_some()
+}
+
 /// A tensor as kernels take it.
 fn in_memory(
     argument: &'static str,
@@ -277,29 +284,32 @@ fn in_memory(
     shape: [usize; 4],
     strides: [isize; 4],
 ) -> Result<forward_kernels::Tensor> {
+    let Some(strides) = in_strides(address, shape, strides) else {
+        return Err(Error::Gpu {
+            argument,
+            got: format!("{strides:?} (in elements) at address {address:#x}"),
+            allowed: "at an address and of strides that are positive multiples of 16 bytes",
+        });
+    };
+    Ok(forward_kernels::Tensor { address, strides })
+}
+
+fn in_strides(address: u64, shape: [usize; 4], strides: [isize; 4]) -> Option<Strides> {
     const BYTES: isize = 2;
     const COPIED: isize = 16;
-    let refused = || Error::Gpu {
-        argument,
-        got: format!("{strides:?} (in elements) at address {address:#x}"),
-        allowed: "at an address and of strides that are positive multiples of 16 bytes",
-    };
-    if !address.is_multiple_of(COPIED as u64) {
-        return Err(refused());
-    }
     // A dimension of 1 may have any stride: it is never stepped over.
     let stride = |dim: usize| match (shape[dim], strides[dim]) {
-        (..=1, _) => Ok(COPIED as u64),
-        (_, stride) if stride > 0 && stride * BYTES % COPIED == 0 => Ok(stride as u64),
-        _ => Err(refused()),
+        (..=1, _) => Some(COPIED as u64),
+        (_, stride) if stride > 0 && stride * BYTES % COPIED == 0 => Some(stride as u64),
+        _ => None,
     };
-    Ok(forward_kernels::Tensor {
-        address,
-        strides: Strides {
-            row: stride(2)?,
-            head: stride(1)?,
-            batch: stride(0)?,
-        },
+    if !address.is_multiple_of(COPIED as u64) {
+        return None;
+    }
+    Some(Strides {
+        row: stride(2)?,
+        head: stride(1)?,
+        batch: stride(0)?,
     })
 }
 
