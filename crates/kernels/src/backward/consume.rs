@@ -406,18 +406,22 @@ impl<'a, 'k> Consumer<'a, 'k> {
                 }
             }
             Some(steps) => {
-                let mut whole = Vec::new();
-                each_column(k, wg, steps, &self.dq, |_, number, steps| {
-                    whole.push((number * steps).to_i32());
+                let mut four = Vec::with_capacity(4);
+                each_column(k, wg, steps, &self.dq, |i, number, steps| {
+                    four.push((number * steps).to_i32());
+                    // Stored as soon as made: there are no registers for more of them.
+                    if let &[a, b, c, d] = &four[..] {
+                        k.store_shareds(place(i as u32 / 4), [a, b, c, d]);
+                        four.clear();
+                    }
                 });
-                for (eight, four) in (0..).zip(whole.chunks_exact(4)) {
-                    k.store_shareds(place(eight), std::array::from_fn::<_, 4, _>(|i| four[i]));
-                }
             }
         }
+        // Computed under the guard, ptxas would keep old places for the lanes that are left out.
+        let full = out.full.at(wg.index);
         k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();
-        k.where_(wg.leader, || out.full.at(wg.index).arrive());
+        k.where_(wg.leader, || full.arrive());
     }
 
     /// dq of the last tile, when its other products are under way. The other consumer's turn has no
