@@ -8,9 +8,11 @@ import math
 import random
 import threading
 
+import mask_functions
 import pytest
 import torch
 from reference import attention, relative_error, token_mask
+from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
@@ -561,6 +563,64 @@ def test_masks_of_functions(which: int, head_dim: int, block):
     got, expected = (r[4].detach().cpu().double() for r in results)
     assert torch.equal(got.isneginf(), expected.isneginf())
     assert (got - expected).nan_to_num(0).abs().max() < 2e-3
+
+
+def _numbers(*shape, below: int):
+    generator = torch.Generator("cuda").manual_seed(below)
+    return torch.randint(below, shape, device="cuda", generator=generator)
+
+
+def _documents(below: int):
+    return _numbers(700, below=below).sort().values
+
+
+# Of FlexAttention's documentation and examples: for 2 batches, 4 heads and 700 tokens.
+GALLERY = {
+    "everything": lambda: mask_functions.everything,
+    "causal": lambda: mask_functions.causal,
+    "window": lambda: mask_functions.window(90),
+    "causal window": lambda: mask_functions.left_window(150),
+    "prefix": lambda: mask_functions.prefix(_numbers(2, below=300)),
+    "document": lambda: mask_functions.document(_documents(6)),
+    "document of each batch": lambda: mask_functions.per_batch_document(
+        torch.stack([_documents(4), _documents(6) - 1])
+    ),
+    "causal document": lambda: mask_functions.offset_document(
+        _documents(6), torch.searchsorted(_documents(6), torch.arange(6, device="cuda"))
+    ),
+    "dilated": lambda: mask_functions.dilated(200, 3),
+    "window of each head": lambda: mask_functions.per_head_window(_numbers(4, below=500)),
+    "neighbourhood": lambda: mask_functions.natten(25, 28, 7),
+    "sliding tiles": lambda: mask_functions.sliding_tiles((5, 10, 14), (2, 4, 4), (1, 1, 1)),
+    "flamingo": lambda: mask_functions.flamingo(_numbers(2, 700, below=40)),
+    "strided": lambda: mask_functions.strided(37),
+    "odd": lambda: mask_functions.odd_functions(_numbers(700, below=2).bool()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_masks_of_functions_as_flex_attention_has_them(name: str, head_dim: int):
+    """The same function and numbers: torch's own output, in float32, and gradients."""
+    sizes = 2, 4, 700, 700
+    mask_mod = GALLERY[name]()
+    mask = create_block_mask(mask_mod, *sizes, device="cuda")
+    theirs = flex_attention.create_block_mask(mask_mod, *sizes, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        tensor((2, 4, 700, head_dim), "heads first", torch.bfloat16, generator) for _ in range(4)
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flex_block_attn(*leaves, mask)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = flex_attention.flex_attention(*exact, block_mask=theirs)
+    assert relative_error(out, expected) < 1e-2
+    gradients = torch.autograd.grad(out, leaves, dout)
+    for got, wanted in zip(
+        gradients, torch.autograd.grad(expected, exact, dout.float()), strict=True
+    ):
+        assert relative_error(got, wanted) < 1e-2
 
 
 def test_masks_of_functions_wait_for_nothing():
