@@ -4,7 +4,8 @@
 - :func:`flex_block_attn`: over a :class:`BlockMask`, with scale and lse;
 - :class:`BlockMask`: masks from tensors or patterns, planned once;
 - :func:`create_block_mask`: masks from functions of single tokens, as FlexAttention has them;
-  :func:`and_masks` and :func:`or_masks` join such functions;
+  :func:`and_masks` and :func:`or_masks` join such functions, :func:`forget_masks` frees what is
+  kept of them;
 - :func:`create_sparse_mask`, :func:`visualize_attn_mask`: helpers for mask tensors;
 - :mod:`.ssta_attention`: sparse attention of video models, STA, MoBA and SSTA;
 - :mod:`.moba`: mixture of block attention, causal, for language models;
@@ -17,7 +18,7 @@ is contiguous, so a transposed (batch, sequence, heads, head_dim) tensor needs n
 from . import moba, selection, ssta_attention
 from ._native import __version__
 from .api import flex_block_attn, flex_block_attn_func
-from .masks import BlockMask, create_block_mask, create_sparse_mask
+from .masks import BlockMask, create_block_mask, create_sparse_mask, forget_masks
 from .trace import and_masks, or_masks
 from .utils import visualize_attn_mask
 
@@ -29,6 +30,7 @@ __all__ = [
     "create_sparse_mask",
     "flex_block_attn",
     "flex_block_attn_func",
+    "forget_masks",
     "moba",
     "or_masks",
     "selection",

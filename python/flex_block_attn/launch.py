@@ -24,6 +24,13 @@ def plan(blocks: Tensor, sizes: tuple[int, int, int, int], shape: tuple[int, int
     return result
 
 
+def plan_of_bits(bits: Tensor, lines: tuple[int, int], sizes: tuple[int, int, int, int]) -> Tensor:
+    """Of a mask of so many batches and heads that the host has made, from its bits."""
+    result = bits.new_empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
+    _native.plan_bits_cuda(bits, lines, sizes, result)
+    return result
+
+
 def numbers_of(q: Tensor) -> int:
     """How many :func:`forward` needs besides its output: the lse and the kernel's workspace."""
     return q.shape[:3].numel() + _WORKSPACE

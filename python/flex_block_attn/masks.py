@@ -7,7 +7,9 @@ search for the blocks of a function; here their blocks become tensors.
 
 import math
 import operator
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, direct, ops, pictures
+from . import _native, direct, launch, ops, pictures
 from .trace import Expression, MaskMod, trace
 
 
@@ -135,12 +137,25 @@ class BlockMask:
         """A mask with an expression, as the library has found its blocks."""
         mask = object.__new__(cls)
         mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size = native.extents
-        words = _native.plan_words(native.extents)
-        plan = torch.empty((*native.shape[:2], words), dtype=torch.int32)
-        native.write_plan((plan.data_ptr(), plan.numel()))
-        mask.plan = plan.to(device)
-        mask.expression, mask.mask_mod = expression, mask_mod
+        lines = native.shape[:2]
+        if device.type == "cuda" and 0 not in native.shape:
+            # A plan has fifty times the bytes of the bits that it is made of.
+            bits = torch.empty(native.bit_words(), dtype=torch.int64)
+            native.write_bits((bits.data_ptr(), bits.numel()))
+            mask.plan = launch.plan_of_bits(bits.to(device), lines, native.extents)
+        else:
+            plan = torch.empty((*lines, _native.plan_words(native.extents)), dtype=torch.int32)
+            native.write_plan((plan.data_ptr(), plan.numel()))
+            mask.plan = plan.to(device)
+        mask.expression, mask.mask_mod = expression.ready(), mask_mod
         mask._blocks, mask._native, mask._elsewhere = None, native, {}
+        return mask
+
+    def _of_the_same(self, mask_mod: MaskMod | None) -> "BlockMask":
+        """Another object, with the plan of this one."""
+        mask = object.__new__(BlockMask)
+        mask.__dict__.update(self.__dict__)
+        mask.mask_mod, mask._elsewhere = mask_mod, {}
         return mask
 
     @classmethod
@@ -313,7 +328,7 @@ class BlockMask:
             if self._blocks is not None:
                 moved._blocks = self._blocks.to(device)
             if self.expression is not None:
-                moved.expression = self.expression.to(device)
+                moved.expression = self.expression.to(device).ready()
             # Either finds the other.
             moved._elsewhere = {self.device: self}
             self._elsewhere[device] = moved
@@ -514,8 +529,8 @@ def create_block_mask(
         H: query heads, likewise.
         Q_LEN, KV_LEN: number of queries and keys; need not be multiples of the blocks.
         device: where it will be used; by default where the tensors are that the function looks up,
-        or
-            the CPU. Planning is done by the host; tensors on a GPU are read once.
+            or the CPU. The host looks for the blocks, and reads tensors that lie on a GPU once for
+            it; the plan is made on the device.
         BLOCK_SIZE: tokens of a block, or of a block of queries and one of keys: multiples of 16. By
             default 128, doubled until no side has more than 2048 blocks.
         _compile: as torch has it; there is nothing to compile.
@@ -545,14 +560,63 @@ def create_block_mask(
     device = None if device is None else torch.empty(0, device=device).device
     expression = trace(mask_mod, device)
     if device is None:
-        device = expression.tables[0].device if expression.tables else torch.device("cpu")
+        device = expression.device
     for name, given, apart in (("B", B, 0), ("H", H, 1)):
         if given is None and expression.tells_apart[apart]:
             what = ("batches", "heads")[apart]
             raise ValueError(f"mask_mod tells {what} apart: give their number, {name}")
+    key = expression.text, sizes, batch, heads, device
+    known = _KNOWN.find(key, expression.on_host)
+    if known is not None:
+        return known._of_the_same(mask_mod)
     exact = expression.text, expression.on_host
     native = _native.BlockMask.from_expression(sizes, batch, heads, exact)
-    return BlockMask._exact(native, expression, device, mask_mod)
+    mask = BlockMask._exact(native, expression, device, mask_mod)
+    _KNOWN.keep(key, mask._of_the_same(None))
+    return mask
+
+
+class _Known:
+    """The masks of functions that were made last: models make the same one in every step.
+
+    One is found again by its text and by the numbers that it looks up, which are compared: whoever
+    changes a tensor gets another mask.
+    """
+
+    MASKS, BYTES = 8, 2**25
+
+    def __init__(self) -> None:
+        self._masks: OrderedDict[tuple, BlockMask] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: tuple, tables: list[Tensor]) -> BlockMask | None:
+        with self._lock:
+            mask = self._masks.get(key)
+            if mask is None or not all(map(torch.equal, mask.expression.on_host, tables)):
+                return None
+            self._masks.move_to_end(key)
+            return mask
+
+    def keep(self, key: tuple, mask: BlockMask) -> None:
+        with self._lock:
+            self._masks[key] = mask
+            self._masks.move_to_end(key)
+            sizes = [mask.plan.nbytes for mask in self._masks.values()]
+            while len(sizes) > self.MASKS or sum(sizes) > self.BYTES:
+                self._masks.popitem(last=False)
+                sizes.pop(0)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._masks.clear()
+
+
+_KNOWN = _Known()
+
+
+def forget_masks() -> None:
+    """Frees what :func:`create_block_mask` keeps: plans of up to 32 MiB, of 8 masks at most."""
+    _KNOWN.clear()
 
 
 def _check_lines(expression: Expression, batch: int, heads: int) -> None:

@@ -30,27 +30,40 @@ class Expression:
         text: the condition, as in ``q >= kv and t0[q] == t0[kv]``.
         tables: the tensors ``t0``, ``t1``, ...: int32, contiguous, on the mask's device.
         on_host: the same on the host.
+        device: the mask's.
     """
 
-    __slots__ = ("on_host", "tables", "tells_apart", "text")
+    __slots__ = ("_tables", "device", "on_host", "tells_apart", "text")
 
     def __init__(
         self,
         text: str,
-        tables: Iterable[Tensor],
         on_host: Iterable[Tensor],
+        device: torch.device,
         tells_apart: tuple[bool, bool],
     ):
         self.text = text
-        self.tables = list(tables)
         self.on_host = list(on_host)
+        self.device = device
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
+        self._tables: list[Tensor] | None = None
+
+    @property
+    def tables(self) -> list[Tensor]:
+        # Copied when a mask wants them: a mask that is known already has its own.
+        if self._tables is None:
+            self._tables = [table.to(self.device) for table in self.on_host]
+        return self._tables
+
+    def ready(self) -> "Expression":
+        """The same, its tables copied: no call is to do that later, perhaps into a graph."""
+        self.tables  # noqa: B018
+        return self
 
     def to(self, device: torch.device) -> "Expression":
         """With its tables on a device."""
-        tables = [table.to(device) for table in self.on_host]
-        return Expression(self.text, tables, self.on_host, self.tells_apart)
+        return Expression(self.text, self.on_host, device, self.tells_apart)
 
     def moved(self, *places: tuple[int, int]) -> "Expression":
         """With ``factor * x + offset`` in the place of b, h, q and kv: four pairs of them."""
@@ -58,13 +71,13 @@ class Expression:
         tells_apart = tuple(
             apart and factor != 0 for apart, (factor, _) in zip(self.tells_apart, places[:2])
         )
-        return Expression(text, self.tables, self.on_host, tells_apart)
+        return Expression(text, self.on_host, self.device, tells_apart)
 
     def __str__(self) -> str:
         return self.text
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"t{i} {tuple(t.shape)}" for i, t in enumerate(self.tables))
+        shapes = ", ".join(f"t{i} {tuple(t.shape)}" for i, t in enumerate(self.on_host))
         return f"Expression({self.text}{'; ' if shapes else ''}{shapes})"
 
 
@@ -148,8 +161,7 @@ class _Writer:
             device = tensors[0].device if tensors else torch.device("cpu")
         # Copies: numbers changed in place later must not part from the plan.
         on_host = [_as_table(tensor) for tensor in tensors]
-        tables = [table.to(device) for table in on_host]
-        return Expression(text, tables, on_host, self.steps.tells_apart(result.step))
+        return Expression(text, on_host, device, self.steps.tells_apart(result.step))
 
 
 def _as_table(tensor: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from flex_block_attn import (
     create_block_mask,
     flex_block_attn,
     flex_block_attn_func,
+    forget_masks,
     or_masks,
 )
 
@@ -276,6 +277,41 @@ def test_tensors_changed_later_change_nothing():
     ids.zero_()
     assert torch.equal(mask.to_dense(), dense)
     assert mask.expression.tables[0].any()
+
+
+def test_a_mask_that_is_known_is_not_made_again():
+    ids = torch.arange(300) // 70
+    own, others = document(ids), document(ids.clone())
+
+    def make(mask_mod, **settings):
+        return create_block_mask(mask_mod, None, None, 300, 300, **{"BLOCK_SIZE": 32, **settings})
+
+    forget_masks()
+    first, again, equal = make(own), make(own), make(others)
+    assert first is not again
+    assert first.plan is again.plan is equal.plan
+    assert again.mask_mod is own and equal.mask_mod is others
+    assert make(own, BLOCK_SIZE=64).plan is not first.plan
+    ids[100:] += 7
+    changed = make(own)
+    assert not torch.equal(changed.plan, first.plan)
+    assert torch.equal(changed.to_dense(), (ids[:, None] == ids)[None, None])
+    assert not torch.equal(first.to_dense(), changed.to_dense())
+    for tokens in range(16, 16 * 12, 16):
+        create_block_mask(causal, None, None, tokens, tokens)
+    assert make(own).plan is not changed.plan
+    kept = make(own)
+    assert make(own).plan is kept.plan
+    forget_masks()
+    assert make(own).plan is not kept.plan
+
+
+def test_large_plans_are_not_kept():
+    def make():
+        return create_block_mask(causal, None, None, 48_000, 48_000, BLOCK_SIZE=16)
+
+    assert make().plan.nbytes > 2**25
+    assert make().plan is not make().plan
 
 
 def test_long_sequences_get_larger_blocks():

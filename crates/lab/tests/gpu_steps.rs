@@ -156,7 +156,7 @@ fn check(chance: &mut Chance) {
         plan.address = memory.alloc_with("plan", words);
     } else {
         plan.address = memory.alloc("plan", 4 * words.len());
-        let mask = Mask {
+        let mask = Mask::Bytes {
             address: memory.alloc_with("mask", &blocks),
             strides: strides.map(|stride| stride as u64),
         };

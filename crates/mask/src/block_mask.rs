@@ -355,6 +355,34 @@ impl BlockMask {
         (&self.words[range], partial)
     }
 
+    /// Words of 64 bits of [`Self::write_bits`].
+    pub fn bit_words(&self) -> usize {
+        2 * self.words.len()
+    }
+
+    /// Writes a bit for each block, for those that plan elsewhere: first whether it is selected, of
+    /// all (batch, head, row, column), the columns of a row in words of their own; then, likewise,
+    /// whether it is partial.
+    ///
+    /// # Errors
+    /// When there are not [`Self::bit_words`] words.
+    pub fn write_bits(&self, words: &mut [u64]) -> Result<(), MaskError> {
+        if words.len() != self.bit_words() {
+            return Err(MaskError::Parameter {
+                argument: "words",
+                got: words.len().to_string(),
+                allowed: "as many as bit_words says",
+            });
+        }
+        let (selected, partial) = words.split_at_mut(self.words.len());
+        selected.copy_from_slice(&self.words);
+        match &self.exact {
+            Some(exact) => partial.copy_from_slice(&exact.partial),
+            None => partial.fill(0),
+        }
+        Ok(())
+    }
+
     /// Whether a block is selected.
     ///
     /// # Panics

@@ -52,7 +52,7 @@ fn mask(blocks: &Raw, sizes: RawExtents) -> PyResult<(Mask, PlanLayout)> {
         .extents
         .check_blocks(rows, columns)
         .map_err(python_mask)?;
-    let mask = Mask {
+    let mask = Mask::Bytes {
         address: blocks.address as u64,
         strides: strides.map(|stride| stride as u64),
     };
@@ -82,6 +82,35 @@ pub fn plan_shape(
 #[pyfunction]
 pub fn plan_cuda(py: Python<'_>, blocks: Raw, sizes: RawExtents, to: Raw) -> PyResult<()> {
     let (mask, layout) = mask(&blocks, sizes)?;
+    plan(py, mask, layout, &blocks, &to)
+}
+
+/// Plans a mask of (batch, heads) matrices from its bits, which lie on a GPU as `write_bits` has
+/// written them, into an int32 tensor.
+#[pyfunction]
+pub fn plan_bits_cuda(
+    py: Python<'_>,
+    bits: Raw,
+    lines: (usize, usize),
+    sizes: RawExtents,
+    to: Raw,
+) -> PyResult<()> {
+    let (batch, heads) = lines;
+    let layout = PlanLayout {
+        extents: extents(sizes)?,
+        batch,
+        heads,
+    };
+    let words = 2 * batch * heads * layout.rows() * layout.columns().div_ceil(64);
+    if bits.kind != Kind::Int64 || bits.shape != [words, 1, 1, 1] {
+        let text = "bits must be all int64 numbers of a mask";
+        return Err(PyValueError::new_err(text));
+    }
+    let address = bits.address as u64;
+    plan(py, Mask::Bits { address }, layout, &bits, &to)
+}
+
+fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) -> PyResult<()> {
     let words = to.shape.iter().product();
     layout.check_words(words).map_err(python_mask)?;
     let plan = Plan {
@@ -89,8 +118,8 @@ pub fn plan_cuda(py: Python<'_>, blocks: Raw, sizes: RawExtents, to: Raw) -> PyR
         address: to.address as u64,
         exact: None,
     };
-    let on = stream(py, &blocks)?;
-    // SAFETY: the mask's layout was read from a tensor on the stream's device, and `ops.py` has
+    let on = stream(py, from)?;
+    // SAFETY: the mask's layout was read from a tensor on the stream's device, and `launch.py` has
     // allocated the plan there, which has room for its words; torch's allocator keeps both until the
     // stream has come past this call.
     py.detach(|| unsafe { gpu::plan(&mask, &plan, on) })

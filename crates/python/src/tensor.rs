@@ -35,6 +35,7 @@ pub struct Raw {
 pub enum Kind {
     Float(DType),
     Int32,
+    Int64,
     Bool,
     Other,
 }
@@ -67,6 +68,7 @@ impl Raw {
             (2, 32, 1) => Kind::Float(DType::F32),
             (2, 64, 1) => Kind::Float(DType::F64),
             (0, 32, 1) => Kind::Int32,
+            (0, 64, 1) => Kind::Int64,
             (6, 8, 1) => Kind::Bool,
             _ => Kind::Other,
         };
@@ -114,7 +116,7 @@ fn numbers<'py, T: Copy + From<u8> + for<'a> FromPyObject<'a, 'py>>(
 
 /// What a `torch.dtype` stands for: each is one object.
 fn kind(dtype: &Bound<'_, PyAny>) -> PyResult<Kind> {
-    static KNOWN: PyOnceLock<[(Py<PyAny>, Kind); 6]> = PyOnceLock::new();
+    static KNOWN: PyOnceLock<[(Py<PyAny>, Kind); 7]> = PyOnceLock::new();
     let py = dtype.py();
     let known = KNOWN.get_or_try_init(py, || -> PyResult<_> {
         let torch = py.import("torch")?;
@@ -125,6 +127,7 @@ fn kind(dtype: &Bound<'_, PyAny>) -> PyResult<Kind> {
             (object("float32")?, Kind::Float(DType::F32)),
             (object("float64")?, Kind::Float(DType::F64)),
             (object("int32")?, Kind::Int32),
+            (object("int64")?, Kind::Int64),
             (object("bool")?, Kind::Bool),
         ])
     })?;

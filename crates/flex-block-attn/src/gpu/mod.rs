@@ -23,6 +23,8 @@ use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, exact, plan as p
 use flex_block_attn_mask::PlanLayout;
 use flex_block_attn_mask::expression::Formula;
 
+pub use flex_block_attn_kernels::plan::Mask;
+
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
 
@@ -35,15 +37,6 @@ pub struct Stream {
     pub device: u32,
     /// The stream's handle (torch's `Stream.cuda_stream`); 0 is the default stream.
     pub handle: usize,
-}
-
-/// A bool matrix for each batch and head, in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mask {
-    /// Address of the first entry: a byte each, not 0 where a block is kept.
-    pub address: u64,
-    /// Bytes from one index to the next of (batch, head, row, column); 0 repeats.
-    pub strides: [u64; 4],
 }
 
 /// A plan in device memory.
@@ -159,13 +152,12 @@ pub fn plan_steps(mask: &Mask, plan: &Plan) -> Result<Vec<(Step, Launch)>> {
         });
     }
     let args = planning::Args {
-        mask: mask.address,
-        strides: mask.strides,
+        mask: *mask,
         layout,
         plan: plan.address,
     };
     let step = |config: planning::Config| (Step::Plan(config), config.launch(&args));
-    Ok(planning::Config::all().into_iter().map(step).collect())
+    Ok(planning::Config::of(mask).into_iter().map(step).collect())
 }
 
 /// Makes a plan of a mask, on a stream.

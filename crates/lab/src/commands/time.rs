@@ -156,13 +156,15 @@ fn plan(gpu: &mut Gpu, heads: usize, rows: usize, columns: usize) -> Result<Meas
         .map(|number| u8::from(bf16::from_le_bytes([number[0], number[1]]).to_f32() > 0.524))
         .collect();
     let args = plan::Args {
-        mask: gpu.alloc_with(&mask)?,
-        strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        mask: plan::Mask::Bytes {
+            address: gpu.alloc_with(&mask)?,
+            strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        },
         layout,
         plan: gpu.alloc(4 * layout.words())?,
     };
     let mut launches = Vec::new();
-    for config in plan::Config::all() {
+    for config in plan::Config::of(&args.mask) {
         launches.push((gpu.load(&config.kernel())?, config.launch(&args)));
     }
     let times = gpu.time(20, 30, || {

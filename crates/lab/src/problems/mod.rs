@@ -24,7 +24,7 @@ use thiserror::Error;
 use crate::gpu::Gpu;
 
 pub use attention::{Backward, Forward};
-pub use plan::{Compaction, MaskLayout};
+pub use plan::{BitCompaction, Compaction, MaskLayout};
 pub use product::Product;
 pub use rows::{Bounds, Pool, Prepare};
 pub use rule::Rule;
