@@ -24,8 +24,9 @@ test-rust: $(VENV)/.ptxas
 test-python: extension $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -q
 
-bench: extension $(VENV)/.test ## Speed of the CPU backend beside torch's own attention
-	$(BIN)/python -m benchmark.cpu
+bench: extension $(VENV)/.bench ## Speed beside other libraries; of a GPU: make bench BENCH='--budget 900'
+	$(BIN)/python -m benchmark $(BENCH)
+	$(BIN)/python -m benchmark.report
 
 format: $(VENV)/.test ## Format Rust and Python
 	cargo fmt
@@ -53,6 +54,10 @@ $(VENV)/.torch: pyproject.toml | $(BIN)/pip
 
 $(VENV)/.test: $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest hypothesis matplotlib ruff
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib tqdm
 	touch $@
 
 $(VENV)/.demo: demo/requirements.txt $(VENV)/.torch

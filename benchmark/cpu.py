@@ -1,74 +1,30 @@
-"""Our CPU backend beside torch's scaled_dot_product_attention, in one run.
+"""Our CPU backend beside torch's scaled_dot_product_attention, in one run: a quick look.
 
 In: nothing (options below). Out: a table of milliseconds, GFLOP/s of the computed blocks and
-ratios. Run by ``make bench``, or ``python -m benchmark.cpu --help``.
+ratios. Run as ``python -m benchmark.cpu --help``. (``python -m benchmark --device cpu`` measures a
+suite, and keeps what it measured.)
 
 Each figure is the median of alternating calls (ours, torch's, ours, ...), after a check that both
 agree; forward counts 4 S^2 D operations for a head of a dense mask, backward 2.5 times that.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from flex_block_attn import BlockMask, flex_block_attn
-
-Call = Callable[[], object]
+from .measure import Figures, measure
+from .problem import Problem
+from .suites import Case, case
 
 
-@dataclass
-class Problem:
-    """Random q, k, v and output gradient."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-
-    @classmethod
-    def random(cls, shape: Sequence[int], dtype: torch.dtype) -> "Problem":
-        torch.manual_seed(0)
-        return cls(*(torch.randn(*shape).to(dtype) for _ in range(4)))
-
-    def forward(self, attention: Callable[..., Tensor]) -> Call:
-        def call() -> Tensor:
-            with torch.no_grad():
-                return attention(self.q, self.k, self.v)
-
-        return call
-
-    def backward(self, attention: Callable[..., Tensor]) -> Call:
-        inputs = [x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v)]
-        out = attention(*inputs)
-        return lambda: torch.autograd.grad(out, inputs, self.dout, retain_graph=True)
-
-
-def alternate(calls: Sequence[Call], repeats: int) -> list[float]:
-    """Median seconds of each call; they take turns, so that a change of clock hits all."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
-
-
-def check(ours: object, torchs: object, tolerance: float) -> None:
-    """Both give the same, or the run ends."""
-    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, torchs)), strict=True)
-    for a, b in pairs:
-        error = (a.double() - b.double()).norm() / b.double().norm()
-        if not error <= tolerance:
-            raise SystemExit(f"wrong results are not timed: ours are off by {error:.2e}")
+def measured(of: Case, peers: list[str], backward: bool, repeats: int) -> dict[str, Figures]:
+    """Figures by name; the run ends if ours is wrong."""
+    problem = Problem.of(of, torch.device("cpu"))
+    # Turns of one call behind one that warms up.
+    found = measure(problem, peers, backward, repeats, milliseconds=0)
+    if found.failed:
+        raise SystemExit("; ".join(f"{name} {reason}" for name, reason in found.failed.items()))
+    return found.figures
 
 
 def main() -> None:
@@ -97,40 +53,32 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    heads, tokens, dim, block = options.heads, options.tokens, options.head_dim, options.block
-    sizes = tokens, tokens, block, block
-    full = BlockMask.full(*sizes)
-    sparse = BlockMask.random(*sizes, density=options.density, seed=0, heads=heads)
+    heads, tokens, dim = options.heads, options.tokens, options.head_dim
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{options.threads} threads; batch 1, {heads} heads, {tokens} tokens, head_dim {dim}"
     )
-    density = f"ours, density {sparse.density():.2f}"
-    print(f"{'':28}{'torch dense':>22}{'ours dense':>22}{density:>22}")
-    for name in options.dtypes:
-        dtype = getattr(torch, name)
-        problem = Problem.random((1, heads, tokens, dim), dtype)
-        implementations = (
-            scaled_dot_product_attention,
-            lambda q, k, v: flex_block_attn(q, k, v, full),
-            lambda q, k, v: flex_block_attn(q, k, v, sparse),
-        )
-        for what, prepare, factor in (
-            ("forward", problem.forward, 1.0),
-            ("backward", problem.backward, 2.5),
-        ):
-            calls = [prepare(implementation) for implementation in implementations]
-            check(calls[1](), calls[0](), 1e-4 if dtype == torch.float32 else 2e-2)
-            seconds = alternate(calls, options.repeats)
+    blocks = -(-tokens // options.block)
+    density = max(1, round(options.density * blocks)) / blocks
+    print(f"{'':28}{'torch dense':>22}{'ours dense':>22}{f'ours, density {density:.2f}':>22}")
+    for dtype in options.dtypes:
+        shape = {"head_dim": dim, "block": options.block, "dtype": dtype}
+        dense = case(heads, tokens, **shape)
+        sparse = case(heads, tokens, "random", options.density, **shape)
+        for what, factor in (("forward", 1.0), ("backward", 2.5)):
+            backward = what == "backward"
+            both = measured(dense, ["SDPA"], backward, options.repeats)
+            kept = measured(sparse, [], backward, options.repeats)
+            ms = both["SDPA"].ms, both["ours"].ms, kept["ours"].ms
             operations = factor * 4 * heads * tokens**2 * dim
             cells = "".join(
-                f"{t * 1e3:9.1f} ms {operations * share / t / 1e9:5.0f} G/s"
-                for t, share in zip(seconds, (1.0, 1.0, sparse.density()), strict=True)
+                f"{t:9.1f} ms {operations * share / t / 1e6:5.0f} G/s"
+                for t, share in zip(ms, (1.0, 1.0, density), strict=True)
             )
-            print(f"{name:10}{what:18}{cells}")
+            print(f"{dtype:10}{what:18}{cells}")
             print(
-                f"{'':10}{'':18}dense: {seconds[0] / seconds[1]:.2f}x torch's speed; "
-                f"sparse: {seconds[2] / seconds[1]:.3f} of our dense time"
+                f"{'':10}{'':18}dense: {ms[0] / ms[1]:.2f}x torch's speed; "
+                f"sparse: {ms[2] / ms[1]:.3f} of our dense time"
             )
 
 

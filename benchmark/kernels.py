@@ -17,6 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .clock import timed
+
+CUDA = torch.device("cuda")
+
 
 @dataclass
 class Figure:
@@ -26,20 +30,6 @@ class Figure:
     work: float
 
 
-def timed(call: Callable[[], object], calls: int = 1, repeats: int = 30) -> float:
-    """Median milliseconds of a call, of ``calls`` in a row between two events."""
-    taken = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) / calls)
-    return statistics.median(taken[2:])
-
-
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
@@ -47,7 +37,7 @@ def numbers(*shape: int) -> torch.Tensor:
 def product(size: int) -> Figure:
     a, b = numbers(size, size), numbers(size, size)
     out = torch.empty_like(a)
-    return Figure(timed(lambda: torch.matmul(a, b, out=out)), 2.0 * size**3)
+    return Figure(timed(lambda: torch.matmul(a, b, out=out), CUDA), 2.0 * size**3)
 
 
 def lists(mask: torch.Tensor) -> list[torch.Tensor]:
@@ -60,14 +50,14 @@ def lists(mask: torch.Tensor) -> list[torch.Tensor]:
 
 def plan(heads: int, rows: int, columns: int) -> Figure:
     mask = torch.rand(1, heads, rows, columns, device="cuda") < 0.3
-    ms = timed(lambda: (lists(mask), lists(mask.mT)), calls=20)
+    ms = timed(lambda: (lists(mask), lists(mask.mT)), CUDA, calls=20)
     return Figure(ms, mask.numel())
 
 
 def copy(mebibytes: int) -> Figure:
     source = torch.randint(0, 255, (mebibytes << 20,), device="cuda", dtype=torch.uint8)
     to = torch.empty_like(source)
-    return Figure(timed(lambda: to.copy_(source)), 2.0 * source.numel())
+    return Figure(timed(lambda: to.copy_(source), CUDA), 2.0 * source.numel())
 
 
 # A case of ours, and what stands beside it: its name and how it is measured.

@@ -1,160 +1,185 @@
-"""Attention of other libraries over block masks, each behind the same interface.
+"""Attention of ours and of other libraries, each behind the same interface.
 
-In: a :class:`Problem`. Out: an :class:`Attention`, inputs and a function of them, or why there is
-none. Used by :mod:`benchmark.gpu`; every library but torch is optional.
+In: a :class:`~.problem.Problem`. Out: an :class:`~.attention.Attention`, or why there is none.
+Called by :mod:`.measure`; every library but torch is optional. Each is given the form of mask that
+suits it best; lists are made of the mask of blocks on its device. docs/benchmarks.md says how to
+add one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .attention import Attention, end_to_end
+from .problem import Absent, Problem
+
+# Elements of the largest mask of tokens that is made.
+MOST_OF_A_TOKEN_MASK = 2**29
 
 
-@dataclass
-class Attention:
-    """A library's attention over a problem."""
-
-    # q, k and v as the library takes them.
-    inputs: tuple[Tensor, Tensor, Tensor]
-    # Of inputs the output.
-    run: Callable[[Tensor, Tensor, Tensor], Tensor]
-    # Whether tensors are (batch, sequence, heads, head_dim).
-    tokens_first: bool = False
-
-    def output(self) -> Tensor:
-        """(batch, heads, sequence, head_dim)"""
-        with torch.no_grad():
-            out = self.run(*self.inputs)
-        return out.transpose(1, 2) if self.tokens_first else out
-
-    def forward(self) -> Callable[[], object]:
-        """A call to be timed."""
-
-        def call() -> None:
-            with torch.no_grad():
-                self.run(*self.inputs)
-
-        return call
-
-    def backward(self, dout: Tensor) -> Callable[[], object]:
-        """A call to be timed: the gradients of all inputs, given that of the output, (batch, heads,
-        sequence, head_dim)."""
-        inputs = [x.detach().requires_grad_() for x in self.inputs]
-        out = self.run(*inputs)
-        if not out.requires_grad:
-            raise Absent("has no backward pass")
-        if self.tokens_first:
-            dout = dout.transpose(1, 2).contiguous()
-        return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
-
-
-class Absent(Exception):
-    """A peer that is not installed, or does not do what is asked."""
-
-
-@dataclass
-class Problem:
-    """q, k and v, (batch, heads, sequence, head_dim), bfloat16, and a block mask."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    # (batch or 1, heads or 1, blocks, blocks), bool; None for dense.
-    blocks: Tensor | None
-    # Tokens of a block.
-    block: int
-
-    @classmethod
-    def random(
-        cls, heads: int, tokens: int, head_dim: int, block: int, density: float
-    ) -> "Problem":
-        """Numbers by chance; in each row of blocks the same number of them is kept."""
-        q, k, v = (
-            torch.randn(1, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16)
-            for _ in range(3)
-        )
-        if density >= 1:
-            return cls(q, k, v, None, block)
-        count = -(-tokens // block)
-        kept = max(1, round(count * density))
-        chosen = torch.rand(1, heads, count, count, device="cuda").argsort(-1)[..., :kept]
-        blocks = torch.zeros(1, heads, count, count, device="cuda", dtype=torch.bool)
-        return cls(q, k, v, blocks.scatter_(-1, chosen, True), block)
-
-    @property
-    def operations(self) -> float:
-        """Of the products of the blocks that are kept, forward."""
-        pairs = self.q.shape[2] * self.k.shape[2]
-        density = 1.0 if self.blocks is None else self.blocks.float().mean().item()
-        return 4.0 * pairs * density * self.q.shape[1] * self.q.shape[3]
-
-    def tokens_first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as (batch, sequence, heads, head_dim)."""
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (self.q, self.k, self.v))
-        return q, k, v
-
-    def finer(self, block: int) -> Tensor:
-        """The mask in smaller blocks."""
-        assert self.blocks is not None
-        if self.block % block:
-            raise Absent(f"has blocks of {block}")
-        times = self.block // block
-        finer = self.blocks.repeat_interleave(times, -1).repeat_interleave(times, -2)
-        count = -(-self.q.shape[2] // block)
-        return finer[..., :count, :count]
-
-
-def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and columns of each row, int32."""
-    counts = blocks.sum(-1, dtype=torch.int32)
-    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return counts, columns.to(torch.int32).contiguous()
+def _causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return query >= key
 
 
 def ours(problem: Problem) -> Attention:
     """flex_block_attn, over a kept plan."""
+    import flex_block_attn as package
     from flex_block_attn import BlockMask, flex_block_attn
 
-    q, k, v = problem.q, problem.k, problem.v
-    lengths = q.shape[2], k.shape[2]
-    if problem.blocks is None:
+    case = problem.case
+    lengths, blocks = (case.q_len, case.kv_len), (case.q_block, case.kv_block)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        return flex_block_attn(q, k, v, mask)
+
+    if problem.is_dense:
         # Blocks that all tiles divide, as a dense mask has none of its own.
-        mask = BlockMask.full(*lengths, 384, 384).to(q.device)
-    else:
-        mask = BlockMask(problem.blocks, *lengths, problem.block, problem.block)
-    return Attention((q, k, v), lambda q, k, v: flex_block_attn(q, k, v, mask))
+        mask = BlockMask.full(*lengths, 384, 384).to(problem.device)
+        return Attention(lambda q, k, v, _: flex_block_attn(q, k, v, mask))
+    if problem.rule:
+        if not hasattr(package, "create_block_mask"):
+            raise Absent("has no create_block_mask")
+        return Attention(
+            run,
+            lambda _, backward: package.create_block_mask(
+                _causal, None, None, *lengths, device=problem.device, BLOCK_SIZE=blocks
+            ),
+        )
+    return Attention(run, lambda chosen, backward: BlockMask(chosen, *lengths, *blocks))
+
+
+def _our_ssta(problem: Problem) -> Attention:
+    """A call of ssta_3d_attention; what its mask costs is timed apart."""
+    from flex_block_attn.ssta_attention import ssta_3d_attention
+
+    of = problem.case.video
+    assert of is not None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return ssta_3d_attention(
+            q,
+            k,
+            v,
+            of.thw,
+            of.topk,
+            of.tile,
+            of.window,
+            of.text,
+            lambda_=of.lambda_,
+            mask_share_within_head=False,
+            sampling_type="importance",
+        )[0]
+
+    return Attention(run, ours(problem).make_mask)
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def _through_torch(problem: Problem, backend: str) -> Attention:
+    """One of the backends behind torch's scaled_dot_product_attention; dense or causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _only_on_gpus(problem)
+    _no_blocks(problem)
+    chosen, causal = getattr(SDPBackend, backend), problem.rule == "causal"
+
+    def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        with sdpa_kernel(chosen):
+            return scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return Attention(run)
 
 
 def cudnn(problem: Problem) -> Attention:
-    """cuDNN, through torch; dense only."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
+    """cuDNN, through torch."""
+    return _through_torch(problem, "CUDNN_ATTENTION")
 
-    if problem.blocks is not None:
-        raise Absent("is dense")
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v)
+def flash2(problem: Problem) -> Attention:
+    """FlashAttention-2, torch's own copy."""
+    return _through_torch(problem, "FLASH_ATTENTION")
 
-    return Attention((problem.q, problem.k, problem.v), run)
+
+def sdpa(problem: Problem) -> Attention:
+    """torch's scaled_dot_product_attention as it chooses itself; blocks become a mask of tokens."""
+    case = problem.case
+    if problem.is_dense or problem.rule:
+        if problem.device.type == "cuda":
+            raise Absent("is cuDNN or FA2 here")
+        causal = problem.rule == "causal"
+        return Attention(lambda q, k, v, _: scaled_dot_product_attention(q, k, v, is_causal=causal))
+    heads = case.heads if case.mask in ("random", "ssta") else 1
+    if case.q_len * case.kv_len * heads > MOST_OF_A_TOKEN_MASK:
+        raise Absent(f"needs a mask of {case.q_len} x {case.kv_len} tokens")
+
+    def tokens(blocks: Tensor, backward: bool) -> Tensor:
+        rows = blocks.repeat_interleave(case.q_block, 2)[:, :, : case.q_len]
+        return rows.repeat_interleave(case.kv_block, 3)[..., : case.kv_len]
+
+    return Attention(
+        lambda q, k, v, mask: scaled_dot_product_attention(q, k, v, attn_mask=mask), tokens
+    )
+
+
+def flex(problem: Problem) -> Attention:
+    """FlexAttention, compiled: a list of blocks that are all whole, or a compiled rule."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    case = problem.case
+    # Each shape is compiled anew; too many of them, and torch would quietly stop to compile.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    if problem.is_dense:
+        return Attention(lambda q, k, v, _: compiled(q, k, v))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        return compiled(q, k, v, block_mask=mask)
+
+    lengths = case.q_len, case.kv_len
+    if problem.rule:
+        make = torch.compile(create_block_mask)
+        device = problem.device.type
+        return Attention(run, lambda _, backward: make(_causal, None, None, *lengths, device))
+    # On GPUs its tiles have 128 tokens.
+    size = (128, 128) if problem.device.type == "cuda" else (case.q_block, case.kv_block)
+    _divide(problem, size)
+
+    def lists(blocks: Tensor, backward: bool) -> BlockMask:
+        counts, columns = _lists(_finer(problem, blocks, size))
+        return BlockMask.from_kv_blocks(
+            torch.zeros_like(counts),
+            torch.zeros_like(columns),
+            counts,
+            columns,
+            BLOCK_SIZE=size,
+            seq_lengths=lengths,
+            compute_q_blocks=backward,
+        )
+
+    return Attention(run, lists)
+
+
+# --- other libraries -----------------------------------------------------------------------------
 
 
 def flash3(problem: Problem) -> Attention:
-    """FlashAttention-3, the wheel ``fa3_fwd``; dense only."""
+    """FlashAttention-3, the wheel ``fa3_fwd``; dense or causal."""
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError as error:
         raise Absent(f"is not installed ({error})") from error
-    if problem.blocks is not None:
-        raise Absent("is dense")
+    _only_on_gpus(problem)
+    _no_blocks(problem)
+    causal = problem.rule == "causal"
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
+    def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return _first(flash_attn_func(q, k, v, causal=causal))
 
-    return Attention(problem.tokens_first(), run, tokens_first=True)
+    return Attention(run, tokens_first=True)
 
 
 def flash4(problem: Problem) -> Attention:
@@ -164,6 +189,13 @@ def flash4(problem: Problem) -> Attention:
         from flash_attn.cute.interface import flash_attn_func
     except ImportError as error:
         raise Absent(f"is not installed ({error})") from error
+    _only_on_gpus(problem)
+    if problem.is_dense or problem.rule:
+        causal = problem.rule == "causal"
+        return Attention(
+            lambda q, k, v, _: _first(flash_attn_func(q, k, v, causal=causal)), tokens_first=True
+        )
+    _divide(problem, (128, 128))
 
     def sparse(blocks: Tensor) -> BlockSparseTensorsTorch:
         counts, columns = _lists(blocks)
@@ -175,39 +207,15 @@ def flash4(problem: Problem) -> Attention:
             block_size=(128, 128),
         )
 
-    masks = {}
-    if problem.blocks is not None:
-        blocks = problem.finer(128)
-        masks = {
-            "block_sparse_tensors": sparse(blocks),
-            "block_sparse_tensors_bwd": sparse(blocks.mT),
-        }
+    def lists(blocks: Tensor, backward: bool) -> dict[str, BlockSparseTensorsTorch]:
+        blocks = _finer(problem, blocks, (128, 128))
+        masks = {"block_sparse_tensors": sparse(blocks)}
+        return masks | ({"block_sparse_tensors_bwd": sparse(blocks.mT)} if backward else {})
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v, **masks)
-        return out[0] if isinstance(out, tuple) else out
+    def run(q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any]) -> Tensor:
+        return _first(flash_attn_func(q, k, v, **masks))
 
-    return Attention(problem.tokens_first(), run, tokens_first=True)
-
-
-def flex(problem: Problem) -> Attention:
-    """FlexAttention, compiled, over blocks of 128 that are all whole."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    inputs = problem.q, problem.k, problem.v
-    if problem.blocks is None:
-        return Attention(inputs, compiled)
-    counts, columns = _lists(problem.finer(128))
-    mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        torch.zeros_like(columns),
-        counts,
-        columns,
-        BLOCK_SIZE=128,
-        seq_lengths=(problem.q.shape[2], problem.k.shape[2]),
-    )
-    return Attention(inputs, lambda q, k, v: compiled(q, k, v, block_mask=mask))
+    return Attention(run, lists, tokens_first=True)
 
 
 def vsa(problem: Problem) -> Attention:
@@ -216,21 +224,81 @@ def vsa(problem: Problem) -> Attention:
         from fastvideo_kernel.block_sparse_attn import block_sparse_attn_from_indices
     except ImportError as error:
         raise Absent(f"is not installed ({error})") from error
-    if problem.blocks is None:
+    _only_on_gpus(problem)
+    if problem.is_dense or problem.rule:
         raise Absent("is sparse")
-    counts, columns = _lists(problem.finer(64))
-    sizes = torch.full((columns.shape[-1],), 64, device=columns.device, dtype=torch.int32)
+    _divide(problem, (64, 64))
+    if problem.case.q_len % 64 or problem.case.kv_len % 64:
+        raise Absent("has whole blocks of 64 only")
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_sparse_attn_from_indices(q, k, v, columns, counts, sizes)[0]
+    def lists(blocks: Tensor, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+        counts, columns = _lists(_finer(problem, blocks, (64, 64)))
+        heads = problem.case.heads
+        counts, columns = (x.expand(1, heads, *x.shape[2:]) for x in (counts, columns))
+        sizes = torch.full((columns.shape[-1],), 64, device=columns.device, dtype=torch.int32)
+        return columns.contiguous(), counts.contiguous(), sizes
 
-    return Attention((problem.q, problem.k, problem.v), run)
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return block_sparse_attn_from_indices(q, k, v, *mask)[0]
+
+    return Attention(run, lists)
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _only_on_gpus(problem: Problem) -> None:
+    if problem.device.type != "cuda":
+        raise Absent("is for GPUs")
+
+
+def _no_blocks(problem: Problem) -> None:
+    if not (problem.is_dense or problem.rule):
+        raise Absent("is dense")
+
+
+def _divide(problem: Problem, size: tuple[int, int]) -> None:
+    """The problem's blocks must be made of blocks of this size."""
+    own = problem.case.q_block, problem.case.kv_block
+    if any(block % part for block, part in zip(own, size, strict=True)):
+        raise Absent(f"has blocks of {size[0]}, here they are of {own[0]} x {own[1]}")
+
+
+def _finer(problem: Problem, blocks: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mask in smaller blocks."""
+    case = problem.case
+    for dim, (block, part, length) in enumerate(
+        ((case.q_block, size[0], case.q_len), (case.kv_block, size[1], case.kv_len)), 2
+    ):
+        blocks = blocks.repeat_interleave(block // part, dim).narrow(dim, 0, -(-length // part))
+    return blocks
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and columns of each row, int32."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return counts, columns.to(torch.int32).contiguous()
 
 
 PEERS: dict[str, Callable[[Problem], Attention]] = {
     "FA3": flash3,
     "FA4": flash4,
     "cuDNN": cudnn,
+    "FA2": flash2,
     "Flex": flex,
     "VSA": vsa,
+    "SDPA": sdpa,
 }
+
+
+def attention(name: str, problem: Problem) -> Attention:
+    """Of a name in :data:`PEERS`, or "ours"."""
+    is_video = problem.case.video is not None
+    if name == "ours":
+        return _our_ssta(problem) if is_video else ours(problem)
+    return end_to_end(PEERS[name](problem), problem) if is_video else PEERS[name](problem)

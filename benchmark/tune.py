@@ -5,8 +5,9 @@ of kernels, the fastest first, with speeds relative to it; one is marked as chos
 ``python -m benchmark.tune`` on a machine with a Hopper GPU, after
 ``cargo build --release -p flex-block-attn-lab``.
 
-A kernel's figure is its shortest time over all rounds: the card lowers its clock under load, and by
-how much differs from one call to the next; what a kernel needs at the highest clock does not.
+Kernels take turns, twice. A kernel's figure is its shortest time: the card lowers its clock under
+load, and by how much differs from one call to the next; what a kernel needs at the highest clock
+does not.
 """
 
 import argparse
@@ -14,24 +15,24 @@ import subprocess
 from collections import defaultdict
 
 
-def times(tool: str, masks: list[str]) -> dict[str, dict[str, float]]:
+def times(tool: str, mask: str) -> dict[str, dict[str, float]]:
     """Shortest milliseconds by mask and kernel, of one run of all."""
     output = subprocess.run(
-        [tool, "time", *masks], stdout=subprocess.PIPE, text=True, check=True
+        [tool, "time", mask], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for line in output.splitlines():
         name, _, shortest, *_ = line.split("\t")
-        mask, _, kernel = name.partition(", ")
-        if kernel.startswith("forward"):
-            found[mask][kernel] = float(shortest)
+        name, before, kernel = name.rpartition(" forward_")
+        if before:
+            kernels = found[name]
+            kernels[kernel] = min(float(shortest), kernels.get(kernel, float("inf")))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tool", default="target/release/lab", help="the built tool")
-    parser.add_argument("--rounds", type=int, default=3, help="how often kernels take turns")
     parser.add_argument(
         "masks",
         nargs="*",
@@ -40,16 +41,12 @@ def main() -> None:
         help="the start of masks' names, as `lab time` has them",
     )
     args = parser.parse_args()
-    best: dict[str, dict[str, float]] = defaultdict(dict)
-    for _ in range(args.rounds):
-        for mask, kernels in times(args.tool, args.masks).items():
-            for kernel, ms in kernels.items():
-                best[mask][kernel] = min(ms, best[mask].get(kernel, ms))
-    for mask, kernels in best.items():
-        print(mask)
-        fastest = min(kernels.values())
-        for kernel, ms in sorted(kernels.items(), key=lambda item: item[1]):
-            print(f"  {ms:9.4f} ms  {fastest / ms:5.3f}  {kernel}")
+    for start in args.masks:
+        for mask, kernels in times(args.tool, start).items():
+            print(mask)
+            fastest = min(kernels.values())
+            for kernel, ms in sorted(kernels.items(), key=lambda item: item[1]):
+                print(f"  {ms:9.4f} ms  {fastest / ms:5.3f}  {kernel}", flush=True)
 
 
 if __name__ == "__main__":

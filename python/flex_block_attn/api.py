@@ -2,13 +2,13 @@
 
 Called by users. Says what is wrong with arguments as far as only torch can know it (devices,
 ranks, types); shapes and sizes are checked by the library underneath, once, before anything is
-computed. Hands over to :mod:`.ops`.
+computed. Hands over to :mod:`.direct`, and to :mod:`.ops` what that does not do.
 """
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _native, direct, ops
 from .masks import BlockMask, as_blocks, as_size
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,13 +55,18 @@ def flex_block_attn_func(
     q, k, v = as_inputs(q, k, v)
     q_block = as_size("q_block_size", q_block_size)
     kv_block = as_size("kv_block_size", kv_block_size)
-    blocks = as_blocks(block_mask)
-    same_device("block_mask", blocks, q)
-    plan = ops.make_plan(blocks, q.shape[2], k.shape[2], q_block, kv_block)
-    out, _ = ops.attention(
-        q, k, v, plan, q_block, kv_block, default_scale(q), is_deterministic(deterministic)
-    )
-    return out
+    sizes = q.shape[2], k.shape[2], q_block, kv_block
+    plan = direct.plan(block_mask, sizes)
+    if plan is None:
+        blocks = as_blocks(block_mask)
+        same_device("block_mask", blocks, q)
+        plan = ops.plan(blocks, *sizes)
+    done = direct.attention(q, k, v, plan, sizes)
+    if done is None:
+        same_device("block_mask", plan, q)
+        scale, deterministic = default_scale(q), is_deterministic(deterministic)
+        done = ops.forward(q, k, v, plan, q_block, kv_block, scale, deterministic)
+    return done[0]
 
 
 def flex_block_attn(
@@ -78,7 +83,8 @@ def flex_block_attn(
 
     Args:
         q, k, v: as for :func:`flex_block_attn_func`.
-        mask: which blocks; its lengths are those of q and k.
+        mask: which blocks, and, if it has an expression, which pairs of the partial ones; its
+            lengths are those of q and k.
         scale: factor of ``q k^T``; ``1 / sqrt(head_dim)`` if not given.
         return_lse: also return the natural logarithm of the sum of ``exp(scale * q k^T)`` of each
             query, (batch, q_heads, q_len), in float32 (float64 for float64 tensors); -inf for a
@@ -96,26 +102,23 @@ def flex_block_attn(
             f"mask must be a BlockMask, got {type(mask).__name__}: "
             "BlockMask(tensor, q_len, kv_len, q_block_size, kv_block_size) makes one of a tensor"
         )
-    q, k, v = as_inputs(q, k, v)
-    same_device("mask", mask.blocks, q)
-    if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
-            f"but the tensors have {q.shape[2]} and {k.shape[2]}"
-        )
-    scale = default_scale(q) if scale is None else float(scale)
-    out, lse = ops.attention(
-        q,
-        k,
-        v,
-        mask.plan,
-        mask.q_block_size,
-        mask.kv_block_size,
-        scale,
-        is_deterministic(deterministic),
-        return_lse,
-    )
-    return (out, lse) if return_lse else out
+    sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
+    scale = None if scale is None else float(scale)
+    exact = None if mask.expression is None else (mask.expression.text, mask.expression.tables)
+    done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse, exact)
+    if done is None:
+        q, k, v = as_inputs(q, k, v)
+        if mask.device != q.device:
+            raise ValueError(f"mask is on {mask.device}, but q is on {q.device}")
+        if sizes[:2] != (q.shape[2], k.shape[2]):
+            raise ValueError(
+                f"mask is made for q_len {mask.q_len} and kv_len {mask.kv_len}, "
+                f"but the tensors have {q.shape[2]} and {k.shape[2]}"
+            )
+        scale = default_scale(q) if scale is None else scale
+        deterministic = is_deterministic(deterministic)
+        done = ops.attention(q, k, v, mask.plan, *sizes[2:], scale, deterministic, exact)
+    return done if return_lse else done[0]
 
 
 def as_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,15 +161,9 @@ def as_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there is nothing to do for :func:`as_inputs`: most calls on a GPU, in little time."""
-    if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
-        return False
-    dtype, device = q.dtype, q.device
     return (
-        dtype in _CUDA_DTYPES
-        and dtype == k.dtype == v.dtype
-        and device.type == "cuda"
-        and device == k.device == v.device
-        and q.dim() == k.dim() == v.dim() == 4
+        not torch.compiler.is_compiling()
+        and _native.are_ready(q, k, v)
         and not torch.is_autocast_enabled("cuda")
     )
 

@@ -1,12 +1,16 @@
-"""Whether torch wants more of a call than its result. In: the call's tensors. Out: yes or no.
+"""The short way of a call on a GPU, past torch's dispatcher. In: tensors as users have them. Out:
+the result, or None where the call must go the long way, by the operators of :mod:`.ops`.
 
-Called by :mod:`.ops`. torch's dispatcher and the Python code around an operator's derivative take
-several times what a call itself takes; where nobody differentiates, compiles, traces or watches,
-none of it does anything.
+Called by :mod:`.api` and :mod:`.masks`. torch's dispatcher and the Python code around an
+operator's derivative take several times what a call itself takes; where nobody differentiates,
+compiles, traces or watches, and kernels take the tensors as they are, none of it does anything.
+What is wrong with a call is mostly left to the long way to say.
 """
 
 import torch
 from torch import Tensor
+
+from . import _native, launch
 
 try:
     from torch._C import _is_tracing, _len_torch_dispatch_stack
@@ -16,19 +20,44 @@ try:
     forward_ad._current_level  # noqa: B018
     _CAN_TELL = True
 except (ImportError, AttributeError):
-    # These names are torch's own. Without them every call goes its whole way: slower, never wrong.
+    # These names are torch's own. Without them every call goes the long way: slower, never wrong.
     _CAN_TELL = False
 
 
-def only_the_result(*tensors: Tensor) -> bool:
-    """True if a call on plain tensors need not be an operator to torch: no gradient is wanted,
-    backward or forward, and no compiler, tracer, mode or transform stands by."""
+def plan(blocks: Tensor, sizes: tuple[int, int, int, int]) -> Tensor | None:
+    """The plan of a mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block, kv_block."""
+    if not _nobody_watches():
+        return None
+    shape = _native.plan_shape(blocks, sizes)
+    return None if shape is None else launch.plan(blocks, sizes, shape)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    sizes: tuple[int, int, int, int],
+    scale: float | None = None,
+    return_lse: bool = False,
+    exact: launch.Exact | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The output, and the lse if it is asked for; ``sizes`` are those that the plan is made for."""
+    if not _nobody_watches() or torch.is_autocast_enabled("cuda"):
+        return None
+    q_len, kv_len, q_block, kv_block = sizes
+    numbers = _native.forward_numbers(q, k, v, plan, (q_len, kv_len), torch.is_grad_enabled())
+    if numbers is None or (scale is not None and not scale >= 0):
+        return None
+    out, rows = launch.forward((q, k, v), (plan, q_block, kv_block), scale, numbers, exact)
+    return out, launch.lse_in(rows, q) if return_lse else None
+
+
+def _nobody_watches() -> bool:
+    """No compiler, tracer, mode or transform, and no forward derivative."""
     return (
         _CAN_TELL
         and not torch.compiler.is_compiling()
-        # Of subclasses only they know what a call means.
-        and all(type(tensor) is Tensor for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and forward_ad._current_level < 0
         and not _is_tracing()
         and _len_torch_dispatch_stack() == 0

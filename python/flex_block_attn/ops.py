@@ -1,9 +1,11 @@
-"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``.
+"""The library as torch operators: ``flex_block_attn::plan``, ``::forward`` and ``::backward``; for
+masks with an expression ``::exact_forward`` and ``::exact_backward``, which are told its text and
+tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
-Called by :mod:`.api` and :mod:`.masks`. Being operators, with what they return known without
-running them and with their derivative, they compile into graphs, and autograd and checkpointing
-see one node each.
+Called by :mod:`.api` and :mod:`.masks` where the short way of :mod:`.direct` is not open. Being
+operators, with what they return known without running them and with their derivative, they compile
+into graphs, and autograd and checkpointing see one node each.
 
 Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
 what the call itself does.
@@ -14,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from .direct import only_the_result
+from . import _native, launch
+from .launch import Exact
 
 _LIBRARY = "flex_block_attn"
 
@@ -36,15 +38,23 @@ torch.library.define(
     " -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
+torch.library.define(
+    f"{_LIBRARY}::exact_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor[] tables, str formula, int q_block,"
+    " int kv_block, float scale, bool deterministic) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    f"{_LIBRARY}::exact_backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor plan, Tensor[] tables, str formula, int q_block, int kv_block, float scale,"
+    " bool deterministic, bool[3] wanted) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
 plan = torch.ops.flex_block_attn.plan.default
 forward = torch.ops.flex_block_attn.forward.default
 backward = torch.ops.flex_block_attn.backward.default
-
-
-def make_plan(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
-    """What ``plan`` gives, as :func:`attention` what ``forward`` does."""
-    call = _plan_cuda if blocks.is_cuda and only_the_result(blocks) else plan
-    return call(blocks, q_len, kv_len, q_block, kv_block)
+exact_forward = torch.ops.flex_block_attn.exact_forward.default
+exact_backward = torch.ops.flex_block_attn.exact_backward.default
 
 
 def attention(
@@ -56,23 +66,14 @@ def attention(
     kv_block: int,
     scale: float,
     deterministic: bool,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """What ``forward`` gives, for tensors of one device; no lse, perhaps, where none is asked for.
-    On a GPU, if nothing but the result is wanted, without torch's way to an operator, which takes
-    longer than all else in the call."""
-    if not (q.is_cuda and only_the_result(q, k, v, plan)):
-        return forward(q, k, v, plan, q_block, kv_block, scale, deterministic)
-    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
-    return out, _lse(rows, q) if return_lse else None
-
-
-def stream(tensor: Tensor) -> tuple[int, int]:
-    """A CUDA tensor's device, and the stream that is current there. The extension makes the
-    device's context current itself, so no device guard is needed."""
-    device = tensor.device.index
-    # What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
-    return device, torch._C._cuda_getCurrentRawStream(device)
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """What ``forward`` gives, or ``exact_forward``."""
+    settings = q_block, kv_block, scale, deterministic
+    if exact is None:
+        return forward(q, k, v, plan, *settings)
+    formula, tables = exact
+    return exact_forward(q, k, v, plan, tables, formula, *settings)
 
 
 def check_devices(q: Tensor, *others: Tensor) -> None:
@@ -82,17 +83,14 @@ def check_devices(q: Tensor, *others: Tensor) -> None:
         raise ValueError("q, k, v, the plan and all else must be on one device")
 
 
+def _tables_of(exact: Exact | None) -> list[Tensor]:
+    return [] if exact is None else exact[1]
+
+
 def for_copies(tensor: Tensor) -> Tensor:
-    """The tensor as a GPU's copy engine takes it: addresses and strides of whole 16 bytes. What
-    torch makes is so; an odd slice or an expanded tensor becomes a copy."""
-    aligned = tensor.data_ptr() % 16 == 0
-    if aligned and tensor.is_contiguous():
-        # Kernels take head dimensions of whole 16 bytes only.
-        return tensor
-    step = 16 // tensor.element_size()
-    shape, strides = tensor.shape, tensor.stride()
-    odd = (shape[i] > 1 and (strides[i] <= 0 or strides[i] % step) for i in range(3))
-    if strides[3] == 1 and (not aligned or any(odd)):
+    """The tensor as a GPU's copy engine takes it. What torch makes is so; an odd slice or an
+    expanded tensor becomes a copy."""
+    if _native.must_be_copied(tensor):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -114,19 +112,13 @@ def _plan_cpu(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: i
     return result
 
 
+@torch.library.impl(f"{_LIBRARY}::plan", "CUDA")
 def _plan_cuda(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> Tensor:
     if blocks.numel() == 0:
         # There is nothing to launch for, but the plan's words are to be right.
         return plan(blocks.cpu(), q_len, kv_len, q_block, kv_block).to(blocks.device)
     sizes = q_len, kv_len, q_block, kv_block
-    words = _native.plan_words(sizes)
-    result = blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
-    raw = blocks.data_ptr(), blocks.shape, blocks.stride()
-    _native.plan_cuda(raw, sizes, (result.data_ptr(), result.numel()), stream(blocks))
-    return result
-
-
-torch.library.impl(f"{_LIBRARY}::plan", "CUDA", _plan_cuda)
+    return launch.plan(blocks, sizes, (*blocks.shape[:2], _native.plan_words(sizes)))
 
 
 @torch.library.register_fake(f"{_LIBRARY}::plan")
@@ -145,7 +137,6 @@ def _forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
 
 
-@torch.library.impl(f"{_LIBRARY}::forward", "CPU")
 def _forward_cpu(
     q: Tensor,
     k: Tensor,
@@ -155,6 +146,7 @@ def _forward_cpu(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
     _native.forward(
@@ -162,45 +154,9 @@ def _forward_cpu(
         (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
         (out, lse),
+        exact,
     )
     return out, lse
-
-
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, q_block: int, kv_block: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The output, and memory that starts with the lse, see :func:`_lse`."""
-    batch, heads, tokens, _ = q.shape
-    if k.shape[2] == 0:
-        # There is nothing to launch for, but arguments are to be checked as ever.
-        on_cpu = (x.cpu() for x in (q, k, v, plan))
-        out, lse = forward(*on_cpu, q_block, kv_block, scale)
-        return out.to(q.device), lse.to(q.device)
-    out = torch.empty_like(q)
-    # One piece of memory for two: each costs the host as much as a launch.
-    count = batch * heads * tokens + WORKSPACE
-    rows = torch.empty_strided((count,), (1,), dtype=torch.float32, device=q.device)
-    if scale < 0:
-        # Kernels look for the largest score before they scale.
-        q, scale = -q, -scale
-    _native.forward_cuda(
-        (for_copies(q), for_copies(k), for_copies(v)),
-        (plan, q_block, kv_block),
-        scale,
-        out,
-        rows.data_ptr(),
-        stream(q),
-    )
-    return out, rows
-
-
-# Numbers of memory that the kernel needs behind the lse.
-WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
-
-
-def _lse(rows: Tensor, q: Tensor) -> Tensor:
-    batch, heads, tokens, _ = q.shape
-    return rows.as_strided((batch, heads, tokens), (heads * tokens, tokens, 1))
 
 
 def _forward_cuda(
@@ -212,12 +168,24 @@ def _forward_cuda(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_devices(q, k, v, plan)
-    out, rows = _launch_forward(q, k, v, plan, q_block, kv_block, scale)
-    return out, _lse(rows, q)
+    check_devices(q, k, v, plan, *_tables_of(exact))
+    if k.shape[2] == 0:
+        # There is nothing to launch for, but arguments are to be checked as ever.
+        on_cpu = (x.cpu() for x in (q, k, v, plan))
+        out, lse = forward(*on_cpu, q_block, kv_block, scale, deterministic)
+        return out.to(q.device), lse.to(q.device)
+    if scale < 0:
+        # Kernels look for the largest score before they scale.
+        q, scale = -q, -scale
+    inputs = for_copies(q), for_copies(k), for_copies(v)
+    numbers = launch.numbers_of(q)
+    out, rows = launch.forward(inputs, (plan, q_block, kv_block), scale, numbers, exact)
+    return out, launch.lse_in(rows, q)
 
 
+torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)
 torch.library.impl(f"{_LIBRARY}::forward", "CUDA", _forward_cuda)
 
 
@@ -248,7 +216,6 @@ def _backward_outputs(
     return dq, dk, dv
 
 
-@torch.library.impl(f"{_LIBRARY}::backward", "CPU")
 def _backward_cpu(
     dout: Tensor,
     dlse: Tensor | None,
@@ -263,6 +230,7 @@ def _backward_cpu(
     scale: float,
     deterministic: bool,
     wanted: list[bool],
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _backward_outputs(
         dout, dlse, q, k, v, out, lse, plan, q_block, kv_block, scale, deterministic, wanted
@@ -276,11 +244,11 @@ def _backward_cpu(
         (plan, q_block, kv_block),
         (scale, torch.get_num_threads()),
         tuple(x if wants else None for x, wants in zip(gradients, wanted, strict=True)),
+        exact,
     )
     return gradients
 
 
-@torch.library.impl(f"{_LIBRARY}::backward", "CUDA")
 def _backward_cuda(
     dout: Tensor,
     dlse: Tensor | None,
@@ -295,8 +263,10 @@ def _backward_cuda(
     scale: float,
     deterministic: bool,
     wanted: list[bool],
+    exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices(q, k, v, out, lse, dout, plan, *(() if dlse is None else (dlse,)))
+    others = () if dlse is None else (dlse,)
+    check_devices(q, k, v, out, lse, dout, plan, *others, *_tables_of(exact))
     if scale < 0:
         # As the forward pass: the gradient of -q is less that of q.
         q, scale, negated = -q, -scale, True
@@ -311,9 +281,8 @@ def _backward_cuda(
     else:
         if dlse is not None:
             dlse = dlse.contiguous()
-        rows, sums = (
-            q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(q.shape)
-        )
+        counts = _native.backward_workspace(q.shape, deterministic)
+        rows, sums = (q.new_empty(count, dtype=torch.float32) for count in counts)
         _native.backward_cuda(
             (q, k, v, out, lse),
             (dout, dlse),
@@ -321,13 +290,17 @@ def _backward_cuda(
             (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
-            stream(q),
+            exact,
         )
         gradients = dq.neg_() if negated else dq, dk, dv
     dq, dk, dv = (
         x if wants else x.new_empty(0) for x, wants in zip(gradients, wanted, strict=True)
     )
     return dq, dk, dv
+
+
+torch.library.impl(f"{_LIBRARY}::backward", "CPU", _backward_cpu)
+torch.library.impl(f"{_LIBRARY}::backward", "CUDA", _backward_cuda)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -354,3 +327,90 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
 
 torch.library.register_autograd(f"{_LIBRARY}::forward", _differentiate, setup_context=_save)
 torch.library.register_autograd(f"{_LIBRARY}::backward", _refuse_double_backward)
+
+
+# --- masks with an expression -------------------------------------------------------------------
+
+
+@torch.library.register_fake(f"{_LIBRARY}::exact_forward")
+def _exact_forward_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _forward_outputs(q)
+
+
+def _exact_forward(plain: Any) -> Any:
+    """An implementation of ``exact_forward``, from that of ``forward``."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        tables: list[Tensor],
+        formula: str,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return plain(q, k, v, plan, *settings, (formula, tables))
+
+    return call
+
+
+def _exact_backward(plain: Any) -> Any:
+    """Of ``exact_backward`` likewise."""
+
+    def call(
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        plan: Tensor,
+        tables: list[Tensor],
+        formula: str,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return plain(dout, dlse, q, k, v, out, lse, plan, *settings, (formula, tables))
+
+    return call
+
+
+@torch.library.register_fake(f"{_LIBRARY}::exact_backward")
+def _exact_backward_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first, settings = arguments[:8], arguments[10:]
+    return _backward_outputs(*first, *settings)
+
+
+for _device, _forward, _backward in (
+    ("CPU", _forward_cpu, _backward_cpu),
+    ("CUDA", _forward_cuda, _backward_cuda),
+):
+    torch.library.impl(f"{_LIBRARY}::exact_forward", _device, _exact_forward(_forward))
+    torch.library.impl(f"{_LIBRARY}::exact_backward", _device, _exact_backward(_backward))
+
+
+def _save_exact(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, plan, tables, ctx.formula, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, plan, *tables)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_exact(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    q, k, v, out, lse, plan, *tables = ctx.saved_tensors
+    nothing = None, [None] * len(tables), None, None, None, None, None
+    if dout is None and dlse is None:
+        return (None, None, None, *nothing)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = exact_backward(
+        dout, dlse, q, k, v, out, lse, plan, tables, ctx.formula, *ctx.settings, wanted
+    )
+    given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
+    return (*given, *nothing)
+
+
+torch.library.register_autograd(
+    f"{_LIBRARY}::exact_forward", _differentiate_exact, setup_context=_save_exact
+)
+torch.library.register_autograd(f"{_LIBRARY}::exact_backward", _refuse_double_backward)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _native, direct, launch, ops
 from .api import as_inputs, default_scale, is_deterministic, same_device
 from .masks import BlockMask, as_blocks
 from .tiles import Canvas, FromTiles, ToTiles, Triple, check_tokens, places_of
@@ -94,7 +94,7 @@ def video_attention(
     if q.is_cuda and padding == "zero" and not is_native(q, canvas):
         places = places_of(canvas, "zero", q.device)
         tiled = (ToTiles.apply(x, *places) for x in (q, k, v))
-        out, _ = ops.attention(*tiled, plan, canvas.block, canvas.block, *settings)
+        out, _ = ops.attention(*tiled, plan, canvas.block, canvas.block, *settings, None)
         return FromTiles.apply(out, *places)
     return attend(q, k, v, plan, canvas, padding, *settings)
 
@@ -127,7 +127,12 @@ def is_native(q: Tensor, canvas: Canvas) -> bool:
 
 def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
     if isinstance(mask, BlockMask):
-        same_device("mask", mask.blocks, q)
+        same_device("mask", mask.plan, q)
+        if mask.expression is not None:
+            raise ValueError(
+                "mask must be of whole blocks: tokens of a video have no numbers that the function "
+                "of a mask could be asked for"
+            )
         sizes = mask.q_block_size, mask.kv_block_size, *mask.blocks.shape[2:]
         needed = (canvas.block, canvas.block, canvas.blocks, canvas.blocks)
         if sizes != needed:
@@ -139,7 +144,9 @@ def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
         return mask.plan
     blocks = as_blocks(mask)
     same_device("mask", blocks, q)
-    return ops.make_plan(blocks, canvas.places, canvas.places, canvas.block, canvas.block)
+    sizes = canvas.places, canvas.places, canvas.block, canvas.block
+    plan = direct.plan(blocks, sizes)
+    return ops.plan(blocks, *sizes) if plan is None else plan
 
 
 # --- operators ----------------------------------------------------------------------------------
@@ -191,7 +198,8 @@ def _forward_cpu(
     out, lse = _forward_outputs(q, k, v, plan, sizes, scale, deterministic)
     settings = scale, torch.get_num_threads()
     block = _block(sizes)
-    _native.forward((q, k, v), (plan, block, block), settings, (out, lse), _raw(sizes))
+    plans = plan, block, block
+    _native.forward((q, k, v), plans, settings, (out, lse), video=_raw(sizes))
     return out, lse
 
 
@@ -210,7 +218,7 @@ def _forward_cuda(
     count = shape[0] * shape[1] * shape[2]
     out = _written_like(q)
     # The kernel's workspace lies behind the lse.
-    rows = q.new_empty(count + ops.WORKSPACE, dtype=torch.float32)
+    rows = q.new_empty(count + launch.WORKSPACE, dtype=torch.float32)
     lse = rows[:count].view(shape)
     if q.numel() == 0:
         return out, lse
@@ -223,8 +231,8 @@ def _forward_cuda(
         (plan, block, block),
         scale,
         out,
-        rows.data_ptr(),
-        ops.stream(q),
+        rows,
+        None,
         _raw(sizes),
     )
     return out, lse
@@ -288,7 +296,7 @@ def _backward_cpu(
         (plan, block, block),
         (scale, torch.get_num_threads()),
         tuple(x if wants else None for x, wants in zip(gradients, wanted, strict=True)),
-        _raw(sizes),
+        video=_raw(sizes),
     )
     return gradients
 
@@ -322,7 +330,8 @@ def _backward_cuda(
         block = _block(sizes)
         shape = (*lse.shape, q.shape[3])
         rows, sums = (
-            q.new_empty(count, dtype=torch.float32) for count in _native.backward_workspace(shape)
+            q.new_empty(count, dtype=torch.float32)
+            for count in _native.backward_workspace(shape, deterministic)
         )
         _native.backward_cuda(
             (q, k, v, out, lse),
@@ -331,7 +340,7 @@ def _backward_cuda(
             (scale, deterministic),
             (dq, dk, dv),
             (rows.data_ptr(), sums.data_ptr()),
-            ops.stream(q),
+            None,
             _raw(sizes),
         )
         gradients = dq.neg_() if negated else dq, dk, dv

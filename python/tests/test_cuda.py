@@ -3,17 +3,29 @@
 All of it needs a Hopper GPU; without one the tests are skipped and say why.
 """
 
+import csv
 import math
 import random
 import threading
 
+import mask_functions
 import pytest
 import torch
 from reference import attention, relative_error, token_mask
+from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
-from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
+from benchmark.__main__ import main as benchmark
+from benchmark.clock import peak_mib, turn
+from flex_block_attn import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    flex_block_attn,
+    flex_block_attn_func,
+    ops,
+)
 from flex_block_attn.moba import moba_attention
 from flex_block_attn.ssta_attention import ssta_3d_attention
 
@@ -144,6 +156,49 @@ def test_deterministic_gradients_of_more_blocks_than_run_at_once():
         assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
+def test_deterministic_gradients_of_outliers():
+    """Integers are as fine as a query's largest possible gradient allows: keys and values ten times
+    as large as the others, and gradients of the output that differ by a million, leave rows as good
+    as sums of floats do."""
+    torch.manual_seed(3)
+    q, k, v, dout = torch.randn(4, 1, 2, 2000, 128, device="cuda").unbind()
+    k[:, :, ::501] *= 10
+    v[:, :, 7::601] *= 10
+    k[..., 5] *= 10
+    dout *= torch.logspace(-3, 3, 2000, device="cuda")[:, None]
+    q, k, v, dout = (x.bfloat16() for x in (q * 0.3, k, v, dout))
+    mask = BlockMask.random(2000, 2000, 128, 128, density=0.5, seed=1).to("cuda")
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    seen = mask.blocks.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., :2000, :2000]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=seen)
+    wanted = torch.autograd.grad(expected, exact, dout.double())[0]
+
+    def errors_of_rows(deterministic):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = flex_block_attn(*inputs, mask, deterministic=deterministic)
+        dq = torch.autograd.grad(out, inputs, dout)[0].double()
+        errors = (dq - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        return errors.quantile(torch.tensor([0.5, 0.99], device="cuda", dtype=errors.dtype))
+
+    assert (errors_of_rows(True) < 1.1 * errors_of_rows(False)).all()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_deterministic_gradients_show_what_is_not_a_number(name, value):
+    """Integers know neither; rows that see one get what sums of floats give: no number."""
+    tensors = {x: torch.randn(1, 1, 256, 64, device="cuda").bfloat16() for x in "qkv"}
+    tensors["dout"] = torch.randn_like(tensors["q"])
+    tensors[name][0, 0, 40, 3] = value
+    inputs = [tensors[x].requires_grad_() for x in "qkv"]
+    mask = BlockMask.full(256, 256, 128, 128).to("cuda")
+    dq = torch.autograd.grad(
+        flex_block_attn(*inputs, mask, deterministic=True), inputs, tensors["dout"]
+    )[0]
+    rows = slice(40, 41) if name in ("q", "dout") else slice(None)
+    assert not dq[:, :, rows].isfinite().any()
+
+
 def test_torch_can_ask_for_deterministic_gradients():
     q, k, v, mask = problem()
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -266,6 +321,94 @@ def test_odd_slices_and_expanded_tensors_are_copied():
     assert torch.equal(flex_block_attn(q, shared, v, mask), same)
 
 
+@pytest.fixture
+def operators(monkeypatch):
+    """The names of the operators that are called: the long ways."""
+    called = []
+    for name in ("plan", "forward"):
+
+        def call(*arguments, name=name, original=getattr(ops, name)):
+            called.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(ops, name, call)
+    return called
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "together"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_short_way_gives_what_the_operators_give(layout, dtype, operators):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (tensor((2, 4, 200, 64), layout, dtype, generator) for _ in "qkv")
+    blocks = torch.rand(2, 4, 4, 7, device="cuda", generator=generator) < 0.5
+    for given in (blocks, blocks[0], blocks[0, 0], blocks.mT.contiguous().mT, blocks[:, :1]):
+        four = given[(None,) * (4 - given.dim())]
+        plan = torch.ops.flex_block_attn.plan(four, 200, 200, 64, 32)
+        settings = plan, 64, 32, 64**-0.5, False
+        expected, expected_lse = torch.ops.flex_block_attn.forward(q, k, v, *settings)
+        mask = BlockMask(given, 200, 200, 64, 32)
+        assert torch.equal(mask.plan, plan)
+        out, lse = flex_block_attn(q, k, v, mask, return_lse=True)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+        assert lse.shape == (2, 4, 200) and out.stride() == expected.stride()
+        assert torch.equal(flex_block_attn(q, k, v, mask, scale=0.125), expected)
+        assert torch.equal(flex_block_attn_func(q, k, v, 64, 32, given), expected)
+    assert not operators
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, call, types, arguments=(), settings=None):
+        return call(*arguments, **(settings or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass of no further meaning."""
+
+
+def test_calls_that_need_an_operator_get_it(operators):
+    q, k, v, mask = problem()
+    operators.clear()
+    expected = flex_block_attn(q, k, v, mask)
+    assert not operators
+    odd = torch.cat([q[..., :1], q], -1)[..., 1:]
+    for other in (
+        torch.nn.Parameter(q, requires_grad=False),
+        q.as_subclass(Named),
+        q.detach().requires_grad_(),
+        # Its memory holds -q.
+        torch._neg_view(-q),
+        odd,
+    ):
+        assert torch.equal(flex_block_attn(other, k, v, mask).detach(), expected)
+        assert operators == ["forward"]
+        operators.clear()
+    with torch.no_grad():
+        assert torch.equal(flex_block_attn(q.detach().requires_grad_(), k, v, mask), expected)
+    assert not operators
+    scale = 128**-0.5
+    assert torch.equal(flex_block_attn(-q, k, v, mask, scale=-scale), expected)
+    with Watched():
+        assert torch.equal(flex_block_attn(q, k, v, mask), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(flex_block_attn(q.float(), k.float(), v.float(), mask), expected)
+    assert operators == ["forward"] * 3
+
+
+def test_a_tensor_of_another_stream_waits_for_nothing_else():
+    """The launch goes to the stream that is current, which here has the tensors' values first."""
+    q, k, v, mask = problem()
+    expected = flex_block_attn(q, k, v, mask)
+    for _ in range(20):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            late = q.clone()
+            out = flex_block_attn(late, k, v, mask)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(out, expected)
+
+
 def test_no_keys_and_no_queries():
     q = torch.randn(1, 2, 32, 64, device="cuda", dtype=torch.bfloat16)
     mask = BlockMask.full(32, 0, 16, 16).to("cuda")
@@ -304,6 +447,7 @@ def video(batch=2):
     return torch.randn(shape, device="cuda", generator=generator).bfloat16().unbind()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("sparse_type", ["sta", "block_attn", "ssta"])
 def test_video_attention_is_that_of_the_cpu_and_waits_for_nothing(sparse_type, choice):
@@ -368,3 +512,186 @@ def test_training_on_video(deterministic: bool):
     dense = losses(lambda q, k, v: scaled_dot_product_attention(q, k, v, tokens))
     assert sparse[-1] < 0.3 * sparse[0]
     assert sparse == pytest.approx(dense, rel=2e-2)
+
+
+def _functions(tokens: int, heads: int):
+    """Functions of masks, which look up tensors on the GPU, and how many heads they tell apart."""
+    document = torch.arange(tokens, device="cuda") // 150
+    prefix = torch.tensor([[70], [300]], device="cuda")
+    width = torch.arange(heads, device="cuda", dtype=torch.int32) * 40 + 20
+
+    def causal(b, h, q, kv):
+        return q >= kv
+
+    def near(b, h, q, kv):
+        return (q - kv).abs() < width[h]
+
+    def in_space(b, h, q, kv):
+        row, column = q // 17 - kv // 17, q % 17 - kv % 17
+        return (row.abs() <= 6) & (column.abs() <= 4)
+
+    return [
+        causal,
+        and_masks(causal, lambda b, h, q, kv: document[q] == document[kv]),
+        lambda b, h, q, kv: (q >= kv) | (kv < prefix[b, 0]),
+        near,
+        in_space,
+        and_masks(near, lambda b, h, q, kv: (q - kv) % 3 == 0),
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("head_dim, block", [(64, 128), (128, 128), (128, (256, 64)), (64, 48)])
+def test_masks_of_functions(which: int, head_dim: int, block):
+    """Forward and backward as on the CPU, where they are tested against float64."""
+    tokens, heads = 700, 4
+    mask_mod = _functions(tokens, heads)[which]
+    mask = create_block_mask(mask_mod, 2, heads, tokens, tokens, device="cuda", BLOCK_SIZE=block)
+    assert mask.device.type == "cuda"
+    generator = torch.Generator("cuda").manual_seed(which)
+    q, k, v, dout = (
+        tensor((2, h, tokens, head_dim), "tokens first", torch.bfloat16, generator)
+        for h in (heads, 2, 2, heads)
+    )
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = flex_block_attn(*leaves, mask.to(device), return_lse=True)
+        gradients = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+        results.append((out, *gradients, lse))
+    for got, expected in zip(*(r[:4] for r in results), strict=True):
+        assert relative_error(got.cpu(), expected) < 1e-2
+    got, expected = (r[4].detach().cpu().double() for r in results)
+    assert torch.equal(got.isneginf(), expected.isneginf())
+    assert (got - expected).nan_to_num(0).abs().max() < 2e-3
+
+
+def _numbers(*shape, below: int):
+    generator = torch.Generator("cuda").manual_seed(below)
+    return torch.randint(below, shape, device="cuda", generator=generator)
+
+
+def _documents(below: int):
+    return _numbers(700, below=below).sort().values
+
+
+# Of FlexAttention's documentation and examples: for 2 batches, 4 heads and 700 tokens.
+GALLERY = {
+    "everything": lambda: mask_functions.everything,
+    "causal": lambda: mask_functions.causal,
+    "window": lambda: mask_functions.window(90),
+    "causal window": lambda: mask_functions.left_window(150),
+    "prefix": lambda: mask_functions.prefix(_numbers(2, below=300)),
+    "document": lambda: mask_functions.document(_documents(6)),
+    "document of each batch": lambda: mask_functions.per_batch_document(
+        torch.stack([_documents(4), _documents(6) - 1])
+    ),
+    "causal document": lambda: mask_functions.offset_document(
+        _documents(6), torch.searchsorted(_documents(6), torch.arange(6, device="cuda"))
+    ),
+    "dilated": lambda: mask_functions.dilated(200, 3),
+    "window of each head": lambda: mask_functions.per_head_window(_numbers(4, below=500)),
+    "neighbourhood": lambda: mask_functions.natten(25, 28, 7),
+    "sliding tiles": lambda: mask_functions.sliding_tiles((5, 10, 14), (2, 4, 4), (1, 1, 1)),
+    "flamingo": lambda: mask_functions.flamingo(_numbers(2, 700, below=40)),
+    "strided": lambda: mask_functions.strided(37),
+    "odd": lambda: mask_functions.odd_functions(_numbers(700, below=2).bool()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_masks_of_functions_as_flex_attention_has_them(name: str, head_dim: int):
+    """The same function and numbers: torch's own output, in float32, and gradients."""
+    sizes = 2, 4, 700, 700
+    mask_mod = GALLERY[name]()
+    mask = create_block_mask(mask_mod, *sizes, device="cuda")
+    theirs = flex_attention.create_block_mask(mask_mod, *sizes, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        tensor((2, 4, 700, head_dim), "heads first", torch.bfloat16, generator) for _ in range(4)
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flex_block_attn(*leaves, mask)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = flex_attention.flex_attention(*exact, block_mask=theirs)
+    assert relative_error(out, expected) < 1e-2
+    gradients = torch.autograd.grad(out, leaves, dout)
+    for got, wanted in zip(
+        gradients, torch.autograd.grad(expected, exact, dout.float()), strict=True
+    ):
+        assert relative_error(got, wanted) < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_masks_of_functions_wait_for_nothing():
+    """Once made, a mask is used without the host waiting for the GPU, also from a graph."""
+    mask_mod = _functions(512, 2)[1]
+    mask = create_block_mask(mask_mod, None, None, 512, 512, device="cuda")
+    q, k, v = (torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = flex_block_attn(q, k, v, mask)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert mask.to("cuda:0") is mask
+        flex_block_attn(q, k, v, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flex_block_attn(q, k, v, mask)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_masks_of_functions_in_compiled_graphs():
+    mask_mod = _functions(512, 2)[1]
+    mask = create_block_mask(mask_mod, None, None, 512, 512, device="cuda")
+    q, k, v = (
+        torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    out = flex_block_attn(q, k, v, mask)
+    compiled = torch.compile(lambda *x: flex_block_attn(*x, mask), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), out)
+
+
+def test_masks_of_functions_go_between_devices_once():
+    on_host = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 300, 300)
+    on_device = on_host.to("cuda")
+    assert on_host.to("cuda") is on_device and on_device.to("cpu") is on_host
+    assert torch.equal(on_device.to_dense().cpu(), on_host.to_dense())
+    assert torch.equal(on_device[0, 0, 1].to_dense().cpu(), on_host.to_dense()[:, :, 128:256])
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_one_case_of_each_kind(tmp_path):
+    arguments = ["--suite", "smoke", "--rounds", "2", "--turn", "1", "--commit", "none"]
+    assert benchmark([*arguments, "--peers", "cuDNN", "SDPA", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/results.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["device"] == torch.cuda.get_device_name()
+    assert rows[0]["driver"].split(".")[0].isdigit()
+    measured = {(row["case"].split()[0], row["impl"], row["pass"]) for row in rows}
+    for which in ("forward", "backward"):
+        assert ("dense", "cuDNN", which) in measured
+        for mask in ("window", "random", "causal", "ssta"):
+            assert {(mask, "ours", which), (mask, "SDPA", which)} <= measured
+    for row in rows:
+        assert 0 < float(row["ms_min"]) <= float(row["ms_max"])
+        # The output at least.
+        outputs = int(row["heads"]) * int(row["head_dim"]) * 2 / 2**20
+        assert float(row["peak_mib"]) >= 0.5 * outputs * int(row["q_len"])
+
+
+def test_memory_and_time_are_those_of_the_call():
+    device = torch.device("cuda")
+    assert peak_mib(lambda: torch.ones(2**23, device="cuda"), device) == pytest.approx(32, abs=2)
+    cycles = 10_000_000
+    ms = turn(lambda: torch.cuda._sleep(cycles), 20, device)
+    # A clock of 1 to 2 GHz.
+    assert 4 < ms < 11

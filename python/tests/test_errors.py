@@ -11,6 +11,8 @@ import torch
 
 from flex_block_attn import (
     BlockMask,
+    and_masks,
+    create_block_mask,
     create_sparse_mask,
     flex_block_attn,
     flex_block_attn_func,
@@ -61,6 +63,22 @@ def sta(tiles=(2, 2, 2), sees=(1, 1, 1), tile_tokens=16, **text):
 
 def select(pairs=((0, 1),), block_size=16):
     return create_sparse_mask(Q, block_size, pairs)
+
+
+TABLE = torch.arange(64)
+INSTEAD = "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors"
+
+
+def made(mask_mod=lambda b, h, q, kv: q >= kv, batch=None, heads=None, lengths=(64, 64), **options):
+    return create_block_mask(mask_mod, batch, heads, *lengths, **options)
+
+
+def untraced(what, instead):
+    return f"mask_mod uses {what}, which cannot be traced: write {instead} instead"
+
+
+def unusable(text, reason):
+    return f"the mask's expression {text} cannot be used: {reason}"
 
 
 BAD = [
@@ -221,6 +239,92 @@ BAD = [
     (lambda: sta(sees=(1, 1.5, 1)), TypeError, "window must be an integer, got float"),
     (lambda: MASK.picture(1, 2), ValueError, "batch 1 and head 2 must be below 1 and 1"),
     (lambda: MASK.picture(-1), ValueError, "batch must not be negative, got -1"),
+    # Masks of functions: what they do.
+    (lambda: made(lambda b, h, q, kv: q >= kv and q < 5), TypeError,
+     untraced("`and`, `or`, `not`, `if`, min() or max() of a value that depends on the pair",
+              "&, |, ~, torch.where, torch.minimum or torch.maximum")),
+    (lambda: made(lambda b, h, q, kv: max(q, 3) < kv), TypeError,
+     untraced("`and`, `or`, `not`, `if`, min() or max() of a value that depends on the pair",
+              "&, |, ~, torch.where, torch.minimum or torch.maximum")),
+    (lambda: made(lambda b, h, q, kv: [1, 2][q] == kv), TypeError,
+     untraced("a Python list, or a whole number, where a value depends on the pair",
+              "a tensor that is indexed, table[q_idx],")),
+    (lambda: made(lambda b, h, q, kv: q / 16 == kv / 16), TypeError,
+     untraced("/, whose result is a float", "//")),
+    (lambda: made(lambda b, h, q, kv: torch.div(q, 2) == kv), TypeError,
+     untraced("/, whose result is a float", "//")),
+    (lambda: made(lambda b, h, q, kv: q < 3.5), TypeError,
+     untraced("the float 3.5", "whole numbers")),
+    (lambda: made(lambda b, h, q, kv: torch.tensor(2.0) < kv), TypeError,
+     untraced("a float", "whole numbers")),
+    (lambda: made(lambda b, h, q, kv: q.float() < kv), TypeError,
+     untraced("float", "whole numbers")),
+    (lambda: made(lambda b, h, q, kv: q.to(torch.float32) < kv), TypeError,
+     untraced("float32", "whole numbers")),
+    (lambda: made(lambda b, h, q, kv: torch.sin(q) < kv), TypeError, untraced("sin", INSTEAD)),
+    (lambda: made(lambda b, h, q, kv: torch.fmod(q, 3) < kv), TypeError,
+     untraced("torch.fmod", "%")),
+    (lambda: made(lambda b, h, q, kv: q & 3 == kv), TypeError,
+     untraced("& of numbers, bit by bit", "//, % and comparisons, in parentheses,")),
+    (lambda: made(lambda b, h, q, kv: q.item() < kv), TypeError,
+     untraced("item() of a value that depends on the pair", "the value itself")),
+    (lambda: made(lambda b, h, q, kv: q - kv), TypeError,
+     "mask_mod must return a condition, but returned a number"),
+    (lambda: made(lambda b, h, q, kv: None), TypeError,
+     "mask_mod must return a condition, but returned NoneType"),
+    (lambda: made(BLOCKS), TypeError,
+     "mask_mod must be a function of (b, h, q_idx, kv_idx), got Tensor"),
+    (lambda: and_masks(3), TypeError,
+     "mask_mods must be functions of (b, h, q_idx, kv_idx), got int"),
+    # What they look up.
+    (lambda: made(lambda b, h, q, kv: TABLE.float()[q] == 1), TypeError,
+     "mask_mod looks up a tensor of float32, but only bool and integers are supported: "
+     "compare it before, and look up the result"),
+    (lambda: made(lambda b, h, q, kv: q == TABLE), TypeError,
+     "mask_mod computes with a tensor of shape (64,): index it first, as in table[q_idx]"),
+    (lambda: made(lambda b, h, q, kv: TABLE.view(8, 8)[q] == kv), TypeError,
+     "mask_mod looks up a tensor of shape (8, 8) by 1 indices: "
+     "it needs one for each dimension"),
+    (lambda: made(lambda b, h, q, kv: TABLE[q, kv] == 1), IndexError,
+     "mask_mod looks up a tensor of shape (64,) by 2 indices"),
+    (lambda: made(lambda b, h, q, kv: TABLE.view(8, 8)[q, 1:] == kv), TypeError,
+     untraced("a slice of a tensor by a value that depends on the pair", "single indices")),
+    (lambda: made(lambda b, h, q, kv: (TABLE + 2**40)[q] == kv), ValueError,
+     "a tensor of shape (64,) that mask_mod looks up has numbers from 1099511627776 to "
+     "1099511627839, but only those of int32 are supported"),
+    (lambda: made(lambda b, h, q, kv: q < 2**31), ValueError,
+     "mask_mod has the number 2147483648, but only those of int32 are supported"),
+    (lambda: made(lambda b, h, q, kv: TABLE[q + 1] == kv), ValueError,
+     unusable("t0[q + 1] == kv", "index q + 1 of table t0 goes from 1 to 64, but that dimension "
+              "has 64 entries: clamp it")),
+    (lambda: made(lambda b, h, q, kv: q * kv == 3, lengths=(2**17, 2**17)), ValueError,
+     unusable("q * kv == 3", "q * kv goes from 0 to 17179607041, which int32 does not hold")),
+    (lambda: made(lambda b, h, q, kv: q // kv == 3), ValueError,
+     unusable("q / kv == 3", "q / kv may divide by 0")),
+    (lambda: made(lambda b, h, q, kv: h < kv), ValueError,
+     "mask_mod tells heads apart: give their number, H"),
+    (lambda: made(lambda b, h, q, kv: TABLE[b] < kv), ValueError,
+     "mask_mod tells batches apart: give their number, B"),
+    # Their sizes.
+    (lambda: made(batch=-1), ValueError, "B must not be negative, got -1"),
+    (lambda: made(heads=1.5), TypeError, "H must be an integer, got float"),
+    (lambda: made(lengths=(64, None)), TypeError, "KV_LEN must be an integer, got NoneType"),
+    (lambda: made(BLOCK_SIZE=100), ValueError,
+     "q_block_size must be a positive multiple of 16, got 100"),
+    (lambda: made(BLOCK_SIZE=(64, 64, 64)), ValueError,
+     "BLOCK_SIZE must be one number or two, got 3"),
+    (lambda: attn(mask=made()), ValueError,
+     "mask is made for q_len 64 and kv_len 64, but the tensors have 64 and 96"),
+    (lambda: attn(k=Q, v=Q, mask=made(lambda b, h, q, kv: q + h >= kv, heads=3)), ValueError,
+     "block_mask has 3 heads, but q has 4: allowed are 1 (shared) and 4"),
+    (lambda: attn(k=Q, v=Q, mask=made(lambda b, h, q, kv: q + h >= kv, heads=1)), ValueError,
+     "the mask's expression tells heads apart, but is made for 1, and q has 4"),
+    (lambda: made()[0, 0, 0, 0], IndexError,
+     "mask has batches, heads and query blocks, but got 4 indices"),
+    (lambda: made()[:, :, 4], IndexError, "index 4 is outside of a dimension of 1"),
+    (lambda: MASK[:, :, ::2], IndexError, "rows of query blocks must follow each other"),
+    (lambda: BlockMask.from_torch(MASK), TypeError,
+     "mask must be a BlockMask of torch's, got BlockMask"),
     # Helpers.
     (lambda: select(block_size=0), ValueError, "block_size must be positive, got 0"),
     (lambda: select(block_size=-16), ValueError, "block_size must not be negative, got -16"),
@@ -270,6 +374,14 @@ GOOD = {
     "the largest seed": lambda: random(seed=2**64 - 1),
     "densities of numpy": lambda: random(density=np.float32(1)),
     "sizes of numpy": lambda: BlockMask.full(*np.array([64, 64, 16, 16])),
+    "functions that return a Python bool": lambda: made(lambda b, h, q, kv: True),
+    "functions of torch's": lambda: made(
+        and_masks(lambda b, h, q, kv: torch.ge(q, kv), lambda b, h, q, kv: ~(TABLE[kv] > 50))
+    ),
+    "numbers as tensors": lambda: made(lambda b, h, q, kv: torch.tensor(3) + q > TABLE[5] + kv),
+    "sizes of numpy, of functions": lambda: made(
+        lengths=np.array([64, 64]), BLOCK_SIZE=np.int64(32)
+    ),
     "tiles of numpy": lambda: sta(np.array([2, 2, 2]), [3, 3, 3], np.prod([4, 2, 2])),
 }  # fmt: skip
 

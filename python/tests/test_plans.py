@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flex_block_attn import BlockMask
+from flex_block_attn import BlockMask, create_block_mask
 from flex_block_attn.distributed import ContextPlan, DynamicPlan, Layout
 from flex_block_attn.distributed.balance import assign, balance, level
-from flex_block_attn.distributed.cut import whole_blocks
+from flex_block_attn.distributed.cut import mask_of_heads, whole_blocks
 from flex_block_attn.distributed.steps import steps_of
 
 CPU = torch.device("cpu")
@@ -346,9 +346,19 @@ def test_errors_name_the_argument():
 
 
 def test_masks_within_blocks_are_refused():
-    class Expression(BlockMask):
-        expression = "q >= kv"
-
-    mask = Expression(torch.ones(2, 2).bool(), 32, 32, 16, 16)
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 256, 256)
     with pytest.raises(NotImplementedError, match="chooses tokens within blocks"):
         whole_blocks(mask)
+    with pytest.raises(NotImplementedError, match="ulysses_attention"):
+        ContextPlan(mask, ranks=2)
+
+
+def test_masks_within_blocks_are_divided_by_heads():
+    width = torch.tensor([10, 50, 200, 0])
+    mask = create_block_mask(
+        lambda b, h, q, kv: (q - kv).abs() <= width[h], None, 4, 200, 200, BLOCK_SIZE=32
+    )
+    part = mask_of_heads(mask, range(1, 3))
+    assert torch.equal(part.to_dense(), mask.to_dense()[:, 1:3])
+    assert mask_of_heads(mask, range(1, 3)) is part
+    assert mask_of_heads(mask, range(4)) is mask

@@ -1,4 +1,4 @@
-"""What the README promises runs as it stands. Against: nothing; it must not fail."""
+"""What README and docs promise runs as it stands. Against: nothing; it must not fail."""
 
 import re
 import subprocess
@@ -11,15 +11,28 @@ REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
 
 
-def test_the_python_examples_run(capsys):
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize(
+    "page, printed", [(README, "density"), (REPOSITORY / "docs/masks.md", "q >= kv and t0[q] ==")]
+)
+def test_the_python_examples_run(page, printed, capsys):
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert examples
     for example in examples:
-        exec(compile(example, str(README), "exec"), {})
-    assert "density" in capsys.readouterr().out
+        exec(compile(example, str(page), "exec"), {})
+    assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", ["demo", "benchmark.cpu", "benchmark.distributed"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "demo",
+        "benchmark",
+        "benchmark.cpu",
+        "benchmark.distributed",
+        "benchmark.masks",
+        "benchmark.report",
+    ],
+)
 def test_programs_say_what_they_do(program):
     help_text = subprocess.run(
         [sys.executable, "-m", program, "--help"],

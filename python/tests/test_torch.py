@@ -8,17 +8,21 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from reference import attention, random_qkv, relative_error, token_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from training import TOKENS, Model, denoising
 
-from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func, ops
+from flex_block_attn import BlockMask, _native, flex_block_attn, flex_block_attn_func, ops
 
 BLOCKS = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 1, 0]]).bool()
 MASK = BlockMask(BLOCKS, 60, 40, 16, 16)
@@ -297,6 +301,86 @@ def test_compile_by_inductor(fresh_compiler):
     got = value_and_gradients(compiled, tensors)
     for a, b in zip(got, expected, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+# --- how tensors are read ------------------------------------------------------------------------
+
+READ = """
+import hashlib
+import sys
+import torch
+if sys.argv[1] == "attributes":
+    torch.Tensor.__dlpack_c_exchange_api__ = None
+from flex_block_attn import BlockMask, flex_block_attn
+
+digest = hashlib.sha256()
+mask = BlockMask(torch.tensor([[1, 0, 1], [0, 1, 1]]).bool().T.contiguous().T, 20, 40, 16, 16)
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    torch.manual_seed(1)
+    q = torch.randn(2, 20, 3, 32, dtype=dtype).transpose(1, 2)[..., 8:24].requires_grad_()
+    k, v = torch.randn(2, 2, 1, 40, 16, dtype=dtype)[:, :, :1].expand(-1, -1, 3, -1, -1)
+    out, lse = flex_block_attn(q, k, v, mask, return_lse=True)
+    dq = torch.autograd.grad(out.sin().sum() + lse.sum(), q)[0]
+    for x in (out, lse, dq):
+        digest.update(x.detach().double().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_tensors_are_read_alike_with_and_without_dlpacks_table():
+    """Versions of torch before 2.10 have no such table; there, attributes are read."""
+    runs = [
+        subprocess.run([sys.executable, "-c", READ, by], capture_output=True, text=True, check=True)
+        for by in ("table", "attributes")
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
+
+
+class Named(torch.Tensor):
+    """A subclass of no further meaning."""
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        torch.nn.Parameter,
+        lambda x: x.as_subclass(Named),
+        lambda x: torch._neg_view(-x),
+        lambda x: torch.cat([x[..., :1], x], -1)[..., 1:],
+        lambda x: x.repeat_interleave(2, dim=0)[1::2],
+    ],
+    ids=["parameter", "subclass", "negative bit", "odd address", "odd start"],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_tensors_that_are_not_as_simple_as_they_look(disguise, grad):
+    tensors = inputs(grad=False)
+    expected = flex_block_attn(*tensors, MASK)
+    with torch.set_grad_enabled(grad):
+        for i in range(3):
+            changed = [disguise(x) if i == j else x for j, x in enumerate(tensors)]
+            assert torch.equal(flex_block_attn(*changed, MASK).detach(), expected)
+
+
+def test_what_is_no_plain_tensor_of_a_gpu_goes_the_long_way():
+    """To look whether the short way is open fails for nothing; what is wrong is said later."""
+    x = torch.randn(1, 2, 16, 64, dtype=torch.bfloat16)
+    sizes, plan = (16, 16, 16, 16), BlockMask.full(16, 16, 16, 16).plan
+
+    def look(*others):
+        for y in (x, *others):
+            assert _native.are_ready(x, y, x) is False
+            assert _native.forward_numbers(x, x, y, plan, sizes[:2], True) is None
+            assert _native.forward_numbers(x, x, x, y, sizes[:2], True) is None
+            assert _native.plan_shape(y, sizes) is None
+        return others[0]
+
+    look(None, 3, "q", [x], np.zeros((1, 2, 16, 64)), x[0], x[:0], x.to("meta"), x.to_sparse())
+    look(torch._to_functional_tensor(x), torch._efficientzerotensor((1, 2, 16, 64)))
+    look(torch.nn.Parameter(x), x.as_subclass(Named), x.float().conj(), torch.tensor(1))
+    torch.vmap(look)(x)
+    torch.func.grad(lambda y: look(y).sum())(x.float())
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
 
 
 # --- checkpoints, autocast, threads --------------------------------------------------------------

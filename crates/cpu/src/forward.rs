@@ -4,8 +4,11 @@
 //! plan keeps. The heads of k and v are packed in waves, as many at once as a memory budget
 //! allows; then every tile of queries is a task of its own, longest rows first.
 
+use flex_block_attn_mask::expression::Evaluator;
+
 use crate::buffer::Buffer;
 use crate::pack::{self, Tokens, Width};
+use crate::simd::exact::{self, Hidden};
 use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, Running, Scores};
 use crate::simd::{Isa, Job, PANEL, Real};
@@ -44,7 +47,7 @@ impl<T: Element> Job<T::Real> for ForwardJob<'_, '_, T> {
             threads::for_each(
                 args.setting.threads,
                 tasks.len(),
-                || Scratch::<I>::new(width),
+                || Scratch::<I>::new(width, exact::evaluator(args.plan)),
                 |scratch, index| {
                     let task = &tasks[index];
                     attend(args, task, packed.head(task.packed), scratch);
@@ -158,7 +161,7 @@ fn tasks<'a, T: Element>(args: &'a Forward<'_, T>, wave: &[(usize, usize)]) -> V
 }
 
 /// What a thread works in.
-struct Scratch<I: Isa> {
+struct Scratch<'a, I: Isa> {
     width: Width,
     /// Where the panels of a token's values start.
     value_panels: Vec<usize>,
@@ -171,13 +174,15 @@ struct Scratch<I: Isa> {
     key_panels: Vec<usize>,
     value_runs: Vec<Run>,
     keys: KeyTile,
+    /// Of a mask with an expression.
+    evaluator: Option<Evaluator<'a>>,
 }
 
 /// Rows of scores lie a panel further apart than they are long, as packed tokens do.
 const SCORE_STRIDE: usize = TILE_KEYS + PANEL;
 
-impl<I: Isa> Scratch<I> {
-    fn new(width: Width) -> Self {
+impl<'a, I: Isa> Scratch<'a, I> {
+    fn new(width: Width, evaluator: Option<Evaluator<'a>>) -> Self {
         Self {
             width,
             value_panels: width.panels::<I>(),
@@ -189,6 +194,7 @@ impl<I: Isa> Scratch<I> {
             key_panels: Vec::new(),
             value_runs: Vec::new(),
             keys: KeyTile::default(),
+            evaluator,
         }
     }
 
@@ -215,7 +221,7 @@ fn attend<I: Isa, T: Element<Real = I::Real>>(
     args: &Forward<'_, T>,
     task: &Task<'_>,
     packed: PackedHead<'_, I>,
-    scratch: &mut Scratch<I>,
+    scratch: &mut Scratch<'_, I>,
 ) {
     let rows = task.queries.len();
     let width = scratch.width;
@@ -256,6 +262,20 @@ fn attend<I: Isa, T: Element<Real = I::Real>>(
             accumulate: false,
         }
         .run(&mut scratch.scores);
+        if let Some(evaluator) = &mut scratch.evaluator {
+            for (columns, first_key) in scratch.keys.partial.iter().cloned() {
+                let hidden = Hidden {
+                    batch: task.batch,
+                    head: task.q_head,
+                    queries: task.queries.clone(),
+                    keys: first_key..first_key + columns.len(),
+                    columns,
+                    stride: SCORE_STRIDE,
+                };
+                let scores = [&mut scratch.scores[..]];
+                exact::hide::<I, 1>(evaluator, &hidden, scores, I::Real::NEG_INFINITY);
+            }
+        }
         rows::softmax::<I>(
             Scores {
                 values: &mut scratch.scores,
@@ -296,13 +316,14 @@ fn attend<I: Isa, T: Element<Real = I::Real>>(
 fn write<I: Isa, T: Element<Real = I::Real>>(
     args: &Forward<'_, T>,
     task: &Task<'_>,
-    scratch: &mut Scratch<I>,
+    scratch: &mut Scratch<'_, I>,
 ) {
     let head_dim = args.q.shape()[3];
     for (r, query) in task.queries.clone().enumerate() {
         let out = &mut scratch.out[r * scratch.width.stride()..][..head_dim];
         let (max, sum) = (scratch.max[r], scratch.sum[r]);
-        let lse = if task.list.is_empty() {
+        // No key was seen, or none that counts.
+        let lse = if max == I::Real::NEG_INFINITY {
             I::Real::NEG_INFINITY
         } else {
             let share = sum.recip();

@@ -55,10 +55,10 @@ pub struct Forward<'a, T: Element> {
     pub lse: ViewMut<'a, T::Real>,
 }
 
-/// Attention over the plan's blocks.
+/// Attention over the plan's blocks; of partial ones, over the pairs that its expression lets through.
 ///
 /// # Panics
-/// When shapes do not go together.
+/// When shapes do not go together, or the host lacks numbers of the expression's tables.
 pub fn forward<T: Element>(args: &Forward<'_, T>) {
     forward::forward(args);
 }
@@ -94,7 +94,7 @@ pub struct Backward<'a, T: Element> {
 /// Gradients of [`forward`].
 ///
 /// # Panics
-/// When shapes do not go together.
+/// When shapes do not go together, or the host lacks numbers of the expression's tables.
 pub fn backward<T: Element>(args: &Backward<'_, T>) {
     backward::backward(args);
 }

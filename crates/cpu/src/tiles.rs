@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use flex_block_attn_mask::Extents;
+use flex_block_attn_mask::{Extents, block_of, is_partial};
 
 use crate::simd::PANEL;
 
@@ -27,6 +27,8 @@ pub(crate) struct KeyTile {
     pub columns: usize,
     /// How many keys only fill up; they are the last.
     pub pad: usize,
+    /// Columns that belong to partial blocks, and the first's key.
+    pub partial: Vec<(Range<usize>, usize)>,
 }
 
 /// Cuts a list of key blocks into tiles of `largest` keys at most, adjacent blocks joined.
@@ -53,9 +55,10 @@ impl<'a> KeyTiles<'a> {
         tile.panels.clear();
         tile.columns = 0;
         tile.pad = 0;
+        tile.partial.clear();
         let mut room = self.largest;
         while room > 0 && !self.list.is_empty() {
-            let keys = self.extents.kv_tokens(self.list[0] as usize);
+            let keys = self.extents.kv_tokens(block_of(self.list[0]));
             let start = keys.start / PANEL + self.taken;
             let block_end = keys.end.div_ceil(PANEL);
             let end = block_end.min(start + room);
@@ -63,7 +66,11 @@ impl<'a> KeyTiles<'a> {
                 Some(last) if last.end == start => last.end = end,
                 _ => tile.panels.push(start..end),
             }
-            tile.columns += (end - start) * PANEL;
+            let columns = tile.columns..tile.columns + (end - start) * PANEL;
+            tile.columns = columns.end;
+            if is_partial(self.list[0]) {
+                tile.partial.push((columns, start * PANEL));
+            }
             room -= end - start;
             if end == block_end {
                 self.list = &self.list[1..];
@@ -102,16 +109,27 @@ mod tests {
                 KeyTile {
                     panels: vec![0..2, 5..6],
                     columns: 48,
-                    pad: 0
+                    pad: 0,
+                    partial: vec![]
                 },
                 // Token 200 ends in the middle of panel 12.
                 KeyTile {
                     panels: vec![7..8, 12..13],
                     columns: 32,
-                    pad: 8
+                    pad: 8,
+                    partial: vec![]
                 },
             ]
         );
+    }
+
+    #[test]
+    fn partial_blocks_are_known_by_their_columns() {
+        let extents = Extents::new(16, 400, 16, 32).unwrap();
+        let partial = |block: i32| block | flex_block_attn_mask::PARTIAL;
+        let got = tiles(&[0, partial(1), 3, partial(5)], extents, 80);
+        let columns: Vec<_> = got.iter().map(|tile| tile.partial.clone()).collect();
+        assert_eq!(columns, [vec![(32..64, 32)], vec![(16..48, 160)]]);
     }
 
     #[test]

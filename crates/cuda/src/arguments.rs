@@ -13,7 +13,7 @@ use crate::Error;
 use crate::driver::{Driver, EncodedMap};
 
 /// Arguments of a launch at most.
-pub(crate) const MOST: usize = 32;
+pub(crate) const MOST: usize = 64;
 
 /// Values and their addresses. It must not move once it was filled.
 pub(crate) struct Arguments {

@@ -259,7 +259,7 @@ pub(crate) fn permute(a: u64, b: u64, selector: u64) -> u64 {
     result
 }
 
-/// `cvt.to.from`: floats to integers toward zero, stopping at the range's ends; integers to floats
+/// `cvt.to.from`: floats to the nearest integers, stopping at the range's ends; integers to floats
 /// to nearest even.
 pub(crate) fn convert(to: Ty, from: Ty, a: u64) -> Done<u64> {
     let wrong = || unsupported(format!("conversion of {from} to {to}"));
@@ -271,10 +271,10 @@ pub(crate) fn convert(to: Ty, from: Ty, a: u64) -> Done<u64> {
         (Form::Float, Form::Unsigned(n)) => bits((a & low(n)) as f32),
         (Form::Signed(n), Form::Float) => {
             let limit = i64::MAX >> (64 - n);
-            let value = float(a);
+            let value = float(a).round_ties_even();
             (value as i64).clamp(-limit - 1, limit) as u64 & low(n)
         }
-        (Form::Unsigned(n), Form::Float) => (float(a) as u64).min(low(n)),
+        (Form::Unsigned(n), Form::Float) => (float(a).round_ties_even() as u64).min(low(n)),
         (Form::Signed(n) | Form::Unsigned(n), Form::Signed(m)) => signed(a, m) as u64 & low(n),
         (Form::Signed(n) | Form::Unsigned(n), Form::Unsigned(m)) => a & low(m) & low(n),
         _ => return Err(wrong()),

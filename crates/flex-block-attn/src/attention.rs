@@ -4,11 +4,12 @@
 use std::num::NonZeroUsize;
 
 use flex_block_attn_cpu as cpu;
-use flex_block_attn_mask::PlanView;
+use flex_block_attn_mask::expression::Expression;
+use flex_block_attn_mask::{PlanLayout, PlanView};
 use half::{bf16, f16};
 
 use crate::video::{self, Video};
-use crate::{DType, Result, Tensor, TensorMut, check};
+use crate::{DType, Error, Result, Tensor, TensorMut, check};
 
 /// What a call may be told beyond its tensors and its plan.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -51,7 +52,7 @@ pub struct Gradients<'a> {
     pub dv: Option<TensorMut<'a>>,
 }
 
-/// Attention over the blocks of `plan`.
+/// Attention over the blocks of `plan`; of partial ones, over the pairs that its expression lets through.
 ///
 /// Tensors are (batch, heads, sequence, head_dim), only the last dimension being contiguous; `out`
 /// has q's shape and dtype. `lse`, (batch, q_heads, q_len, 1), receives the natural logarithm of
@@ -69,7 +70,9 @@ pub fn forward(
     out: TensorMut<'_>,
     lse: TensorMut<'_>,
 ) -> Result<()> {
-    check::forward([&q, &k, &v], &plan.layout(), options, &out, &lse)?;
+    let layout = plan.layout();
+    let mask = on_host(plan, &layout)?;
+    check::forward([&q, &k, &v], mask, options, &out, &lse)?;
     if let Some(video) = &options.video {
         let of = (video, options);
         return match q.dtype {
@@ -105,14 +108,9 @@ pub fn backward(
     options: &Options,
     gradients: Gradients<'_>,
 ) -> Result<()> {
-    check::backward(
-        &saved,
-        &dout,
-        dlse.as_ref(),
-        &plan.layout(),
-        options,
-        &gradients,
-    )?;
+    let layout = plan.layout();
+    let mask = on_host(plan, &layout)?;
+    check::backward(&saved, &dout, dlse.as_ref(), mask, options, &gradients)?;
     if let Some(video) = &options.video {
         let of = (video, options);
         return match saved.q.dtype {
@@ -129,6 +127,20 @@ pub fn backward(
         DType::F64 => cpu_backward::<f64>(saved, dout, dlse, plan, options, gradients),
     }
     Ok(())
+}
+
+/// A plan's mask; its expression is evaluated here, of tables that are here.
+fn on_host<'a>(plan: PlanView<'a>, layout: &'a PlanLayout) -> Result<check::Mask<'a>> {
+    let expression = plan.expression();
+    let tables = expression.map_or(&[][..], |expression| expression.tables());
+    if let Some(table) = tables.iter().position(|table| table.values().is_none()) {
+        let allowed = "in the host's memory, as the tensors are";
+        return Err(Error::MaskTable { table, allowed });
+    }
+    Ok(check::Mask {
+        layout,
+        formula: expression.map(Expression::formula),
+    })
 }
 
 pub(crate) fn setting(options: &Options, head_dim: usize) -> cpu::Setting {

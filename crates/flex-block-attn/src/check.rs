@@ -1,8 +1,16 @@
 //! All that can be wrong with a call, looked at once, before anything is computed.
 
 use flex_block_attn_mask::PlanLayout;
+use flex_block_attn_mask::expression::Formula;
 
 use crate::{DType, Error, Gradients, Options, Result, Saved, Tensor, TensorMut, Video};
+
+/// What a check knows of a mask: its plan's layout, and by which pairs are chosen, if they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Mask<'a> {
+    pub layout: &'a PlanLayout,
+    pub formula: Option<&'a Formula>,
+}
 
 /// Sizes of a call whose arguments go together.
 #[derive(Debug, Clone, Copy)]
@@ -106,9 +114,10 @@ fn inputs(
     q: &Tensor<'_>,
     k: &Tensor<'_>,
     v: &Tensor<'_>,
-    plan: &PlanLayout,
+    mask: Mask<'_>,
     options: &Options,
 ) -> Result<Sizes> {
+    let plan = mask.layout;
     let [batch, q_heads, q_len, head_dim] = q.shape;
     if head_dim == 0 || head_dim > 256 || !head_dim.is_multiple_of(8) {
         return Err(Error::HeadDim { got: head_dim });
@@ -147,12 +156,26 @@ fn inputs(
             kv_len,
         });
     }
-    for (what, got, needed) in [
-        ("batches", plan.batch, batch),
-        ("heads", plan.heads, q_heads),
+    let depends = |on: fn(&Formula) -> bool| mask.formula.is_some_and(on);
+    for (what, got, needed, tells_apart) in [
+        (
+            "batches",
+            plan.batch,
+            batch,
+            depends(Formula::depends_on_batch),
+        ),
+        (
+            "heads",
+            plan.heads,
+            q_heads,
+            depends(Formula::depends_on_head),
+        ),
     ] {
         if got != 1 && got != needed {
             return Err(Error::MaskExtent { what, got, needed });
+        }
+        if tells_apart && got < needed {
+            return Err(Error::MaskTellsApart { what, needed });
         }
     }
     if let Some(got) = options.scale.filter(|scale| !scale.is_finite()) {
@@ -172,12 +195,12 @@ fn lse_shape([batch, heads, tokens, _]: [usize; 4], options: &Options) -> [usize
 
 pub(crate) fn forward(
     [q, k, v]: [&Tensor<'_>; 3],
-    plan: &PlanLayout,
+    mask: Mask<'_>,
     options: &Options,
     out: &TensorMut<'_>,
     lse: &TensorMut<'_>,
 ) -> Result<()> {
-    let sizes = inputs(q, k, v, plan, options)?;
+    let sizes = inputs(q, k, v, mask, options)?;
     let out = Outline::write("out", out);
     out.shape(sizes.q, "q")?;
     out.dtype(sizes.dtype, "q")?;
@@ -198,11 +221,11 @@ pub(crate) fn backward(
     saved: &Saved<'_>,
     dout: &Tensor<'_>,
     dlse: Option<&Tensor<'_>>,
-    plan: &PlanLayout,
+    mask: Mask<'_>,
     options: &Options,
     gradients: &Gradients<'_>,
 ) -> Result<()> {
-    let sizes = inputs(&saved.q, &saved.k, &saved.v, plan, options)?;
+    let sizes = inputs(&saved.q, &saved.k, &saved.v, mask, options)?;
     if options.video.is_some() && dlse.is_some() {
         return Err(Error::Video {
             argument: "dlse",

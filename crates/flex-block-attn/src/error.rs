@@ -66,6 +66,22 @@ pub enum Error {
         /// q's own.
         needed: usize,
     },
+    /// The mask's expression depends on the batch or head, but its plan is that of one.
+    #[error("the mask's expression tells {what} apart, but is made for 1, and q has {needed}")]
+    MaskTellsApart {
+        /// "batches" or "heads".
+        what: &'static str,
+        /// q's own.
+        needed: usize,
+    },
+    /// The mask's tables are on no device that the call can read.
+    #[error("table t{table} of the mask's expression must be {allowed}")]
+    MaskTable {
+        /// The table's number.
+        table: usize,
+        /// What is allowed.
+        allowed: &'static str,
+    },
     /// The plan was made for other lengths.
     #[error(
         "block_mask is made for q_len {mask_q_len} and kv_len {mask_kv_len}, but the tensors have \

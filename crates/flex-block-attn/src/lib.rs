@@ -56,6 +56,7 @@ pub use attention::{Gradients, Options, Saved, backward, forward};
 pub use error::{Error, Result};
 pub use flex_block_attn_mask::{
     BLOCK_STEP, BlockMask, BoolMatrix, Extents, MaskError, Plan, PlanLayout, PlanView, builders,
+    expression,
 };
 pub use half::{bf16, f16};
 pub use tensor::{DType, Element, Tensor, TensorMut};
@@ -65,3 +66,8 @@ pub use video::{Padding, Video};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// And so is that of the page on masks of functions.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/masks.md")]
+struct Masks;

@@ -1,6 +1,7 @@
 //! Every way to call the library wrongly, with the text of its error; and calls at the edge of
 //! what is allowed.
 
+use flex_block_attn::expression::{Expression, Table, Truth, b, h, kv, q};
 use flex_block_attn::{
     BlockMask, Error, Extents, Gradients, Options, Plan, Saved, Tensor, TensorMut, backward, bf16,
     builders, forward,
@@ -193,6 +194,47 @@ fn mistakes_are_named() {
     for (call, text) in table {
         assert_eq!(call.run().unwrap_err().to_string(), text);
     }
+}
+
+#[test]
+fn expressions_go_with_tensors() {
+    let refusal = |heads, condition: &Truth| {
+        let expression = Expression::new(condition).unwrap();
+        let mask = BlockMask::from_expression(extents(32, 16), 1, heads, &expression).unwrap();
+        let call = Call {
+            mask,
+            ..Call::default()
+        };
+        call.run().unwrap_err().to_string()
+    };
+    let by_head = kv().less_than(h() + 3);
+    assert_eq!(
+        refusal(1, &by_head),
+        "the mask's expression tells heads apart, but is made for 1, and q has 4"
+    );
+    assert_eq!(
+        refusal(3, &by_head),
+        "block_mask has 3 heads, but q has 4: allowed are 1 (shared) and 4"
+    );
+    assert_eq!(
+        refusal(1, &(kv() + b()).less_than(3)),
+        "the mask's expression tells batches apart, but is made for 1, and q has 2"
+    );
+    let elsewhere = Table::elsewhere(&[32]).unwrap();
+    assert_eq!(
+        refusal(1, &elsewhere.at([q()]).less_than(3)),
+        "table t0 of the mask's expression must be in the host's memory, as the tensors are"
+    );
+    let expression = Expression::new(&by_head).unwrap();
+    let mask = BlockMask::from_expression(extents(32, 16), 2, 4, &expression).unwrap();
+    let call = Call {
+        mask,
+        ..Call::default()
+    };
+    let (_, lse) = call.run().unwrap();
+    // All scores are equal: head 1 has one key more than head 0.
+    let more = f64::from(lse[32] - lse[0]).exp();
+    assert!((more - 4.0 / 3.0).abs() < 1e-5, "{more}");
 }
 
 #[test]

@@ -11,63 +11,9 @@ use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Mutex, PoisonError};
 
+pub use flex_block_attn_mask::expression::{Formula, Step};
 use flex_block_attn_ptx::{Arg, Builder, Reg};
 use flex_block_attn_tile::RegTile;
-
-/// A step of a [`Formula`]; others are named by their place in it, before this one.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-#[allow(missing_docs)] // operands
-pub enum Step {
-    /// The batch.
-    Batch,
-    /// The head of q.
-    Head,
-    /// The query's place in its sequence.
-    Query,
-    /// The key's.
-    Key,
-    /// A number.
-    Number(i32),
-    /// True or false.
-    Truth(bool),
-    /// The sum of two numbers.
-    Add(usize, usize),
-    /// Their difference.
-    Subtract(usize, usize),
-    /// Their product.
-    Multiply(usize, usize),
-    /// The quotient, rounded down.
-    Divide(usize, usize),
-    /// What is left, of the divisor's sign.
-    Remainder(usize, usize),
-    /// The smaller of two numbers.
-    Min(usize, usize),
-    /// The larger.
-    Max(usize, usize),
-    /// `if condition { a } else { b }`, of numbers.
-    Choose { condition: usize, a: usize, b: usize },
-    /// A number of a table of int32 by its indices.
-    Table { table: usize, indices: Vec<usize> },
-    /// Whether a number is less than another.
-    Less(usize, usize),
-    /// Whether two numbers are equal.
-    Equal(usize, usize),
-    /// Whether both hold.
-    And(usize, usize),
-    /// Whether one or both hold.
-    Or(usize, usize),
-    /// Whether it does not hold.
-    Not(usize),
-}
-
-/// Which pairs of a query and a key count: the value of its last step.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Formula {
-    /// In the order of their computation.
-    pub steps: Vec<Step>,
-    /// Dimensions of each table.
-    pub tables: Vec<usize>,
-}
 
 /// A formula, kept for as long as the process lives: kernels are built and found by it.
 #[derive(Debug, Clone, Copy)]
@@ -146,34 +92,6 @@ impl Eq for Mask {}
 impl Hash for Mask {
     fn hash<H: Hasher>(&self, state: &mut H) {
         std::ptr::from_ref(self.0).hash(state);
-    }
-}
-
-impl Step {
-    /// The steps that it names.
-    fn operands(&self) -> Vec<usize> {
-        match *self {
-            Self::Batch
-            | Self::Head
-            | Self::Query
-            | Self::Key
-            | Self::Number(_)
-            | Self::Truth(_) => vec![],
-            Self::Add(a, b)
-            | Self::Subtract(a, b)
-            | Self::Multiply(a, b)
-            | Self::Divide(a, b)
-            | Self::Remainder(a, b)
-            | Self::Min(a, b)
-            | Self::Max(a, b)
-            | Self::Less(a, b)
-            | Self::Equal(a, b)
-            | Self::And(a, b)
-            | Self::Or(a, b) => vec![a, b],
-            Self::Choose { condition, a, b } => vec![condition, a, b],
-            Self::Table { ref indices, .. } => indices.clone(),
-            Self::Not(a) => vec![a],
-        }
     }
 }
 

@@ -27,6 +27,11 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(backward::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(
+        backward::bounds::Config::all()
+            .into_iter()
+            .map(|c| c.kernel()),
+    );
+    kernels.extend(
         backward::prepare::Config::all()
             .into_iter()
             .map(|c| c.kernel()),

@@ -93,16 +93,11 @@ pub(crate) fn args(plan: u64, layout: PlanLayout, side: Side) -> [Arg; 7] {
         record(layout.heads, layout.record_words()),
         record(layout.batch, layout.heads * layout.record_words()),
     ];
-    let [a, b, c, d] = args_beside(layout, side);
+    let side = layout.side(side);
+    let places = [side.count(0), side.order(), side.list(0), side.stride];
+    let [a, b, c, d] = places.map(|word| Arg::U32(word as u32));
     let [e, f] = records.map(|words| Arg::U32(words as u32));
     [Arg::U64(plan), a, b, c, d, e, f]
-}
-
-/// The arguments for [`Lists::beside`].
-pub(crate) fn args_beside(layout: PlanLayout, side: Side) -> [Arg; 4] {
-    let side = layout.side(side);
-    let words = [side.count(0), side.order(), side.list(0), side.stride];
-    words.map(|word| Arg::U32(word as u32))
 }
 
 impl<'k> Lists<'k> {
@@ -117,18 +112,6 @@ impl<'k> Lists<'k> {
             list_stride: k.param("list_stride"),
             head_record: k.param("head_record"),
             batch_record: k.param("batch_record"),
-        }
-    }
-
-    /// The other side of the same plan: declares its parameters.
-    pub(crate) fn beside(&self) -> Self {
-        let k = self.k;
-        Self {
-            counts: k.param("other_counts"),
-            order: k.param("other_order"),
-            first_list: k.param("other_first_list"),
-            list_stride: k.param("other_list_stride"),
-            ..*self
         }
     }
 

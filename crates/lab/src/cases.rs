@@ -8,6 +8,7 @@ use flex_block_attn::{
     f16, forward,
 };
 
+use crate::problems::Rule;
 use crate::reference::{self, Attention, Problem, Sizes};
 
 /// Element types with conversions to and from float64.
@@ -161,13 +162,18 @@ impl Case {
             v: &v,
         };
         let extents = self.mask.extents();
+        let rule = Rule::of(&self.mask);
         let keep = |batch: usize, head: usize, query: usize, key: usize| {
-            self.mask.contains(
+            let (b, h) = (
                 batch.min(self.mask.batch() - 1),
                 head.min(self.mask.heads() - 1),
-                query / extents.q_block(),
-                key / extents.kv_block(),
-            )
+            );
+            let (row, column) = (query / extents.q_block(), key / extents.kv_block());
+            self.mask.contains(b, h, row, column)
+                && (!self.mask.is_partial(b, h, row, column)
+                    || rule
+                        .as_ref()
+                        .is_some_and(|rule| rule.counts(batch, head, query, key)))
         };
         let Attention { out, lse } = problem.attention(&keep);
         let reference::Gradients { dq, dk, dv } = problem.gradients(&keep, &dout, &dlse);

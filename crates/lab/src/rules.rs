@@ -21,7 +21,7 @@ pub fn kernels() -> Vec<Kernel> {
                 kernels.extend(config.map(forward::Config::kernel));
             }
             for q_block in [64, 16] {
-                let config = backward::Config::choose(element, head_dim, q_block, 128, mask);
+                let config = backward::Config::choose(element, head_dim, q_block, 128, mask, false);
                 kernels.extend(config.map(backward::Config::kernel));
             }
         }

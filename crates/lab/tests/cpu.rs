@@ -1,8 +1,10 @@
 //! The CPU backend against the float64 reference, through the public API.
 
+use flex_block_attn::expression::{Expression, kv, q};
 use flex_block_attn::{BlockMask, Extents, bf16, builders, f16};
 use flex_block_attn_lab::cases::{Case, Number};
 use flex_block_attn_lab::reference::Sizes;
+use flex_block_attn_lab::rules::{causal, dilated_window, documents_with_prefix, neighbourhood};
 use proptest::prelude::*;
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -131,6 +133,81 @@ fn long_rows_and_large_blocks() {
                 None,
                 "blocks {q_block} x {kv_block}"
             );
+        }
+    }
+}
+
+/// Masks with an expression: small blocks joined in a tile, large ones cut, queries without any key.
+#[test]
+fn expressions() {
+    let tokens = 330;
+    let mut checked = 0;
+    for rule in [
+        causal(),
+        dilated_window(50),
+        neighbourhood(6, 11),
+        documents_with_prefix(tokens, 2, 4),
+    ] {
+        for (q_block, kv_block) in [(16, 16), (64, 48), (128, 128), (48, 384), (384, 16)] {
+            let extents = Extents::new(tokens, tokens, q_block, kv_block).unwrap();
+            let mask = BlockMask::from_expression(extents, 2, 4, &rule.expression()).unwrap();
+            let case = Case {
+                sizes: Sizes {
+                    batch: 2,
+                    q_heads: 4,
+                    kv_heads: 2,
+                    q_len: tokens,
+                    kv_len: tokens,
+                    head_dim: 24,
+                },
+                mask,
+                scale: if q_block == 64 { -0.3 } else { 0.3 },
+                seed: 4,
+                threads: 2,
+            };
+            checked += case.mask.count_partial();
+            let name = format!("{q_block} x {kv_block}: {:?}", case.mask);
+            assert_eq!(case.difference::<f32>(), None, "{name}");
+            assert_eq!(case.difference::<f64>(), None, "{name}");
+            assert_eq!(case.difference::<bf16>(), None, "{name}");
+            assert_eq!(case.difference::<f16>(), None, "{name}");
+        }
+    }
+    assert!(checked > 1000, "{checked} partial blocks");
+}
+
+/// Queries of a block that see nothing among others that do, and some that see nothing in a first tile.
+#[test]
+fn queries_that_see_nothing_of_a_block() {
+    let even = (q() % 2).equals(0);
+    for condition in [
+        even.clone() & kv().at_most(q()),
+        kv().at_least(q() + 20),
+        even & kv().more_than(140) & kv().less_than(150),
+        q().less_than(3) & kv().equals(170),
+    ] {
+        let expression = Expression::new(&condition).unwrap();
+        for block in [16, 128] {
+            let extents = Extents::new(180, 180, block, block).unwrap();
+            let case = Case {
+                sizes: Sizes {
+                    batch: 1,
+                    q_heads: 1,
+                    kv_heads: 1,
+                    q_len: 180,
+                    kv_len: 180,
+                    head_dim: 16,
+                },
+                mask: BlockMask::from_expression(extents, 1, 1, &expression).unwrap(),
+                scale: 0.4,
+                seed: 6,
+                threads: 2,
+            };
+            let results = case.run::<f32>();
+            assert!(results.lse.contains(&f64::NEG_INFINITY), "{expression}");
+            assert_eq!(case.difference::<f32>(), None, "{expression}");
+            assert_eq!(case.difference::<f64>(), None, "{expression}");
+            assert_eq!(case.difference::<bf16>(), None, "{expression}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What a call puts on a GPU's stream, run by the emulator: plan, forward and backward of random
 //! problems must be what the CPU backend computes.
 
+use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
     self, BackwardWorkspace, Mask, Step, backward_steps, forward_step, plan_steps,
 };
@@ -10,6 +11,7 @@ use flex_block_attn::{
 };
 use flex_block_attn_emulator::{Memory, Options as Way, emulate};
 use flex_block_attn_lab::problems::normal;
+use flex_block_attn_lab::rules::{causal, dilated_window, documents_with_prefix};
 use flex_block_attn_ptx::Launch;
 
 /// A generator of numbers by chance.
@@ -93,7 +95,18 @@ fn check(chance: &mut Chance) {
     let shape = [mask_batch, mask_heads, rows, columns];
     let strides = [mask_heads * matrix, matrix, columns, 1];
     let mask = BoolMatrix::new(&blocks, shape, strides).unwrap();
-    let planned = Plan::new(&BlockMask::from_matrix(extents, mask).unwrap());
+    let rule = chance.of(&[None, Some(0), Some(1), Some(2)]);
+    let rule = rule.map(|which: usize| match which {
+        0 => causal(),
+        1 => dilated_window(60),
+        _ => documents_with_prefix(400, batch as u32, heads as u32),
+    });
+    let planned = Plan::new(&match &rule {
+        None => BlockMask::from_matrix(extents, mask).unwrap(),
+        Some(rule) => {
+            BlockMask::from_expression(extents, batch, heads, &rule.expression()).unwrap()
+        }
+    });
 
     let tokens_first = chance.below(2) == 1;
     let gap = chance.of(&[0, 8]);
@@ -127,19 +140,30 @@ fn check(chance: &mut Chance) {
     .unwrap();
 
     let mut memory = Memory::new();
-    let mask = Mask {
-        address: memory.alloc_with("mask", &blocks),
-        strides: strides.map(|stride| stride as u64),
-    };
-    let plan = gpu::Plan {
+    let words = planned.words();
+    let mut plan = gpu::Plan {
         layout: planned.layout(),
-        address: memory.alloc("plan", 4 * planned.words().len()),
+        address: 0,
+        exact: None,
     };
-    run(&mut memory, plan_steps(&mask, &plan).unwrap());
-    assert_eq!(
-        memory.read::<i32>(plan.address, planned.words().len()),
-        planned.words()
-    );
+    if let Some(expression) = planned.expression() {
+        // Such masks are planned on the host.
+        let table = |table: &Table| {
+            let values = table.values().expect("the host has the table");
+            (memory.alloc_with("table", values), table.extents().to_vec())
+        };
+        let tables = expression.tables().iter().map(table).collect();
+        plan.exact = Some(gpu::Exact::new(expression.formula(), tables).unwrap());
+        plan.address = memory.alloc_with("plan", words);
+    } else {
+        plan.address = memory.alloc("plan", 4 * words.len());
+        let mask = Mask::Bytes {
+            address: memory.alloc_with("mask", &blocks),
+            strides: strides.map(|stride| stride as u64),
+        };
+        run(&mut memory, plan_steps(&mask, &plan).unwrap());
+        assert_eq!(memory.read::<i32>(plan.address, words.len()), words);
+    }
 
     let dense = |[_, heads, tokens, dim]: [usize; 4]| {
         [heads * tokens * dim, tokens * dim, dim, 1].map(|stride| stride as isize)
@@ -217,7 +241,7 @@ fn check(chance: &mut Chance) {
         dk: Some(written(places[1], DType::BF16, kv_shape)),
         dv: Some(written(places[2], DType::BF16, kv_shape)),
     };
-    let sizes = BackwardWorkspace::new(out_shape);
+    let sizes = BackwardWorkspace::new(out_shape, options.deterministic);
     let workspace = [
         memory.alloc("rows", 4 * sizes.rows),
         memory.alloc_with("sums", &vec![0f32; sizes.sums]),
@@ -260,11 +284,29 @@ fn calls_put_what_the_cpu_computes() {
 }
 
 #[test]
+fn tables_are_those_of_the_formula() {
+    let formula = "t0[q] == t1[b, kv]".parse().unwrap();
+    let refusal = |tables| gpu::Exact::new(&formula, tables).unwrap_err().to_string();
+    assert_eq!(
+        refusal(vec![(0, vec![3])]),
+        "on a GPU, a mask's expression must be given all its tables, got 1 tables"
+    );
+    let wanted = "table t1 of the mask's expression must be of as many dimensions as it has indices, \
+                  at a multiple of 4 bytes";
+    assert_eq!(refusal(vec![(0, vec![3]), (64, vec![3])]), wanted);
+    assert_eq!(refusal(vec![(0, vec![3]), (66, vec![3, 3])]), wanted);
+}
+
+#[test]
 fn what_kernels_do_not_take_is_named() {
     let refusal = |change: &dyn Fn(&mut Stored, &mut Options)| {
         let extents = Extents::new(32, 32, 16, 16).unwrap();
         let layout = Plan::new(&BlockMask::from_fn(extents, |_, _| true)).layout();
-        let plan = gpu::Plan { layout, address: 0 };
+        let plan = gpu::Plan {
+            layout,
+            address: 0,
+            exact: None,
+        };
         let mut q = Stored::new(1, [1, 1, 32, 64], false, 0);
         let mut options = Options::default();
         change(&mut q, &mut options);

@@ -2,7 +2,11 @@
 //! shared. Built here from bool matrices and index lists, in `builders` from patterns; read by
 //! `Plan::new` and by whoever wants to look at it.
 
-use crate::{Extents, MaskError};
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::expression::Expression;
+use crate::{Extents, MaskError, classify};
 
 /// A borrowed bool matrix of any strides: what a caller's tensor looks like.
 ///
@@ -58,7 +62,9 @@ impl<'a> BoolMatrix<'a> {
 
 /// Which blocks of an attention are computed.
 ///
-/// `batch` and `heads` are the mask's own extents: 1 stands for all batches, or all query heads.
+/// `batch` and `heads` are the mask's own extents: 1 stands for all batches, or all query heads. A mask
+/// with an [`Expression`] has partial blocks, of whose pairs only those count that the expression lets
+/// through.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BlockMask {
     extents: Extents,
@@ -67,6 +73,15 @@ pub struct BlockMask {
     words_per_row: usize,
     /// Bits of all rows, 64 columns a word; bits past the last column stay clear.
     words: Vec<u64>,
+    exact: Option<Exact>,
+}
+
+/// What a mask knows of single tokens.
+#[derive(Clone, PartialEq, Eq)]
+struct Exact {
+    expression: Arc<Expression>,
+    /// Bits of partial blocks, as in [`BlockMask::words`].
+    partial: Vec<u64>,
 }
 
 impl BlockMask {
@@ -79,7 +94,68 @@ impl BlockMask {
             heads,
             words_per_row,
             words: vec![0; batch * heads * extents.q_blocks() * words_per_row],
+            exact: None,
         }
+    }
+
+    /// A mask with an expression, with no block selected.
+    pub(crate) fn partly_empty(
+        extents: Extents,
+        batch: usize,
+        heads: usize,
+        expression: Arc<Expression>,
+    ) -> Self {
+        let empty = Self::empty(extents, batch, heads);
+        let partial = vec![0; empty.words.len()];
+        let exact = Exact {
+            expression,
+            partial,
+        };
+        Self {
+            exact: Some(exact),
+            ..empty
+        }
+    }
+
+    /// A mask from two bool matrices of one shape: true in the one where a block is computed, and in
+    /// the other where only those of its pairs count that an expression lets through.
+    ///
+    /// # Errors
+    /// When rows and columns are not the block counts of `extents`, the matrices differ in shape, or
+    /// the expression leaves int32, may divide by 0, or looks behind a table's end.
+    pub fn from_matrices(
+        extents: Extents,
+        wanted: BoolMatrix<'_>,
+        partial: BoolMatrix<'_>,
+        expression: Expression,
+    ) -> Result<Self, MaskError> {
+        let [batch, heads, rows, columns] = wanted.shape;
+        extents.check_blocks(partial.shape[2], partial.shape[3])?;
+        if partial.shape != wanted.shape {
+            return Err(MaskError::Parameter {
+                argument: "partial",
+                got: format!("{:?}", partial.shape),
+                allowed: "of the shape of the wanted blocks",
+            });
+        }
+        classify::check_expression(extents, [batch, heads], &expression)?;
+        let mut mask = Self::from_matrix(extents, wanted)?;
+        mask.exact = Some(Exact {
+            expression: Arc::new(expression),
+            partial: vec![0; mask.words.len()],
+        });
+        for b in 0..batch {
+            for h in 0..heads {
+                for row in 0..rows {
+                    for column in 0..columns {
+                        if partial.get([b, h, row, column]) && mask.contains(b, h, row, column) {
+                            mask.mark_partial(b, h, row, column);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(mask)
     }
 
     /// A mask shared by all batches and heads, with the blocks for which `keep(row, column)`.
@@ -205,6 +281,108 @@ impl BlockMask {
         self.words[start + column / 64] |= 1 << (column % 64);
     }
 
+    /// Says of a selected block that it is partial. The mask has an expression.
+    pub(crate) fn mark_partial(&mut self, batch: usize, head: usize, row: usize, column: usize) {
+        let at = self.row_start(batch, head, row) + column / 64;
+        if let Some(exact) = &mut self.exact {
+            exact.partial[at] |= 1 << (column % 64);
+        }
+    }
+
+    /// By which single tokens are chosen, in partial blocks.
+    pub fn expression(&self) -> Option<&Expression> {
+        self.exact.as_ref().map(|exact| &*exact.expression)
+    }
+
+    pub(crate) fn shared_expression(&self) -> Option<Arc<Expression>> {
+        self.exact.as_ref().map(|exact| exact.expression.clone())
+    }
+
+    /// Whether only those pairs of a block count that the expression lets through.
+    ///
+    /// # Panics
+    /// When an index lies outside of the mask.
+    pub fn is_partial(&self, batch: usize, head: usize, row: usize, column: usize) -> bool {
+        assert!(column < self.extents.kv_blocks());
+        let at = self.row_start(batch, head, row) + column / 64;
+        let exact = self.exact.as_ref();
+        exact.is_some_and(|exact| exact.partial[at] >> (column % 64) & 1 == 1)
+    }
+
+    /// Partial blocks, of the mask's own batches and heads.
+    pub fn count_partial(&self) -> usize {
+        let words = self.exact.iter().flat_map(|exact| &exact.partial);
+        words.map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The bits of a mask with an expression, cut into strips of so many rows, which never have those of
+    /// two matrices.
+    pub(crate) fn strips(&mut self, rows: usize) -> Vec<Strip<'_>> {
+        let (words_per_row, all) = (self.words_per_row, self.extents.q_blocks());
+        let Some(exact) = &mut self.exact else {
+            return Vec::new();
+        };
+        let matrix = (all * words_per_row).max(1);
+        let matrices = self.words.chunks_mut(matrix);
+        let matrices = matrices.zip(exact.partial.chunks_mut(matrix)).enumerate();
+        let mut strips = Vec::new();
+        for (line, (wanted, partial)) in matrices {
+            let size = (rows * words_per_row).max(1);
+            let parts = wanted.chunks_mut(size).zip(partial.chunks_mut(size));
+            for (number, (wanted, partial)) in parts.enumerate() {
+                strips.push(Strip {
+                    batch: line / self.heads,
+                    head: line % self.heads,
+                    rows: number * rows..((number + 1) * rows).min(all),
+                    words_per_row,
+                    wanted,
+                    partial,
+                });
+            }
+        }
+        strips
+    }
+
+    /// Words of the bits of a matrix: selected blocks, and partial ones if there may be any. Rows
+    /// follow each other, 64 columns a word.
+    pub(crate) fn bits(&self, batch: usize, head: usize) -> (&[u64], Option<&[u64]>) {
+        let len = self.extents.q_blocks() * self.words_per_row;
+        let range = (batch * self.heads + head) * len..(batch * self.heads + head + 1) * len;
+        let partial = self
+            .exact
+            .as_ref()
+            .map(|exact| &exact.partial[range.clone()]);
+        (&self.words[range], partial)
+    }
+
+    /// Words of 64 bits of [`Self::write_bits`].
+    pub fn bit_words(&self) -> usize {
+        2 * self.words.len()
+    }
+
+    /// Writes a bit for each block, for those that plan elsewhere: first whether it is selected, of
+    /// all (batch, head, row, column), the columns of a row in words of their own; then, likewise,
+    /// whether it is partial.
+    ///
+    /// # Errors
+    /// When there are not [`Self::bit_words`] words.
+    pub fn write_bits(&self, words: &mut [u64]) -> Result<(), MaskError> {
+        if words.len() != self.bit_words() {
+            return Err(MaskError::Parameter {
+                argument: "words",
+                got: words.len().to_string(),
+                allowed: "as many as bit_words says",
+            });
+        }
+        let (selected, partial) = words.split_at_mut(self.words.len());
+        selected.copy_from_slice(&self.words);
+        match &self.exact {
+            Some(exact) => partial.copy_from_slice(&exact.partial),
+            None => partial.fill(0),
+        }
+        Ok(())
+    }
+
     /// Whether a block is selected.
     ///
     /// # Panics
@@ -231,7 +409,8 @@ impl BlockMask {
     /// Every block that is in one of the two masks. A shared mask joins a per-head one.
     ///
     /// # Errors
-    /// Masks of other extents, or of batches or heads that are neither equal nor 1.
+    /// Masks of other extents, or of batches or heads that are neither equal nor 1; masks with an
+    /// expression, whose conditions are to be joined instead.
     pub fn union(&self, other: &Self) -> Result<Self, MaskError> {
         let join = |ours: usize, theirs: usize| match (ours, theirs) {
             (a, b) if a == b => Some(a),
@@ -240,11 +419,12 @@ impl BlockMask {
             _ => None,
         };
         let (batch, heads) = (join(self.batch, other.batch), join(self.heads, other.heads));
-        let (Some(batch), Some(heads), true) = (batch, heads, self.extents == other.extents) else {
+        let fits = self.extents == other.extents && self.exact.is_none() && other.exact.is_none();
+        let (Some(batch), Some(heads), true) = (batch, heads, fits) else {
             return Err(MaskError::Parameter {
                 argument: "other",
                 got: format!("{other:?}"),
-                allowed: "a mask of the same extents, its batch and heads equal or 1",
+                allowed: "a mask of whole blocks of the same extents, its batch and heads equal or 1",
             });
         };
         let mut joined = Self::empty(self.extents, batch, heads);
@@ -274,6 +454,7 @@ impl BlockMask {
     }
 
     /// The share of (query, key) token pairs that is computed: 1 for a full mask, 0 without blocks.
+    /// Partial blocks are computed whole.
     pub fn density(&self) -> f64 {
         let all = self.batch * self.heads * self.extents.q_len() * self.extents.kv_len();
         if all == 0 {
@@ -296,11 +477,23 @@ impl BlockMask {
 
     /// All blocks as bytes of 0 and 1, dense in (batch, head, row, column) order.
     pub fn to_dense(&self) -> Vec<u8> {
+        self.bytes(&self.words)
+    }
+
+    /// Partial blocks as bytes of 0 and 1, likewise.
+    pub fn partial_to_dense(&self) -> Vec<u8> {
+        match &self.exact {
+            Some(exact) => self.bytes(&exact.partial),
+            None => vec![0; self.to_dense().len()],
+        }
+    }
+
+    fn bytes(&self, words: &[u64]) -> Vec<u8> {
         let columns = self.extents.kv_blocks();
         let rows = self.batch * self.heads * self.extents.q_blocks();
         let mut dense = vec![0; rows * columns];
         for row in 0..rows {
-            let bits = &self.words[row * self.words_per_row..][..self.words_per_row];
+            let bits = &words[row * self.words_per_row..][..self.words_per_row];
             for column in 0..columns {
                 dense[row * columns + column] = (bits[column / 64] >> (column % 64) & 1) as u8;
             }
@@ -309,12 +502,54 @@ impl BlockMask {
     }
 }
 
+/// Some rows of a matrix of a mask with an expression, to be written.
+pub(crate) struct Strip<'a> {
+    pub batch: usize,
+    pub head: usize,
+    pub rows: Range<usize>,
+    words_per_row: usize,
+    wanted: &'a mut [u64],
+    partial: &'a mut [u64],
+}
+
+impl Strip<'_> {
+    /// Selects all blocks of a rectangle inside.
+    pub fn insert_all(&mut self, rows: Range<usize>, columns: Range<usize>) {
+        if columns.is_empty() {
+            return;
+        }
+        let (first, last) = (columns.start / 64, (columns.end - 1) / 64);
+        let head_bits = !0 << (columns.start % 64);
+        let tail_bits = !0 >> (63 - (columns.end - 1) % 64);
+        for row in rows {
+            let start = (row - self.rows.start) * self.words_per_row;
+            let words = &mut self.wanted[start + first..=start + last];
+            match words {
+                [only] => *only |= head_bits & tail_bits,
+                [first, between @ .., last] => {
+                    *first |= head_bits;
+                    between.fill(!0);
+                    *last |= tail_bits;
+                }
+                [] => {}
+            }
+        }
+    }
+
+    /// Selects a block, in part or whole.
+    pub fn insert(&mut self, row: usize, column: usize, is_partial: bool) {
+        let at = (row - self.rows.start) * self.words_per_row + column / 64;
+        self.wanted[at] |= 1 << (column % 64);
+        self.partial[at] |= u64::from(is_partial) << (column % 64);
+    }
+}
+
 impl std::fmt::Debug for BlockMask {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let e = self.extents;
         write!(
             f,
-            "BlockMask(batch {}, heads {}, {} x {} blocks of {} x {} over {} x {} tokens, density {:.3})",
+            "BlockMask(batch {}, heads {}, {} x {} blocks of {} x {} over {} x {} tokens, density {:.3}",
             self.batch,
             self.heads,
             e.q_blocks(),
@@ -324,7 +559,11 @@ impl std::fmt::Debug for BlockMask {
             e.q_len(),
             e.kv_len(),
             self.density()
-        )
+        )?;
+        match self.expression() {
+            Some(expression) => write!(f, ", {} partial: {expression})", self.count_partial()),
+            None => write!(f, ")"),
+        }
     }
 }
 

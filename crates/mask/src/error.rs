@@ -77,6 +77,14 @@ pub enum MaskError {
         /// What is allowed.
         allowed: &'static str,
     },
+    /// A formula is none, or its numbers leave what it may compute with.
+    #[error("the mask's expression {text} cannot be used: {reason}")]
+    Formula {
+        /// The formula.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Words handed over as a plan are not one.
     #[error("not a plan of {rows} x {columns} blocks: {reason}")]
     Plan {

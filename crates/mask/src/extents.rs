@@ -49,6 +49,23 @@ impl Extents {
         })
     }
 
+    /// Sizes with blocks as [`Extents::default_block`] says.
+    ///
+    /// # Errors
+    /// A length beyond 2^31 tokens.
+    pub fn with_default_blocks(q_len: usize, kv_len: usize) -> Result<Self, MaskError> {
+        let block = Self::default_block(q_len, kv_len);
+        Self::new(q_len, kv_len, block, block)
+    }
+
+    /// Tokens of a block where nobody says: 128, doubled until neither side has more than 2048 blocks.
+    /// So a plan, whose size is that of its matrix of blocks, has 34 MB at most for a batch and head.
+    pub fn default_block(q_len: usize, kv_len: usize) -> usize {
+        const BLOCKS: usize = 2048;
+        let wanted = q_len.max(kv_len).div_ceil(BLOCKS);
+        wanted.next_power_of_two().max(128)
+    }
+
     /// Number of query tokens.
     pub fn q_len(&self) -> usize {
         self.q_len
@@ -134,6 +151,21 @@ mod tests {
     fn empty_sequences_have_no_blocks() {
         let extents = Extents::new(0, 0, 16, 16).unwrap();
         assert_eq!((extents.q_blocks(), extents.kv_blocks()), (0, 0));
+    }
+
+    #[test]
+    fn default_blocks_grow_with_the_sequence() {
+        for (len, block) in [
+            (0, 128),
+            (1, 128),
+            (262_144, 128),
+            (262_145, 256),
+            (1 << 20, 512),
+        ] {
+            let extents = Extents::with_default_blocks(len, 100).unwrap();
+            assert_eq!(extents.q_block(), block, "{len}");
+            assert!(extents.q_blocks() <= 2048 && extents.kv_block() == block);
+        }
     }
 
     #[test]

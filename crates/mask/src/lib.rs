@@ -1,7 +1,7 @@
 //! Which (query block, key block) pairs an attention computes.
 //!
 //! In: lengths and block sizes ([`Extents`]), and a choice of blocks: a bool matrix, index lists
-//! or one of the [`builders`]. Out: a [`BlockMask`], and from it a [`Plan`], the only form that
+//! one of the [`builders`], or an [`expression`] of single tokens. Out: a [`BlockMask`], and from it a [`Plan`], the only form that
 //! compute backends read.
 //!
 //! Called by the backends (plans) and by the public crate (everything). It knows nothing of
@@ -20,12 +20,15 @@
 
 mod block_mask;
 pub mod builders;
+mod classify;
 mod error;
+pub mod expression;
 mod extents;
+mod parallel;
 mod picture;
 mod plan;
 
 pub use block_mask::{BlockMask, BoolMatrix};
 pub use error::MaskError;
 pub use extents::{BLOCK_STEP, Extents};
-pub use plan::{Plan, PlanLayout, PlanView, Side, SideLayout};
+pub use plan::{PARTIAL, Plan, PlanLayout, PlanView, Side, SideLayout, block_of, is_partial};

@@ -12,8 +12,29 @@
 //! | column counts, order, lists | likewise, rows and columns exchanged | for the backward pass |
 //!
 //! Records follow each other in (batch, head) order.
+//!
+//! An entry of a list has the bit [`PARTIAL`] if the mask's expression chooses among the block's pairs;
+//! plans of whole blocks never have it.
 
-use crate::{BlockMask, Extents, MaskError};
+use std::sync::Arc;
+
+use crate::expression::Expression;
+use crate::{BlockMask, Extents, MaskError, parallel};
+
+/// In an entry of a list: the block is partial. The rest is the block's number: [`block_of`].
+pub const PARTIAL: i32 = i32::MIN;
+
+/// The block of a list's entry.
+#[inline]
+pub fn block_of(entry: i32) -> usize {
+    (entry & !PARTIAL) as usize
+}
+
+/// Whether only those of its pairs count that the mask's expression lets through.
+#[inline]
+pub fn is_partial(entry: i32) -> bool {
+    entry & PARTIAL != 0
+}
 
 /// Where the arrays lie: a function of the mask's shape only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -134,33 +155,40 @@ impl SideLayout {
 pub struct Plan {
     layout: PlanLayout,
     words: Vec<i32>,
+    expression: Option<Arc<Expression>>,
 }
 
 impl Plan {
     /// Plans a mask on the host, in time proportional to its blocks.
     pub fn new(mask: &BlockMask) -> Self {
-        let layout = PlanLayout {
+        let layout = Self::layout_of(mask);
+        let mut words = vec![0; layout.words()];
+        write(mask, &layout, &mut words);
+        Self {
+            layout,
+            words,
+            expression: mask.shared_expression(),
+        }
+    }
+
+    /// The layout of a mask's plan.
+    pub fn layout_of(mask: &BlockMask) -> PlanLayout {
+        PlanLayout {
             extents: mask.extents(),
             batch: mask.batch(),
             heads: mask.heads(),
-        };
-        let mut words = vec![0; layout.words()];
-        for batch in 0..layout.batch {
-            for head in 0..layout.heads {
-                let start = layout.record_start(batch, head);
-                let record = &mut words[start..start + layout.record_words()];
-                let (rows, columns) = (layout.side(Side::Rows), layout.side(Side::Columns));
-                for row in 0..layout.rows() {
-                    for column in mask.row(batch, head, row) {
-                        append(record, &rows, row, column);
-                        append(record, &columns, column, row);
-                    }
-                }
-                order_longest_first(record, &rows);
-                order_longest_first(record, &columns);
-            }
         }
-        Self { layout, words }
+    }
+
+    /// Plans a mask into words that somebody else owns, whatever they held.
+    ///
+    /// # Errors
+    /// When there are not as many words as the layout says.
+    pub fn write(mask: &BlockMask, words: &mut [i32]) -> Result<(), MaskError> {
+        let layout = Self::layout_of(mask);
+        layout.check_words(words.len())?;
+        write(mask, &layout, words);
+        Ok(())
     }
 
     /// Where the arrays lie.
@@ -173,20 +201,120 @@ impl Plan {
         &self.words
     }
 
+    /// By which pairs of partial blocks are chosen.
+    pub fn expression(&self) -> Option<&Expression> {
+        self.expression.as_deref()
+    }
+
     /// The plan as backends take it.
     pub fn view(&self) -> PlanView<'_> {
         PlanView {
             layout: self.layout,
             words: &self.words,
+            expression: self.expression.as_deref(),
         }
     }
 }
 
-fn append(record: &mut [i32], side: &SideLayout, list: usize, entry: usize) {
-    let count = record[side.count(list)];
-    // `Extents` keeps indices below 2^31.
-    record[side.list(list) + count as usize] = entry as i32;
-    record[side.count(list)] = count + 1;
+/// Writes all words of all records.
+fn write(mask: &BlockMask, layout: &PlanLayout, words: &mut [i32]) {
+    let mut pieces = Vec::new();
+    let records = words.chunks_exact_mut(layout.record_words().max(1));
+    for (line, record) in (0..layout.batch * layout.heads).zip(records) {
+        let (batch, head) = (line / layout.heads, line % layout.heads);
+        let (bits, partial) = mask.bits(batch, head);
+        let matrix = Matrix {
+            bits,
+            partial,
+            stride: layout.columns().div_ceil(64),
+            rows: layout.rows(),
+        };
+        let sides = record.split_at_mut(layout.side(Side::Columns).start);
+        for (which, words) in [(Side::Rows, sides.0), (Side::Columns, sides.1)] {
+            let SideLayout { lists, stride, .. } = layout.side(which);
+            let (counts, rest) = words.split_at_mut(lists);
+            let (_, entries) = rest.split_at_mut(lists);
+            // No lists have no entries, and lists may have none.
+            let entries = entries.chunks_mut((64 * stride).max(1));
+            let entries = entries.map(Some).chain(std::iter::repeat_with(|| None));
+            for (number, (counts, entries)) in counts.chunks_mut(64).zip(entries).enumerate() {
+                let entries = entries.unwrap_or_default();
+                pieces.push((matrix, which, number, counts, entries));
+            }
+        }
+    }
+    let blocks = layout.words() / 2;
+    parallel::consume(
+        blocks,
+        pieces,
+        |(matrix, which, number, counts, entries)| {
+            matrix.lists(which, number, counts, entries);
+        },
+    );
+    for record in words.chunks_exact_mut(layout.record_words().max(1)) {
+        for which in [Side::Rows, Side::Columns] {
+            order_longest_first(record, &layout.side(which));
+        }
+    }
+}
+
+/// Bits of the blocks of a batch and head.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    bits: &'a [u64],
+    partial: Option<&'a [u64]>,
+    /// Words of a row.
+    stride: usize,
+    rows: usize,
+}
+
+impl Matrix<'_> {
+    /// Writes 64 lists of a side, of which `number` come before: their lengths and their entries.
+    fn lists(&self, which: Side, number: usize, counts: &mut [i32], entries: &mut [i32]) {
+        let length = entries.len() / counts.len().max(1);
+        counts.fill(0);
+        let mut append = |list: usize, at: usize, bit: u32, block: usize| {
+            let flag = self.partial.map_or(0, |bits| (bits[at] >> bit & 1) as i32);
+            let count = &mut counts[list];
+            // `Extents` keeps indices below 2^31.
+            entries[list * length + *count as usize] = block as i32 | flag << 31;
+            *count += 1;
+        };
+        match which {
+            Side::Rows => {
+                for row in 64 * number..self.rows.min(64 * (number + 1)) {
+                    for word in 0..self.stride {
+                        let at = row * self.stride + word;
+                        for bit in ones(self.bits[at]) {
+                            append(row - 64 * number, at, bit, 64 * word + bit as usize);
+                        }
+                    }
+                }
+            }
+            // A word's columns: the ends of their lists stay in the cache.
+            Side::Columns => {
+                for row in 0..self.rows {
+                    let at = row * self.stride + number;
+                    for bit in ones(self.bits[at]) {
+                        append(bit as usize, at, bit, row);
+                    }
+                }
+            }
+        }
+        for (list, &count) in counts.iter().enumerate() {
+            entries[list * length + count as usize..(list + 1) * length].fill(0);
+        }
+    }
+}
+
+/// The places of a word's bits, ascending.
+fn ones(word: u64) -> impl Iterator<Item = u32> {
+    let mut rest = word;
+    std::iter::from_fn(move || {
+        let bit = (rest != 0).then(|| rest.trailing_zeros())?;
+        rest &= rest - 1;
+        Some(bit)
+    })
 }
 
 fn order_longest_first(record: &mut [i32], side: &SideLayout) {
@@ -200,30 +328,62 @@ fn order_longest_first(record: &mut [i32], side: &SideLayout) {
 pub struct PlanView<'a> {
     layout: PlanLayout,
     words: &'a [i32],
+    expression: Option<&'a Expression>,
 }
 
 impl<'a> PlanView<'a> {
-    /// Takes words that came from outside.
+    /// Takes words that came from outside, of a mask of whole blocks.
     ///
     /// # Errors
-    /// When they are too few, a list is not ascending or leaves the mask, or an order is no
-    /// permutation: nothing that a backend reads through a view leads it astray.
+    /// When they are too few, a list is not ascending or leaves the mask, a block is partial, or an
+    /// order is no permutation: nothing that a backend reads through a view leads it astray.
     pub fn new(layout: PlanLayout, words: &'a [i32]) -> Result<Self, MaskError> {
+        Self::checked(layout, words, None)
+    }
+
+    /// Takes words that came from outside, of a mask with an expression.
+    ///
+    /// # Errors
+    /// As for [`PlanView::new`], but that blocks may be partial.
+    pub fn with_expression(
+        layout: PlanLayout,
+        words: &'a [i32],
+        expression: &'a Expression,
+    ) -> Result<Self, MaskError> {
+        Self::checked(layout, words, Some(expression))
+    }
+
+    fn checked(
+        layout: PlanLayout,
+        words: &'a [i32],
+        expression: Option<&'a Expression>,
+    ) -> Result<Self, MaskError> {
         let error = |reason| MaskError::Plan {
             rows: layout.rows(),
             columns: layout.columns(),
             reason,
         };
         layout.check_words(words.len())?;
+        // Without an expression the bit is part of a number, which then is none of the mask's.
+        let flag = if expression.is_some() { PARTIAL } else { 0 };
         for record in words.chunks_exact(layout.record_words().max(1)) {
             for (side, extent) in [
                 (Side::Rows, layout.columns()),
                 (Side::Columns, layout.rows()),
             ] {
-                check(record, &layout.side(side), extent).map_err(error)?;
+                check(record, &layout.side(side), extent, flag).map_err(error)?;
             }
         }
-        Ok(Self { layout, words })
+        Ok(Self {
+            layout,
+            words,
+            expression,
+        })
+    }
+
+    /// By which pairs of partial blocks are chosen.
+    pub fn expression(&self) -> Option<&'a Expression> {
+        self.expression
     }
 
     /// Where the arrays lie.
@@ -238,12 +398,12 @@ impl<'a> PlanView<'a> {
         &record[side.list(list)..][..count]
     }
 
-    /// The columns that a row keeps, ascending.
+    /// The columns that a row keeps, ascending; see [`block_of`].
     pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [i32] {
         self.list(Side::Rows, batch, head, row)
     }
 
-    /// The rows that keep a column, ascending.
+    /// The rows that keep a column, ascending; see [`block_of`].
     pub fn column(&self, batch: usize, head: usize, column: usize) -> &'a [i32] {
         self.list(Side::Columns, batch, head, column)
     }
@@ -261,15 +421,17 @@ impl<'a> PlanView<'a> {
     }
 }
 
-fn check(record: &[i32], side: &SideLayout, extent: usize) -> Result<(), &'static str> {
+fn check(record: &[i32], side: &SideLayout, extent: usize, flag: i32) -> Result<(), &'static str> {
     for list in 0..side.lists {
         let count = usize::try_from(record[side.count(list)]).unwrap_or(usize::MAX);
         if count > extent {
             return Err("a list is longer than the mask");
         }
         let entries = &record[side.list(list)..][..count];
-        let inside = |&entry: &i32| usize::try_from(entry).is_ok_and(|entry| entry < extent);
-        if !entries.iter().all(inside) || !entries.is_sorted_by(|a, b| a < b) {
+        let inside =
+            |&entry: &i32| usize::try_from(entry & !flag).is_ok_and(|block| block < extent);
+        let ascending = |a: &i32, b: &i32| a & !flag < b & !flag;
+        if !entries.iter().all(inside) || !entries.is_sorted_by(ascending) {
             return Err("a list is not ascending inside of the mask");
         }
     }

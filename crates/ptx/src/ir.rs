@@ -166,7 +166,7 @@ pub enum Op {
     Lop3 { dst: RegId, a: Operand, b: Operand, c: Operand, table: u8 },
     /// `prmt.b32 dst, a, b, selector`: bytes of two words, picked.
     Permute { dst: RegId, a: Operand, b: Operand, selector: Operand },
-    /// `cvt[.rounding].to.from dst, src`: floats to integers towards zero, all else to the nearest.
+    /// `cvt[.rounding].to.from dst, src`: to the nearest.
     Convert { to: Ty, from: Ty, dst: RegId, src: Operand },
     /// `cvt.rn.bf16x2.f32 dst, high, low` and its kin: two float32 rounded into one register.
     Pack { format: Packed, dst: RegId, low: Operand, high: Operand },

@@ -2,11 +2,13 @@
 
 use std::num::NonZeroUsize;
 
+use flex_block_attn::expression::Expression;
 use flex_block_attn::{Gradients, Options, Padding, PlanLayout, PlanView, Saved, Video};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::error::{python, python_mask};
+use crate::expression::RawExact;
 use crate::mask::extents;
 use crate::tensor::{Kind, Raw};
 
@@ -45,14 +47,24 @@ impl RawPlan {
 
     /// # Safety
     /// The tensor is alive and not written during `'a`.
-    unsafe fn view<'a>(&self, q: &Raw, k: &Raw, video: Option<&Video>) -> PyResult<PlanView<'a>> {
+    unsafe fn view<'a>(
+        &self,
+        q: &Raw,
+        k: &Raw,
+        video: Option<&Video>,
+        expression: Option<&'a Expression>,
+    ) -> PyResult<PlanView<'a>> {
         let (address, layout) = self.layout(q, k, video)?;
         let words: &[i32] = match layout.words() {
             0 => &[],
             // SAFETY: the caller's promise; torch aligns int32 tensors to their elements.
             words => unsafe { std::slice::from_raw_parts(address as *const i32, words) },
         };
-        PlanView::new(layout, words).map_err(python_mask)
+        match expression {
+            Some(expression) => PlanView::with_expression(layout, words, expression),
+            None => PlanView::new(layout, words),
+        }
+        .map_err(python_mask)
     }
 }
 
@@ -88,13 +100,14 @@ fn options((scale, threads): (f64, usize), video: Option<Video>) -> Options {
 
 /// Writes `out` and `lse`. `settings` are scale and threads; a `video` is one whose tokens these are.
 #[pyfunction]
-#[pyo3(signature = (inputs, plan, settings, outputs, video=None))]
+#[pyo3(signature = (inputs, plan, settings, outputs, exact=None, video=None))]
 pub fn forward(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Raw, Raw),
+    exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {
     let video = self::video(video)?;
@@ -107,7 +120,8 @@ pub fn forward(
             inputs.2.read("v")?,
         );
         let (out, lse) = (outputs.0.write("out")?, outputs.1.write("lse")?);
-        let plan = plan.view(&inputs.0, &inputs.1, video.as_ref())?;
+        let expression = exact.map(|exact| exact.expression()).transpose()?;
+        let plan = plan.view(&inputs.0, &inputs.1, video.as_ref(), expression.as_ref())?;
         let options = options(settings, video);
         let call = Unbound((q, k, v, plan, options, out, lse));
         py.detach(move || {
@@ -121,7 +135,8 @@ pub fn forward(
 /// Writes the gradients that are not `None`. `saved` are q, k, v, out and lse; `gradients` those
 /// of out and, perhaps, of lse; `outputs` those of q, k and v; `video` as for `forward`.
 #[pyfunction]
-#[pyo3(signature = (saved, gradients, plan, settings, outputs, video=None))]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, exact=None, video=None))]
+#[allow(clippy::too_many_arguments)]
 pub fn backward(
     py: Python<'_>,
     saved: (Raw, Raw, Raw, Raw, Raw),
@@ -129,12 +144,14 @@ pub fn backward(
     plan: RawPlan,
     settings: (f64, usize),
     outputs: (Option<Raw>, Option<Raw>, Option<Raw>),
+    exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {
     let video = self::video(video)?;
     // SAFETY: as for `forward`.
     unsafe {
-        let plan = plan.view(&saved.0, &saved.1, video.as_ref())?;
+        let expression = exact.map(|exact| exact.expression()).transpose()?;
+        let plan = plan.view(&saved.0, &saved.1, video.as_ref(), expression.as_ref())?;
         let saved = Saved {
             q: saved.0.read("q")?,
             k: saved.1.read("k")?,

@@ -1,34 +1,48 @@
 //! Plans, forward and backward on CUDA tensors: addresses and a stream to the library.
+//!
+//! [`plan_shape`] and [`forward_numbers`] say beforehand whether the library takes tensors as they are,
+//! and what a call needs: all that can be looked at without torch's help, in one call from Python.
 
 use std::ffi::c_void;
 
-use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
-use flex_block_attn::{DType, Gradients, Options, PlanLayout, Saved, TensorMut};
+use flex_block_attn::gpu::{self, BackwardWorkspace, FORWARD_WORKSPACE_BYTES, Mask, Plan, Stream};
+use flex_block_attn::{DType, Gradients, Options, PlanLayout, Saved, TensorMut, Video};
+use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 
 use crate::attention::{RawPlan, RawVideo, Unbound, video};
 use crate::error::{python, python_mask};
+use crate::exchange::is_plain;
+use crate::expression::RawExact;
 use crate::mask::{RawExtents, extents};
-use crate::tensor::Raw;
+use crate::tensor::{Kind, MOST, Raw};
 
-/// (device ordinal, stream handle)
-type RawStream = (u32, usize);
-
-fn stream((device, handle): RawStream) -> Stream {
-    Stream { device, handle }
+/// The stream that torch works on at present, on a tensor's GPU. The library makes the device's context
+/// current itself, so no device guard is needed.
+fn stream(py: Python<'_>, tensor: &Raw) -> PyResult<Stream> {
+    // What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
+    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let current = CURRENT.import(py, "torch._C", "_cuda_getCurrentRawStream")?;
+    let device = tensor
+        .gpu
+        .ok_or_else(|| PyValueError::new_err("the tensor is not on a GPU"))?;
+    let handle = current.call1((device,))?.extract()?;
+    Ok(Stream { device, handle })
 }
 
-/// Plans a bool matrix on its GPU, `(address, shape, strides)` in (batch, head, row, column) order,
-/// into the int32 memory `(address, words)`.
-#[pyfunction]
-pub fn plan_cuda(
-    py: Python<'_>,
-    blocks: (u64, [usize; 4], [u64; 4]),
-    sizes: RawExtents,
-    to: (u64, usize),
-    on: RawStream,
-) -> PyResult<()> {
-    let (address, [batch, heads, rows, columns], strides) = blocks;
+/// A mask of two to four dimensions, and the layout of its plan.
+fn mask(blocks: &Raw, sizes: RawExtents) -> PyResult<(Mask, PlanLayout)> {
+    if blocks.kind != Kind::Bool || !(2..=MOST).contains(&blocks.dimensions) {
+        let text = "block_mask must be bool, of 2 to 4 dimensions";
+        return Err(PyValueError::new_err(text));
+    }
+    let missing = MOST - blocks.dimensions;
+    let (mut shape, mut strides) = (blocks.shape, blocks.strides);
+    shape.rotate_right(missing);
+    strides.rotate_right(missing);
+    let [batch, heads, rows, columns] = shape;
     let layout = PlanLayout {
         extents: extents(sizes)?,
         batch,
@@ -38,33 +52,184 @@ pub fn plan_cuda(
         .extents
         .check_blocks(rows, columns)
         .map_err(python_mask)?;
-    layout.check_words(to.1).map_err(python_mask)?;
-    let mask = Mask { address, strides };
+    let mask = Mask::Bytes {
+        address: blocks.address as u64,
+        strides: strides.map(|stride| stride as u64),
+    };
+    Ok((mask, layout))
+}
+
+/// The shape of the plan that [`plan_cuda`] makes of a mask as it is; none for what it does not take
+/// or has nothing to launch for.
+#[pyfunction]
+pub fn plan_shape(
+    blocks: &Bound<'_, PyAny>,
+    sizes: RawExtents,
+) -> PyResult<Option<(usize, usize, usize)>> {
+    if !is_plain(blocks)? {
+        return Ok(None);
+    }
+    // What is wrong, if anything is, others say.
+    let Ok(raw) = blocks.extract::<Raw>() else {
+        return Ok(None);
+    };
+    let ready = raw.gpu.is_some() && !raw.shape.contains(&0);
+    let layout = mask(&raw, sizes).ok().filter(|_| ready);
+    Ok(layout.map(|(_, layout)| (layout.batch, layout.heads, layout.record_words())))
+}
+
+/// Plans a bool matrix on its GPU, or one for each batch and head, into an int32 tensor.
+#[pyfunction]
+pub fn plan_cuda(py: Python<'_>, blocks: Raw, sizes: RawExtents, to: Raw) -> PyResult<()> {
+    let (mask, layout) = mask(&blocks, sizes)?;
+    plan(py, mask, layout, &blocks, &to)
+}
+
+/// Plans a mask of (batch, heads) matrices from its bits, which lie on a GPU as `write_bits` has
+/// written them, into an int32 tensor.
+#[pyfunction]
+pub fn plan_bits_cuda(
+    py: Python<'_>,
+    bits: Raw,
+    lines: (usize, usize),
+    sizes: RawExtents,
+    to: Raw,
+) -> PyResult<()> {
+    let (batch, heads) = lines;
+    let layout = PlanLayout {
+        extents: extents(sizes)?,
+        batch,
+        heads,
+    };
+    let words = 2 * batch * heads * layout.rows() * layout.columns().div_ceil(64);
+    if bits.kind != Kind::Int64 || bits.shape != [words, 1, 1, 1] {
+        let text = "bits must be all int64 numbers of a mask";
+        return Err(PyValueError::new_err(text));
+    }
+    let address = bits.address as u64;
+    plan(py, Mask::Bits { address }, layout, &bits, &to)
+}
+
+fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) -> PyResult<()> {
+    let words = to.shape.iter().product();
+    layout.check_words(words).map_err(python_mask)?;
     let plan = Plan {
         layout,
-        address: to.0,
+        address: to.address as u64,
+        exact: None,
     };
-    // SAFETY: `ops.py` has read the mask's layout from a tensor on the stream's device, and has
-    // allocated the plan, which has room for its words; torch's allocator keeps both until the stream
-    // has come past this call.
-    py.detach(|| unsafe { gpu::plan(&mask, &plan, stream(on)) })
+    let on = stream(py, from)?;
+    // SAFETY: the mask's layout was read from a tensor on the stream's device, and `launch.py` has
+    // allocated the plan there, which has room for its words; torch's allocator keeps both until the
+    // stream has come past this call.
+    py.detach(|| unsafe { gpu::plan(&mask, &plan, on) })
         .map_err(python)
 }
 
-/// Attention forward on a GPU: writes `out`, and the lse at address `rows`: contiguous numbers, behind
-/// which the workspace lies, of [`gpu::FORWARD_WORKSPACE_BYTES`] bytes. A `video` is one whose tokens
-/// these are: the lse then has a number for each of its places.
+/// q, k and v, if kernels take them as they are: plain tensors of one GPU, not empty, of one dtype that
+/// kernels compute in, at addresses and of strides that they can copy from.
+fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
+    let mut raws = [None, None, None];
+    for (raw, tensor) in raws.iter_mut().zip(tensors) {
+        if !is_plain(tensor)? {
+            return Ok(None);
+        }
+        // What cannot be read, transforms' tensors perhaps, takes torch's way.
+        *raw = tensor.extract::<Raw>().ok();
+    }
+    let [Some(q), Some(k), Some(v)] = raws else {
+        return Ok(None);
+    };
+    let alike = |x: &Raw| {
+        (x.kind, x.gpu, x.dimensions) == (q.kind, q.gpu, MOST)
+            // torch has tensors of zeros without memory.
+            && x.address != 0
+            && !x.shape.contains(&0)
+            && gpu::takes(x.address as u64, x.shape, x.strides)
+    };
+    let dtype = matches!(q.kind, Kind::Float(DType::BF16 | DType::F16));
+    if !(dtype && q.gpu.is_some() && [&q, &k, &v].into_iter().all(alike)) {
+        return Ok(None);
+    }
+    for tensor in tensors {
+        // Its memory then holds the numbers with the other sign.
+        if tensor
+            .call_method0(intern!(tensor.py(), "is_neg"))?
+            .is_truthy()?
+        {
+            return Ok(None);
+        }
+    }
+    Ok(Some([q, k, v]))
+}
+
+/// Whether kernels take q, k and v as they are.
 #[pyfunction]
-#[pyo3(signature = (inputs, plan, scale, out, rows, on, video=None))]
+pub fn are_ready(
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+) -> PyResult<bool> {
+    Ok(taken([q, k, v])?.is_some())
+}
+
+/// Whether a tensor must be copied before kernels take it: its rows are contiguous, but the copy engine
+/// of a GPU wants addresses and strides of whole 16 bytes.
+#[pyfunction]
+pub fn must_be_copied(tensor: Raw) -> bool {
+    tensor.strides[3] == 1 && !gpu::takes(tensor.address as u64, tensor.shape, tensor.strides)
+}
+
+/// The numbers, in float32, that [`forward_cuda`] needs at `rows`. None if q, k, v or the plan need a
+/// closer look than it takes: by the sequences' `lengths`, or because `differentiable` calls want more of
+/// tensors that require gradients.
+#[pyfunction]
+pub fn forward_numbers(
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    plan: &Bound<'_, PyAny>,
+    lengths: (usize, usize),
+    differentiable: bool,
+) -> PyResult<Option<usize>> {
+    let Some([queries, keys, _]) = taken([q, k, v])? else {
+        return Ok(None);
+    };
+    let beside = is_plain(plan)? && plan.extract::<Raw>().is_ok_and(|x| x.gpu == queries.gpu);
+    if !beside || lengths != (queries.shape[2], keys.shape[2]) {
+        return Ok(None);
+    }
+    if differentiable {
+        for tensor in [q, k, v] {
+            let needed = tensor.getattr(intern!(tensor.py(), "requires_grad"))?;
+            if needed.is_truthy()? {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(Some(numbers(&queries, None)))
+}
+
+/// Of an lse, of a video of one for each of its places, and the workspace.
+fn numbers(q: &Raw, video: Option<&Video>) -> usize {
+    let [batch, heads, tokens, _] = q.shape;
+    let tokens = video.map_or(tokens, Video::places);
+    batch * heads * tokens + FORWARD_WORKSPACE_BYTES.div_ceil(4)
+}
+
+/// Attention forward on a GPU: writes `out`, and to `rows` the lse, one number after the other, behind
+/// which the workspace lies, see [`forward_numbers`].
+#[pyfunction]
+#[pyo3(signature = (inputs, plan, scale, out, rows, exact, video=None))]
 #[allow(clippy::too_many_arguments)]
 pub fn forward_cuda(
     py: Python<'_>,
     inputs: (Raw, Raw, Raw),
     plan: RawPlan,
-    scale: f64,
+    scale: Option<f64>,
     out: Raw,
-    rows: u64,
-    on: RawStream,
+    rows: Raw,
+    exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {
     let video = self::video(video)?;
@@ -72,15 +237,21 @@ pub fn forward_cuda(
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
-        scale: Some(scale),
+        scale,
         video,
         ..Options::default()
     };
-    // SAFETY: `ops.py` has read all layouts from tensors on the stream's device, and has allocated
-    // outputs and workspace; the plan has as many words as its layout says; torch's allocator keeps
-    // all until the stream has come past this call.
+    if rows.shape.iter().product::<usize>() < numbers(&inputs.0, video.as_ref()) {
+        let text = "rows must have as many numbers as forward_numbers says";
+        return Err(PyValueError::new_err(text));
+    }
+    let on = stream(py, &inputs.0)?;
+    // SAFETY: all layouts were read from tensors, which `ops.py` has seen to be on the stream's device
+    // or has allocated there; the plan has as many words as its layout says; torch's allocator keeps all
+    // until the stream has come past this call.
     unsafe {
         let (q, k, v) = (
             inputs.0.read("q")?,
@@ -88,28 +259,29 @@ pub fn forward_cuda(
             inputs.2.read("v")?,
         );
         let [batch, heads, tokens, _] = inputs.0.shape;
-        let tokens = video.map_or(tokens, |video| video.places());
+        let tokens = video.as_ref().map_or(tokens, Video::places);
         let lse = TensorMut::from_raw(
-            rows as *mut c_void,
+            rows.address as *mut c_void,
             DType::F32,
             [batch, heads, tokens, 1],
             [(heads * tokens) as isize, tokens as isize, 1, 1],
         );
-        let workspace = rows + 4 * (batch * heads * tokens) as u64;
+        let workspace = (rows.address + 4 * batch * heads * tokens) as u64;
         let out = out.write("out")?;
         let call = Unbound((q, k, v, out, lse));
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();
-            gpu::forward(q, k, v, &plan, &options, out, lse, workspace, stream(on))
+            gpu::forward(q, k, v, &plan, &options, out, lse, workspace, on)
         })
     }
     .map_err(python)
 }
 
-/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape.
+/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape, and whether
+/// its gradient is to repeat to the last bit.
 #[pyfunction]
-pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
-    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape);
+pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool) -> (usize, usize) {
+    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape, deterministic);
     (rows, sums)
 }
 
@@ -118,7 +290,7 @@ pub fn backward_workspace(q_shape: [usize; 4]) -> (usize, usize) {
 /// `settings` are the scale, and whether the gradient of q is to repeat to the last bit; `video` as for
 /// [`forward_cuda`].
 #[pyfunction]
-#[pyo3(signature = (saved, gradients, plan, settings, outputs, workspace, on, video=None))]
+#[pyo3(signature = (saved, gradients, plan, settings, outputs, workspace, exact, video=None))]
 #[allow(clippy::too_many_arguments)]
 pub fn backward_cuda(
     py: Python<'_>,
@@ -128,7 +300,7 @@ pub fn backward_cuda(
     settings: (f64, bool),
     outputs: (Raw, Raw, Raw),
     workspace: [u64; 2],
-    on: RawStream,
+    exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {
     let video = self::video(video)?;
@@ -136,6 +308,7 @@ pub fn backward_cuda(
     let plan = Plan {
         layout,
         address: address as u64,
+        exact: exact.map(|exact| exact.on_device()).transpose()?,
     };
     let options = Options {
         scale: Some(settings.0),
@@ -143,6 +316,7 @@ pub fn backward_cuda(
         deterministic: settings.1,
         video,
     };
+    let on = stream(py, &saved.0)?;
     // SAFETY: as for `forward_cuda`.
     unsafe {
         let saved = Saved {
@@ -163,14 +337,7 @@ pub fn backward_cuda(
         py.detach(move || {
             let Unbound((saved, dout, dlse, gradients)) = call.whole();
             gpu::backward(
-                &saved,
-                dout,
-                dlse,
-                &plan,
-                &options,
-                &gradients,
-                workspace,
-                stream(on),
+                &saved, dout, dlse, &plan, &options, &gradients, workspace, on,
             )
         })
     }

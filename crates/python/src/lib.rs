@@ -7,10 +7,13 @@
 mod attention;
 mod doctor;
 mod error;
+mod exchange;
+mod expression;
 mod gpu;
 mod mask;
 mod tensor;
 
+use flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES;
 use pyo3::prelude::*;
 
 #[pymodule]
@@ -18,17 +21,22 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention::backward, module)?)?;
+    module.add_function(wrap_pyfunction!(mask::default_block, module)?)?;
     module.add_function(wrap_pyfunction!(mask::plan_words, module)?)?;
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_bits_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::are_ready, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::forward_numbers, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
-    module.add(
-        "FORWARD_WORKSPACE_BYTES",
-        flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES,
-    )?;
+    module.add("FORWARD_WORKSPACE_BYTES", FORWARD_WORKSPACE_BYTES)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
+    module.add_class::<expression::Steps>()?;
+    module.add_function(wrap_pyfunction!(expression::moved, module)?)?;
     Ok(())
 }

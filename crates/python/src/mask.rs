@@ -1,18 +1,26 @@
 //! Masks and plans: builders as class methods, plans written into the caller's memory.
 
 use flex_block_attn::builders::{self, StaCanvas};
+use flex_block_attn::expression::Evaluator;
 use flex_block_attn::{self as fba, BoolMatrix, Extents, Plan, PlanLayout};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::error::python_mask;
+use crate::expression::RawExact;
 
 /// (q_len, kv_len, q_block, kv_block)
 pub type RawExtents = (usize, usize, usize, usize);
 
 pub fn extents((q_len, kv_len, q_block, kv_block): RawExtents) -> PyResult<Extents> {
     Extents::new(q_len, kv_len, q_block, kv_block).map_err(python_mask)
+}
+
+/// Tokens of a block where nobody says.
+#[pyfunction]
+pub fn default_block(q_len: usize, kv_len: usize) -> usize {
+    Extents::default_block(q_len, kv_len)
 }
 
 /// Words of the plan of one (batch, head) matrix.
@@ -75,6 +83,37 @@ unsafe fn slice<'a>(address: usize, len: usize) -> &'a [u8] {
     }
     // SAFETY: the caller's promise.
     unsafe { std::slice::from_raw_parts(address as *const u8, len) }
+}
+
+/// Which pairs count. The mask's tables are on the host.
+fn tokens(mask: &fba::BlockMask, batch: usize, head: usize) -> Vec<u8> {
+    let extents = mask.extents();
+    let kv_len = extents.kv_len();
+    let mut tokens = vec![0; extents.q_len() * kv_len];
+    let mut evaluator = mask.expression().and_then(Evaluator::new);
+    for row in 0..extents.q_blocks() {
+        for column in mask.row(batch, head, row) {
+            let keys = extents.kv_tokens(column);
+            let is_partial = mask.is_partial(batch, head, row, column);
+            let Some(evaluator) = evaluator.as_mut().filter(|_| is_partial) else {
+                for query in extents.q_tokens(row) {
+                    tokens[query * kv_len..][keys.clone()].fill(1);
+                }
+                continue;
+            };
+            for start in keys.clone().step_by(Evaluator::MOST_KEYS) {
+                let part = start..(start + Evaluator::MOST_KEYS).min(keys.end);
+                evaluator.tile(batch, head, part.clone());
+                for query in extents.q_tokens(row) {
+                    let to = &mut tokens[query * kv_len..][part.clone()];
+                    for (to, &counts) in to.iter_mut().zip(evaluator.row(query)) {
+                        *to = (counts & 1) as u8;
+                    }
+                }
+            }
+        }
+    }
+    tokens
 }
 
 /// A mask of the library, for `masks.py` to build one and to look at it.
@@ -143,6 +182,89 @@ impl BlockMask {
         Ok(Self(
             fba::BlockMask::from_matrix(extents, matrix).map_err(python_mask)?,
         ))
+    }
+
+    /// The blocks that an expression wants.
+    #[staticmethod]
+    fn from_expression(
+        py: Python<'_>,
+        sizes: RawExtents,
+        batch: usize,
+        heads: usize,
+        exact: RawExact,
+    ) -> PyResult<Self> {
+        let extents = extents(sizes)?;
+        let expression = exact.expression()?;
+        let mask =
+            py.detach(|| fba::BlockMask::from_expression(extents, batch, heads, &expression));
+        Ok(Self(mask.map_err(python_mask)?))
+    }
+
+    /// From dense bytes in (batch, head, row, column) order: which blocks are computed, and of which
+    /// only those pairs that an expression lets through.
+    #[staticmethod]
+    fn from_parts(
+        sizes: RawExtents,
+        batch: usize,
+        heads: usize,
+        wanted: &[u8],
+        partial: &[u8],
+        exact: RawExact,
+    ) -> PyResult<Self> {
+        let extents = extents(sizes)?;
+        let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
+        let shape = [batch, heads, rows, columns];
+        let strides = [heads * rows * columns, rows * columns, columns, 1];
+        let matrix = |bytes| BoolMatrix::new(bytes, shape, strides).map_err(python_mask);
+        let (wanted, partial) = (matrix(wanted)?, matrix(partial)?);
+        let expression = exact.expression()?;
+        Ok(Self(
+            fba::BlockMask::from_matrices(extents, wanted, partial, expression)
+                .map_err(python_mask)?,
+        ))
+    }
+
+    /// Writes its plan into the int32 memory `(address, words)`.
+    fn write_plan(&self, py: Python<'_>, to: (usize, usize)) -> PyResult<()> {
+        py.detach(|| {
+            let words: &mut [i32] = match to.1 {
+                0 => &mut [],
+                // SAFETY: `masks.py` has allocated that many int32 numbers there for this call alone.
+                words => unsafe { std::slice::from_raw_parts_mut(to.0 as *mut i32, words) },
+            };
+            Plan::write(&self.0, words).map_err(python_mask)
+        })
+    }
+
+    /// Words of [`Self::write_bits`].
+    fn bit_words(&self) -> usize {
+        self.0.bit_words()
+    }
+
+    /// Writes its bits, for a plan made elsewhere, into the int64 memory `(address, words)`.
+    fn write_bits(&self, to: (usize, usize)) -> PyResult<()> {
+        let words: &mut [u64] = match to.1 {
+            0 => &mut [],
+            // SAFETY: `masks.py` has allocated that many int64 numbers there for this call alone.
+            words => unsafe { std::slice::from_raw_parts_mut(to.0 as *mut u64, words) },
+        };
+        self.0.write_bits(words).map_err(python_mask)
+    }
+
+    /// Computed blocks, and those of them that are partial.
+    fn counts(&self) -> (usize, usize) {
+        (self.0.count(), self.0.count_partial())
+    }
+
+    /// Partial blocks as dense bytes of 0 and 1 in (batch, head, row, column) order.
+    fn partial_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.partial_to_dense())
+    }
+
+    /// All pairs of a batch and a head as bytes of 0 and 1, in (query, key) order.
+    fn tokens<'py>(&self, py: Python<'py>, batch: usize, head: usize) -> Bound<'py, PyBytes> {
+        let tokens = py.detach(|| tokens(&self.0, batch, head));
+        PyBytes::new(py, &tokens)
     }
 
     /// (batch, heads, rows, columns)

@@ -1,6 +1,8 @@
 //! A torch tensor as it crosses from Python: [`Raw`], what it says of itself. Reading it here costs a
-//! fraction of what taking it apart in Python and the parts through a call would: it is most of what a
-//! call costs the host.
+//! fraction of what taking it apart in Python and the parts through a call would.
+//!
+//! torch is asked by `exchange`, and by attributes where that gives nothing: older versions of torch,
+//! subclasses.
 
 use std::ffi::c_void;
 
@@ -11,8 +13,10 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
 
+use crate::exchange::{self, Outline};
+
 /// Dimensions at most.
-const MOST: usize = 4;
+pub const MOST: usize = 4;
 
 /// A tensor's address, type, and up to four dimensions; strides in elements. Those that it lacks at
 /// the end are of 1.
@@ -22,6 +26,8 @@ pub struct Raw {
     pub strides: [isize; MOST],
     pub kind: Kind,
     pub dimensions: usize,
+    /// The ordinal of its GPU, if that is where it lies.
+    pub gpu: Option<u32>,
 }
 
 /// What a tensor's elements are.
@@ -29,6 +35,8 @@ pub struct Raw {
 pub enum Kind {
     Float(DType),
     Int32,
+    Int64,
+    Bool,
     Other,
 }
 
@@ -36,15 +44,60 @@ impl<'py> FromPyObject<'_, 'py> for Raw {
     type Error = PyErr;
 
     fn extract(tensor: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match exchange::outline(&tensor, Self::of_outline)? {
+            Some(raw) => Ok(raw),
+            None => Self::of_attributes(&tensor),
+        }
+    }
+}
+
+impl Raw {
+    fn of_outline(outline: Outline<'_>) -> Self {
+        let mut shape = [1; MOST];
+        let mut strides = [1; MOST];
+        for (to, from) in shape.iter_mut().zip(outline.shape) {
+            *to = *from as usize;
+        }
+        for (to, from) in strides.iter_mut().zip(outline.strides) {
+            *to = *from as isize;
+        }
+        // Codes: 0 is an integer with a sign, 2 a float, 4 a bfloat, 6 a bool.
+        let kind = match outline.element {
+            (4, 16, 1) => Kind::Float(DType::BF16),
+            (2, 16, 1) => Kind::Float(DType::F16),
+            (2, 32, 1) => Kind::Float(DType::F32),
+            (2, 64, 1) => Kind::Float(DType::F64),
+            (0, 32, 1) => Kind::Int32,
+            (0, 64, 1) => Kind::Int64,
+            (6, 8, 1) => Kind::Bool,
+            _ => Kind::Other,
+        };
+        let (device_type, ordinal) = outline.device;
+        Self {
+            address: outline.address,
+            shape,
+            strides,
+            kind,
+            dimensions: outline.shape.len(),
+            gpu: (device_type == exchange::CUDA).then_some(ordinal as u32),
+        }
+    }
+
+    fn of_attributes(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = tensor.py();
         let (dimensions, shape) = numbers(&tensor.getattr(intern!(py, "shape"))?)?;
         let (_, strides) = numbers(&tensor.call_method0(intern!(py, "stride"))?)?;
+        let gpu = match tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+            true => Some(tensor.call_method0(intern!(py, "get_device"))?.extract()?),
+            false => None,
+        };
         Ok(Self {
             address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
             shape,
             strides,
             kind: kind(&tensor.getattr(intern!(py, "dtype"))?)?,
             dimensions,
+            gpu,
         })
     }
 }
@@ -63,7 +116,7 @@ fn numbers<'py, T: Copy + From<u8> + for<'a> FromPyObject<'a, 'py>>(
 
 /// What a `torch.dtype` stands for: each is one object.
 fn kind(dtype: &Bound<'_, PyAny>) -> PyResult<Kind> {
-    static KNOWN: PyOnceLock<[(Py<PyAny>, Kind); 5]> = PyOnceLock::new();
+    static KNOWN: PyOnceLock<[(Py<PyAny>, Kind); 7]> = PyOnceLock::new();
     let py = dtype.py();
     let known = KNOWN.get_or_try_init(py, || -> PyResult<_> {
         let torch = py.import("torch")?;
@@ -74,6 +127,8 @@ fn kind(dtype: &Bound<'_, PyAny>) -> PyResult<Kind> {
             (object("float32")?, Kind::Float(DType::F32)),
             (object("float64")?, Kind::Float(DType::F64)),
             (object("int32")?, Kind::Int32),
+            (object("int64")?, Kind::Int64),
+            (object("bool")?, Kind::Bool),
         ])
     })?;
     let found = known.iter().find(|(object, _)| dtype.is(object));

@@ -249,6 +249,13 @@ impl<'k> Fragments<'k> {
         Self { registers }
     }
 
+    /// Puts `word`, a pair of elements, in all of them.
+    pub fn fill(&self, word: u32) {
+        for register in self.registers.as_flattened() {
+            register.set(word);
+        }
+    }
+
     /// Steps of 16 columns.
     pub fn steps(&self) -> usize {
         self.registers.len()

@@ -1,6 +1,6 @@
 //! [`Warpgroup`]: four warps that multiply together, each thread knowing its place.
 
-use flex_block_attn_ptx::builder::{Address, Pair};
+use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 
@@ -92,24 +92,6 @@ impl<'k> Warpgroup<'k> {
     #[track_caller]
     pub fn wait(self, pending: u32) {
         self.k.wgmma_wait(pending);
-    }
-
-    /// Has numbers that are never negative made before what follows: the compiler else moves their
-    /// making behind the next wait, and nothing is left to run under the products waited for. It
-    /// cannot know that nothing is ever stored at `nowhere`.
-    #[track_caller]
-    pub fn settle(self, numbers: &RegTile<'k>, nowhere: Address<'k, u32>) {
-        const OR: u8 = 0b1111_1110;
-        // Two chains, each taking two numbers at a time.
-        let [even, odd] = [0, 1].map(|chain| {
-            let two = numbers.registers().chunks_exact(2).skip(chain).step_by(2);
-            let mut bits = two.map(|two| [two[0].to_bits(), two[1].to_bits()]);
-            let [a, b] = bits.next().expect("a tile has columns");
-            bits.fold(a | b, |or, [a, b]| or.lop3(a, b, OR))
-        });
-        let bits = (even | odd).as_i32();
-        self.k
-            .where_(bits.lt(0), || self.k.store_shared(nowhere, bits));
     }
 
     /// Waits for all threads of the warpgroup, at named barrier `id`.

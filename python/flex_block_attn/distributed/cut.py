@@ -1,7 +1,7 @@
 """Parts of a block mask. In: a :class:`BlockMask`. Out: its matrix, or the mask of some heads.
 
-Called by all that divides an attention between ranks. A part of a mask is made of the matrix of
-its blocks alone; that is the only thing asked of a mask here.
+Called by all that divides an attention between ranks. By tokens a mask is divided by the matrix of
+its blocks alone; by heads with all that it has.
 """
 
 import weakref
@@ -21,15 +21,16 @@ def whole_blocks(mask: BlockMask) -> Tensor:
 
     Raises:
         TypeError: it is no BlockMask.
-        NotImplementedError: the mask also chooses tokens within blocks, by an expression: a part
-            of it would need the tokens' places in the whole sequence, which a part does not know.
+        NotImplementedError: the mask also chooses tokens within blocks, by an expression: the
+            tokens of a rank lie anywhere in the sequence, and its blocks do not know where.
     """
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
-    if getattr(mask, "expression", None) is not None:
+    if mask.expression is not None:
         raise NotImplementedError(
-            "mask chooses tokens within blocks by an expression, which cannot be divided between "
-            "ranks: give a mask of whole blocks, BlockMask(blocks, q_len, kv_len, ...)"
+            "mask chooses tokens within blocks by an expression, which cannot be divided by "
+            "tokens: divide it by heads (ulysses_attention), or give a mask of whole blocks, "
+            "BlockMask(mask.blocks, q_len, kv_len, ...)"
         )
     return mask.blocks
 
@@ -45,12 +46,10 @@ def check_extents(blocks: Tensor, batch: int, heads: int) -> None:
 
 
 def mask_of_heads(mask: BlockMask, heads: range) -> BlockMask:
-    """The mask of some query heads: itself if all heads share it."""
-    blocks = whole_blocks(mask)
-    if blocks.shape[1] == 1 or len(heads) == blocks.shape[1]:
+    """The mask of some query heads, with its expression if there is one: itself if all share it."""
+    if mask.shape[1] in (1, len(heads)):
         return mask
     parts = _of_heads.setdefault(mask, {})
     if heads not in parts:
-        sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
-        parts[heads] = BlockMask(blocks[:, heads.start : heads.stop], *sizes)
+        parts[heads] = mask[:, heads.start : heads.stop]
     return parts[heads]

@@ -3,8 +3,12 @@
 
 use std::ops::Range;
 
+use flex_block_attn_mask::expression::Evaluator;
+use flex_block_attn_mask::{block_of, is_partial};
+
 use super::Task;
 use crate::buffer::Buffer;
+use crate::simd::exact::{self, Hidden};
 use crate::simd::gemm::{Gemm, Left, Run};
 use crate::simd::rows::{self, RowFacts, Scores};
 use crate::simd::{Isa, PANEL, Real};
@@ -27,16 +31,19 @@ pub(super) struct Tiles<'a, I: Isa, T: Element> {
     p: Buffer<I::Real>,
     /// dP, then dS.
     ds: Buffer<I::Real>,
+    /// Of a mask with an expression.
+    evaluator: Option<Evaluator<'a>>,
 }
 
 impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
-    pub fn new(args: &'a Backward<'_, T>, task: Task<'a, I>) -> Self {
+    pub fn new(args: &'a Backward<'a, T>, task: Task<'a, I>) -> Self {
         Self {
             args,
             value_panels: task.packed.width.panels::<I>(),
             task,
             p: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
             ds: Buffer::new(TILE_QUERIES * SCORE_STRIDE),
+            evaluator: exact::evaluator(args.plan),
         }
     }
 
@@ -47,8 +54,8 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
             let rows = self.args.plan.column(batch, head, column);
             for keys in tiles::cut(extents.kv_tokens(column), TILE_KEYS) {
                 for &row in rows {
-                    for queries in tiles::cut(extents.q_tokens(row as usize), TILE_QUERIES) {
-                        self.tile(keys.clone(), queries);
+                    for queries in tiles::cut(extents.q_tokens(block_of(row)), TILE_QUERIES) {
+                        self.tile(keys.clone(), queries, is_partial(row));
                     }
                 }
             }
@@ -56,7 +63,7 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
     }
 
     /// The five products of one tile.
-    fn tile(&mut self, keys: Range<usize>, queries: Range<usize>) {
+    fn tile(&mut self, keys: Range<usize>, queries: Range<usize>, is_partial: bool) {
         let packed = self.task.packed;
         let stride = packed.width.stride();
         let columns = keys.len().next_multiple_of(PANEL);
@@ -87,6 +94,20 @@ impl<'a, I: Isa, T: Element<Real = I::Real>> Tiles<'a, I, T> {
                 delta: &packed.delta[queries.clone()],
             },
         );
+        if let (true, Some(evaluator)) = (is_partial, &mut self.evaluator) {
+            let (batch, head) = self.task.place;
+            let hidden = Hidden {
+                batch,
+                head,
+                queries: queries.clone(),
+                keys: keys.clone(),
+                columns: 0..keys.len(),
+                stride: SCORE_STRIDE,
+            };
+            // P and dS, not the scores: of a row of which nothing counts, the lse is -inf.
+            let tiles = [&mut self.p[..], &mut self.ds[..]];
+            exact::hide::<I, 2>(evaluator, &hidden, tiles, I::Real::ZERO);
+        }
         // dK and dV are those of the task's stretch alone.
         let first_key = self.task.columns.start * self.args.plan.layout().extents.kv_block();
         let key_rows = (keys.start - first_key) * stride;

@@ -1,6 +1,6 @@
 //! The room of vector instructions: one [`Isa`] for each instruction set, and the operations that
-//! attention is made of, written once over any of them: [`gemm`] and the row operations of
-//! [`rows`]. In: slices. Out: slices. Called by the forward and backward drivers, which are
+//! attention is made of, written once over any of them: [`gemm`], the row operations of
+//! [`rows`], and what masks with an expression hide of a tile ([`exact`]). In: slices. Out: slices. Called by the forward and backward drivers, which are
 //! generic over `Isa` and hold no vector code.
 //!
 //! All `unsafe` arithmetic of this crate is below this module. The contract is the same
@@ -8,6 +8,7 @@
 //! them; a type that implements `Isa` is only used by [`run_f32`] and [`run_f64`] after the CPU
 //! has been found to have its instructions.
 
+pub mod exact;
 pub mod gemm;
 mod portable;
 pub mod rows;

@@ -90,7 +90,13 @@ impl<I: Isa> Operation<I> for Softmax<'_, I::Real> {
                 let old = running.max[r];
                 // Written so that a NaN in `high` stays: the row's output is NaN then.
                 let new = if old > high { old } else { high };
-                let shift = I::splat(I::Real::ZERO - new);
+                // A row of which nothing counts so far: all its scores are -inf, and P is 0.
+                let base = if new == I::Real::NEG_INFINITY {
+                    I::Real::ZERO
+                } else {
+                    new
+                };
+                let shift = I::splat(I::Real::ZERO - base);
                 let mut sums = [I::splat(I::Real::ZERO); 2];
                 for at in (0..scores.columns).step_by(PANEL) {
                     for (part, lane) in (0..PANEL).step_by(I::LANES).enumerate() {
@@ -309,6 +315,42 @@ mod tests {
                 I::NAME
             );
         }
+    }
+
+    /// A row without scores that count, then one with some: as if the first had not been.
+    fn nothing_counts_at_first<I: Isa>()
+    where
+        I::Real: Into<f64>,
+    {
+        let (mut max, mut sum) = ([I::Real::NEG_INFINITY], [I::Real::ZERO]);
+        let mut out = vec![I::Real::ZERO; 16];
+        for (score, expected) in [(f64::NEG_INFINITY, 0.0), (1.0, 16.0)] {
+            let mut scores = vec![I::Real::of(score); 16];
+            softmax::<I>(
+                Scores {
+                    values: &mut scores,
+                    stride: 16,
+                    rows: 1,
+                    columns: 16,
+                    pad: 0,
+                },
+                I::Real::of(0.5),
+                Running {
+                    max: &mut max,
+                    sum: &mut sum,
+                    out: &mut out,
+                    out_stride: 16,
+                },
+            );
+            assert_eq!(sum[0].into(), expected, "{}", I::NAME);
+            assert!(out.iter().all(|&x| x == I::Real::ZERO), "{}", I::NAME);
+        }
+        assert_eq!(max[0].into(), 0.5);
+    }
+
+    #[test]
+    fn rows_of_which_nothing_counts() {
+        for_each_isa!(nothing_counts_at_first);
     }
 
     #[test]

@@ -132,7 +132,7 @@ fn flat_copies_and_reductions() {
         k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();
         k.if_(tid.equals(0), || {
-            k.bulk_reduce_add(target, smem, 128);
+            k.bulk_reduce_add::<f32>(target, smem, 128);
             k.bulk_store(target.at(128), smem.at(128), 128);
             k.bulk_commit();
             k.bulk_wait(0);

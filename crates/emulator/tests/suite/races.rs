@@ -285,7 +285,7 @@ fn sums_in_turn(missing: Missing) -> Kernel {
             if missing != Missing::ProxyFence {
                 k.fence(Fence::ProxyAsyncGlobal);
             }
-            k.bulk_reduce_add(buffer, smem, 128u32);
+            k.bulk_reduce_add::<f32>(buffer, smem, 128u32);
             k.bulk_commit();
             match missing {
                 Missing::WaitForSums => k.bulk_wait_read(0),

@@ -2,7 +2,7 @@
 
 use flex_block_attn_cuda as cuda;
 use flex_block_attn_kernels::Launch;
-use flex_block_attn_kernels::backward::{Args, Config, Workspace, finish, prepare};
+use flex_block_attn_kernels::backward::{Args, Config, WINDOW, Workspace, bounds, finish, prepare};
 
 use super::video::{canvas, in_lines, no_kernel, places};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
@@ -12,25 +12,35 @@ use crate::{Gradients, Options, Result, Saved, Tensor, check};
 /// contents do not matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackwardWorkspace {
-    /// Numbers of the first.
+    /// Numbers of the first: two for each query, or three.
     pub rows: usize,
-    /// Numbers of the second: as many as q has, in whole units of 64 queries, and one in 1024 more.
+    /// Numbers of the second: as many as q has, in whole units of 64 queries, and perhaps some for each
+    /// head.
     pub sums: usize,
 }
 
 impl BackwardWorkspace {
-    /// For a q of this shape; of a video's q, of as many tokens as its tiles and text have places.
-    pub fn new([batch, heads, q_len, head_dim]: [usize; 4]) -> Self {
-        let (workspace, lines) = (Workspace::new(q_len), batch * heads);
+    /// For a q of this shape, and whether its gradient is to repeat to the last bit; of a video's q, of
+    /// as many tokens as its tiles and text have places.
+    pub fn new(q_shape: [usize; 4], deterministic: bool) -> Self {
+        let [batch, heads, ..] = q_shape;
+        let (arrays, bounds) = match deterministic {
+            false => (2, 0),
+            true => (3, batch * heads * bounds::WORDS),
+        };
         Self {
-            rows: 2 * lines * workspace.line,
-            sums: Self::tickets_at([batch, heads, q_len, head_dim])
-                + workspace.tickets(lines, head_dim),
+            rows: arrays * Self::numbers(q_shape),
+            sums: Self::bounds_at(q_shape) + bounds,
         }
     }
 
-    /// Where in the second array the tickets lie, behind the sums.
-    fn tickets_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
+    /// Numbers of one of the first array's parts: lse, deltas, and steps.
+    fn numbers([batch, heads, q_len, _]: [usize; 4]) -> usize {
+        batch * heads * Workspace::new(q_len).line
+    }
+
+    /// Where in the second array the bounds lie, behind the sums.
+    fn bounds_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
         batch * heads * Workspace::new(q_len).units * 64 * head_dim
     }
 }
@@ -58,14 +68,7 @@ pub fn backward_steps(
     gradients: &Gradients<'_>,
     workspace: [u64; 2],
 ) -> Result<Option<BackwardSteps>> {
-    check::backward(
-        saved,
-        &dout,
-        dlse.as_ref(),
-        &plan.layout,
-        options,
-        gradients,
-    )?;
+    check::backward(saved, &dout, dlse.as_ref(), plan.mask(), options, gradients)?;
     let Saved { q, k, v, out, lse } = *saved;
     if q.shape.contains(&0) || k.shape.contains(&0) {
         return Ok(None);
@@ -77,14 +80,13 @@ pub fn backward_steps(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
+    let deterministic = options.deterministic;
+    let (mask, tables) = plan.exact();
     let config = match &options.video {
-        None => Config::choose(element, head_dim, q_block, kv_block, None),
-        Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
+        None => Config::choose(element, head_dim, q_block, kv_block, mask, deterministic),
+        Some(_) => Config::choose_for_canvas(element, head_dim, q_block, deterministic),
     };
-    let config = Config {
-        deterministic: options.deterministic,
-        ..config.ok_or_else(|| no_kernel(head_dim, options))?
-    };
+    let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
     let canvas = options.video.as_ref().map(canvas).transpose()?;
     let boxes = canvas.map(|_| config.piece);
     contiguous("lse", lse.shape, lse.strides)?;
@@ -105,43 +107,60 @@ pub fn backward_steps(
     // Arrays between the kernels are in the order of tiles.
     let places = places(q.shape, options);
     let [batch, heads, q_len, _] = places.map(|extent| extent as u32);
-    let numbers = BackwardWorkspace::new(places);
+    let kv_heads = k.shape[1] as u32;
+    let numbers = BackwardWorkspace::new(places, deterministic);
     let [rows, sums] = workspace;
-    let dout = read("dout", dout)?;
+    let [log2, delta, steps] =
+        [0, 1, 2].map(|i| rows + i * 4 * BackwardWorkspace::numbers(places) as u64);
+    let bounds_at = sums + 4 * BackwardWorkspace::bounds_at(places) as u64;
+    let (dout, keys, values) = (read("dout", dout)?, read("k", k)?, read("v", v)?);
+    let bounding = bounds::Args {
+        k: keys,
+        v: values,
+        bounds: bounds_at,
+        batch,
+        heads: kv_heads,
+        len: k.shape[2] as u32,
+    };
     let before = prepare::Args {
         out: read("out", out)?,
         dout,
         lse: lse.pointer as u64,
         dlse: dlse.map_or(0, |dlse| dlse.pointer as u64),
-        log2: rows,
-        delta: rows + 2 * numbers.rows as u64,
+        log2,
+        delta,
+        steps,
+        bounds: bounds_at,
         batch,
         heads,
+        kv_heads,
         q_len,
         canvas,
     };
     let main = Args {
         q: read("q", q)?,
-        k: read("k", k)?,
-        v: read("v", v)?,
+        k: keys,
+        v: values,
         dout,
         dk: dk?,
         dv: dv?,
-        lse: before.log2,
-        delta: before.delta,
+        lse: log2,
+        delta,
+        steps,
         dq: sums,
-        tickets: sums + 4 * BackwardWorkspace::tickets_at(places) as u64,
+        window: WINDOW,
         plan: plan.address,
         layout: plan.layout,
         batch,
         heads,
-        kv_heads: k.shape[1] as u32,
+        kv_heads,
         scale,
-        tables: &[],
+        tables,
         canvas,
     };
     let after = finish::Args {
         sums,
+        steps,
         dq: dq?,
         batch,
         heads,
@@ -163,26 +182,35 @@ pub fn backward_steps(
     let first = prepare::Config {
         element,
         head_dim,
+        deterministic,
         boxes,
     };
     let last = finish::Config {
         element,
         head_dim,
+        deterministic,
         boxes,
     };
+    let mut launches = vec![
+        (Step::Prepare(first), first.launch(&before)),
+        (Step::Backward(config), config.launch(&main)),
+        (Step::Finish(last), last.launch(&after)),
+    ];
+    if deterministic {
+        let bounds = bounds::Config { element, head_dim };
+        launches.insert(0, (Step::Bounds(bounds), bounds.launch(&bounding)));
+    }
     Ok(Some(BackwardSteps {
         zeroed: (sums, numbers.sums),
-        launches: vec![
-            (Step::Prepare(first), first.launch(&before)),
-            (Step::Backward(config), config.launch(&main)),
-            (Step::Finish(last), last.launch(&after)),
-        ],
+        launches,
     }))
 }
 
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
 /// computed, and `lse` and `dlse` are contiguous. dq is a sum in float32, in any order, and repeats up
-/// to rounding, unless [`Options::deterministic`] is asked for.
+/// to rounding. If [`Options::deterministic`] is asked for, it is a sum of 32-bit integers, and repeats:
+/// of a query's terms each is rounded to a 2^-29th, or less, of
+/// `(|dout| max |v| + |delta|) max |k| scale`, norms of the query and its head.
 ///
 /// # Errors
 /// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on

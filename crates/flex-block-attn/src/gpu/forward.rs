@@ -28,7 +28,7 @@ pub fn forward_step(
     workspace: u64,
     multiprocessors: u32,
 ) -> Result<Option<(Step, Launch)>> {
-    check::forward([&q, &k, &v], &plan.layout, options, out, lse)?;
+    check::forward([&q, &k, &v], plan.mask(), options, out, lse)?;
     if q.shape.contains(&0) {
         return Ok(None);
     }
@@ -39,8 +39,9 @@ pub fn forward_step(
         kv_block,
         scale,
     } = choice(&q, plan, options)?;
+    let (mask, tables) = plan.exact();
     let config = match &options.video {
-        None => Config::choose(element, head_dim, q_block, kv_block, None),
+        None => Config::choose(element, head_dim, q_block, kv_block, mask),
         Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
     };
     let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
@@ -61,7 +62,7 @@ pub fn forward_step(
         scale,
         counter: workspace,
         blocks: multiprocessors,
-        tables: &[],
+        tables,
         canvas,
     };
     in_lines(

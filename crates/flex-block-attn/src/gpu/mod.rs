@@ -18,15 +18,18 @@ use std::collections::HashMap;
 use std::sync::{OnceLock, PoisonError, RwLock};
 
 use flex_block_attn_cuda::{self as cuda, Device, Function};
-use flex_block_attn_kernels::backward::{self as backward_kernels, finish, prepare};
+use flex_block_attn_kernels::backward::{self as backward_kernels, bounds, finish, prepare};
 use flex_block_attn_kernels::forward as forward_kernels;
-use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, plan as planning};
+use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, exact, plan as planning};
 use flex_block_attn_mask::PlanLayout;
+use flex_block_attn_mask::expression::Formula;
+
+pub use flex_block_attn_kernels::plan::Mask;
 
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
 
-use crate::{DType, Error, Options, Result, Tensor};
+use crate::{DType, Error, Options, Result, Tensor, check};
 
 /// A stream of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,22 +40,67 @@ pub struct Stream {
     pub handle: usize,
 }
 
-/// A bool matrix for each batch and head, in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mask {
-    /// Address of the first entry: a byte each, not 0 where a block is kept.
-    pub address: u64,
-    /// Bytes from one index to the next of (batch, head, row, column); 0 repeats.
-    pub strides: [u64; 4],
-}
-
 /// A plan in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// What it is for.
     pub layout: PlanLayout,
     /// Address of its words, int32, [`PlanLayout::words`] of them.
     pub address: u64,
+    /// By which pairs of partial blocks are chosen; without it no block is partial.
+    pub exact: Option<Exact>,
+}
+
+/// A mask's expression on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exact {
+    mask: exact::Mask,
+    tables: Vec<exact::Table>,
+}
+
+impl Exact {
+    /// A formula, with its tables' addresses and extents. The numbers there, int32 and contiguous, are
+    /// those that the mask's blocks were found with; nothing is looked up outside of tables that
+    /// [`crate::BlockMask::from_expression`] has accepted.
+    ///
+    /// # Errors
+    /// Tables of other dimensions than the formula looks up, or at odd addresses.
+    pub fn new(formula: &Formula, tables: Vec<(u64, Vec<u32>)>) -> Result<Self> {
+        if formula.tables.len() != tables.len() {
+            let got = format!("{} tables", tables.len());
+            return Err(refused("a mask's expression", got, "given all its tables"));
+        }
+        for (table, ((address, extents), &dimensions)) in
+            tables.iter().zip(&formula.tables).enumerate()
+        {
+            if extents.len() != dimensions || !address.is_multiple_of(4) {
+                let allowed = "of as many dimensions as it has indices, at a multiple of 4 bytes";
+                return Err(Error::MaskTable { table, allowed });
+            }
+        }
+        let table = |(address, extents)| exact::Table { address, extents };
+        Ok(Self {
+            mask: exact::Mask::new(formula.clone()),
+            tables: tables.into_iter().map(table).collect(),
+        })
+    }
+}
+
+impl Plan {
+    /// What kernels are built with, and what they look up.
+    fn exact(&self) -> (Option<exact::Mask>, &[exact::Table]) {
+        match &self.exact {
+            Some(exact) => (Some(exact.mask), &exact.tables),
+            None => (None, &[]),
+        }
+    }
+
+    fn mask(&self) -> check::Mask<'_> {
+        check::Mask {
+            layout: &self.layout,
+            formula: self.exact.as_ref().map(|exact| exact.mask.formula()),
+        }
+    }
 }
 
 /// A kernel that a call launches.
@@ -62,6 +110,8 @@ pub enum Step {
     Plan(planning::Config),
     /// Attention forward.
     Forward(forward_kernels::Config),
+    /// What bounds the gradient of q.
+    Bounds(bounds::Config),
     /// What attention backward reads besides its inputs.
     Prepare(prepare::Config),
     /// Attention backward.
@@ -76,6 +126,7 @@ impl Step {
         match self {
             Self::Plan(config) => config.kernel(),
             Self::Forward(config) => config.kernel(),
+            Self::Bounds(config) => config.kernel(),
             Self::Prepare(config) => config.kernel(),
             Self::Backward(config) => config.kernel(),
             Self::Finish(config) => config.kernel(),
@@ -102,13 +153,12 @@ pub fn plan_steps(mask: &Mask, plan: &Plan) -> Result<Vec<(Step, Launch)>> {
         });
     }
     let args = planning::Args {
-        mask: mask.address,
-        strides: mask.strides,
+        mask: *mask,
         layout,
         plan: plan.address,
     };
     let step = |config: planning::Config| (Step::Plan(config), config.launch(&args));
-    Ok(planning::Config::all().into_iter().map(step).collect())
+    Ok(planning::Config::of(mask).into_iter().map(step).collect())
 }
 
 /// Makes a plan of a mask, on a stream.
@@ -213,6 +263,13 @@ fn contiguous(argument: &'static str, shape: [usize; 4], strides: [isize; 4]) ->
     ))
 }
 
+/// Whether kernels take a tensor of these strides, in elements of 16 bits, as it lies in memory: its address,
+/// and the strides of dimensions longer than 1, are positive multiples of 16 bytes. The last dimension
+/// is not looked at.
+pub fn takes(address: u64, shape: [usize; 4], strides: [isize; 4]) -> bool {
+    in_strides(address, shape, strides).is_some()
+}
+
 /// A tensor as kernels take it.
 fn in_memory(
     argument: &'static str,
@@ -220,29 +277,32 @@ fn in_memory(
     shape: [usize; 4],
     strides: [isize; 4],
 ) -> Result<forward_kernels::Tensor> {
+    let Some(strides) = in_strides(address, shape, strides) else {
+        return Err(Error::Gpu {
+            argument,
+            got: format!("{strides:?} (in elements) at address {address:#x}"),
+            allowed: "at an address and of strides that are positive multiples of 16 bytes",
+        });
+    };
+    Ok(forward_kernels::Tensor { address, strides })
+}
+
+fn in_strides(address: u64, shape: [usize; 4], strides: [isize; 4]) -> Option<Strides> {
     const BYTES: isize = 2;
     const COPIED: isize = 16;
-    let refused = || Error::Gpu {
-        argument,
-        got: format!("{strides:?} (in elements) at address {address:#x}"),
-        allowed: "at an address and of strides that are positive multiples of 16 bytes",
-    };
-    if !address.is_multiple_of(COPIED as u64) {
-        return Err(refused());
-    }
     // A dimension of 1 may have any stride: it is never stepped over.
     let stride = |dim: usize| match (shape[dim], strides[dim]) {
-        (..=1, _) => Ok(COPIED as u64),
-        (_, stride) if stride > 0 && stride * BYTES % COPIED == 0 => Ok(stride as u64),
-        _ => Err(refused()),
+        (..=1, _) => Some(COPIED as u64),
+        (_, stride) if stride > 0 && stride * BYTES % COPIED == 0 => Some(stride as u64),
+        _ => None,
     };
-    Ok(forward_kernels::Tensor {
-        address,
-        strides: Strides {
-            row: stride(2)?,
-            head: stride(1)?,
-            batch: stride(0)?,
-        },
+    if !address.is_multiple_of(COPIED as u64) {
+        return None;
+    }
+    Some(Strides {
+        row: stride(2)?,
+        head: stride(1)?,
+        batch: stride(0)?,
     })
 }
 

@@ -15,9 +15,9 @@ use flex_block_attn_tile::{
     SharedTile, WARPGROUP, Waiter, Warpgroup,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, Outgoing, Share, Stores};
+use super::kernel::{CONSUMERS, END, Maps, NEXT_PIECE, ROWS, Share, Stores, WANTS};
 use super::queries::{KeyTile, Problem};
-use super::{Config, KEYS, OWN, UNIT, UNIT_BYTES};
+use super::{Config, EIGHT_BYTES, KEYS, OWN, UNIT};
 use crate::canvas::least_scale;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
@@ -29,21 +29,24 @@ const BOTH: u32 = 1;
 const OWN_SYNC: u32 = 2;
 const TURN: u32 = 4;
 
+/// Bytes between what consumers keep of steps: a number for each thread.
+pub(super) const KEPT_BYTES: u32 = 4 * WARPGROUP;
+
 /// What a consumer works with.
 pub(super) struct Consumer<'a, 'k> {
-    k: &'k Builder,
-    config: Config,
+    pub(super) k: &'k Builder,
+    pub(super) config: Config,
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
-    wg: Warpgroup<'k>,
+    pub(super) wg: Warpgroup<'k>,
     keys_full: Waiter<'k>,
-    queries: Taker<'k>,
-    douts: Taker<'k>,
+    pub(super) queries: Taker<'k>,
+    pub(super) douts: Taker<'k>,
     /// Both sides of the exchange of gradients.
     given: Giver<'k>,
-    taken: Taker<'k>,
-    dq_empty: Vec<Waiter<'k>>,
+    pub(super) taken: Taker<'k>,
+    dq_empty: Waiter<'k>,
     own_keys: SharedTile<'k>,
     own_values: SharedTile<'k>,
     /// Of a tile, keys by queries: scores, then weights; the weights' gradients, then the scores'; and
@@ -51,7 +54,8 @@ pub(super) struct Consumer<'a, 'k> {
     scores: RegTile<'k>,
     gradients: RegTile<'k>,
     weights: Fragments<'k>,
-    rounded: Fragments<'k>,
+    pub(super) rounded: Fragments<'k>,
+    /// Of a unit, columns by queries.
     dq: RegTile<'k>,
     dk: RegTile<'k>,
     dv: RegTile<'k>,
@@ -113,7 +117,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
-        let empty = |out: &Outgoing<'k>| phases.waiter_ahead(out.empty.at(wg.index));
         Self {
             k,
             config,
@@ -126,14 +129,14 @@ impl<'a, 'k> Consumer<'a, 'k> {
             douts: stores.douts.consumer(wg.leader, &phases),
             given: stores.gradients.producer(&phases),
             taken: stores.gradients.consumer(wg.leader, &phases),
-            dq_empty: stores.dq.iter().map(empty).collect(),
+            dq_empty: phases.waiter_ahead(stores.dq.empty.at(wg.index)),
             own_keys: stores.keys.part(wg.index, OWN),
             own_values: stores.values.part(wg.index, OWN),
             scores,
             gradients,
             weights,
             rounded,
-            dq: RegTile::uninit(k, UNIT),
+            dq: RegTile::uninit(k, config.unit_rows()),
             dk,
             dv,
             hidden: Hidden::new(problem, keys, wg, own),
@@ -150,6 +153,16 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.keys_full.wait();
         // The first consumer goes first.
         k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
+        match self.config.apart {
+            true => self.each_apart(),
+            false => self.each(),
+        }
+        self.store(maps);
+    }
+
+    /// Walks tiles that are wanted by both consumers.
+    fn each(&self) {
+        let Self { k, wg, .. } = *self;
         k.if_(self.seek(0), || {
             self.wait_for_turn();
             self.issue_scores(0);
@@ -162,9 +175,11 @@ impl<'a, 'k> Consumer<'a, 'k> {
                 self.next_scores(0, 1);
                 self.each_after_first();
             };
-            k.if_else(self.seek(1), rest, || self.finish_dq(0));
+            k.if_else(self.seek(1), rest, || {
+                self.sync_steps();
+                self.finish_dq(0);
+            });
         });
-        self.store(maps);
     }
 
     /// Does all tiles but the first; dq's of the last, too.
@@ -190,7 +205,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Waits for the next tile, which goes into a stage; says whether there is one.
-    fn seek(&self, stage: usize) -> Reg<'k, bool> {
+    pub(super) fn seek(&self, stage: usize) -> Reg<'k, bool> {
         self.queries.wait(stage);
         let line = self.k.load_shared::<u32>(self.stores.notes[stage]);
         line.uniform().differs(END)
@@ -203,7 +218,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.queries.release(before);
     }
 
-    fn issue_scores(&self, stage: usize) {
+    pub(super) fn issue_scores(&self, stage: usize) {
         let q = self.queries.tile(stage);
         self.wg.fence();
         self.wg.product(
@@ -216,7 +231,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Makes weights, their gradients and the scores' gradients of the tile whose scores are under
     /// way, and gives the last to both consumers. The turn at the tensor cores is the other's
     /// meanwhile.
-    fn weigh(&self, stage: usize) {
+    pub(super) fn weigh(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
         let pair = pair(self.config.element);
         let dout = self.douts.wait(stage);
@@ -226,7 +241,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             Left::Tile(self.own_values),
             Right::Transposed(dout),
         );
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+        self.pass_turn();
         let wants = self.wants(stage);
         wg.wait(1);
         self.hide(stage, &wants);
@@ -234,9 +249,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         each_column(k, wg, lse, &self.scores, |_, score, lse| {
             score.set(score.fma(self.scale, -lse).exp2());
         });
-        if self.config.order.settled {
-            wg.settle(&self.scores, lse);
-        }
         wg.wait(0);
         // A step of 16 queries at a time: registers of its weights and gradients are free after it.
         let deltas = self.stores.deltas[stage];
@@ -256,21 +268,71 @@ impl<'a, 'k> Consumer<'a, 'k> {
             );
             gradients.round_to(&self.rounded.part(step), pair);
         }
+        self.give_gradients(stage);
+        self.wait_for_turn();
+        self.keep_steps(stage);
+    }
+
+    /// Gives the scores' gradients to both consumers.
+    pub(super) fn give_gradients(&self, stage: usize) {
+        let Self { k, wg, .. } = *self;
         let (tile, full) = self.given.wait(stage);
         wg.store_transposed(&self.rounded, tile.panel_at(wg.index));
         k.warp_sync();
         k.where_(wg.leader, || full.arrive());
-        self.wait_for_turn();
     }
 
-    fn wait_for_turn(&self) {
+    /// Copies how many steps make 1, of a tile whose dq is made when its stage holds the next one's.
+    /// Other threads read them: a turn's wait lies before and behind.
+    pub(super) fn keep_steps(&self, stage: usize) {
+        let (k, stores) = (self.k, self.stores);
+        let (Some(&steps), Some(&kept)) = (stores.steps.get(stage), stores.kept_steps.get(stage))
+        else {
+            return;
+        };
+        let thread = k.tid() - WARPGROUP;
+        let own = (thread & (WARPGROUP - 1)) * 4;
+        k.if_(own.lt(4 * self.config.queries()), || {
+            let number = k.load_shared::<u32>(steps.plus(own));
+            k.store_shared(kept.plus(thread * 4), number);
+        });
+    }
+
+    /// Waits for what the consumer's threads keep of the first tile. Of a later one the dq before has
+    /// been taken by the reducer meanwhile, which all of them have waited for.
+    pub(super) fn sync_steps(&self) {
+        if !self.stores.kept_steps.is_empty() {
+            self.wg.sync(self.wg.index + OWN_SYNC);
+        }
+    }
+
+    /// Where those of this consumer's unit lie, if there are any.
+    fn kept_steps(&self, stage: usize) -> Option<Address<'k, u32>> {
+        let kept = self.stores.kept_steps.get(stage)?;
+        // The second consumer's unit may be of the second half of the queries.
+        let next = match self.config.share() {
+            Share::Columns => KEPT_BYTES,
+            Share::Rows => KEPT_BYTES + 4 * UNIT,
+        };
+        Some(kept.plus(self.wg.index * next))
+    }
+
+    pub(super) fn wait_for_turn(&self) {
         self.k.barrier_sync(self.wg.index + TURN, 2 * WARPGROUP);
     }
 
+    pub(super) fn pass_turn(&self) {
+        let other = self.wg.index ^ 1;
+        self.k.barrier_arrive(other + TURN, 2 * WARPGROUP);
+    }
+
     /// Which warps' keys see each of a tile's pieces.
-    fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
+    pub(super) fn wants(&self, stage: usize) -> Vec<Reg<'k, u32>> {
         let note = self.stores.notes[stage];
-        let want = |i| self.k.load_shared::<u32>(note.at(8 + 8 * i)).uniform();
+        let want = |i| {
+            let place = note.at(WANTS + NEXT_PIECE * i);
+            self.k.load_shared::<u32>(place).uniform()
+        };
         (0..self.config.pieces()).map(want).collect()
     }
 
@@ -278,33 +340,46 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// them in partial blocks, and of keys behind the last.
     fn hide(&self, stage: usize, wants: &[Reg<'k, u32>]) {
         let Self { k, ref hidden, .. } = *self;
-        let piece = self.config.piece;
+        let columns = |i: u32| i * self.config.piece..(i + 1) * self.config.piece;
+        // Mostly all pieces are wanted by all.
+        let every = wants[1..]
+            .iter()
+            .fold(wants[0], |every, &want| every & want);
+        k.if_((every & hidden.warp).equals(0), || {
+            for (i, &want) in (0..).zip(wants) {
+                k.if_((want & hidden.warp).equals(0), || {
+                    self.scores.set_columns(columns(i), f32::NEG_INFINITY);
+                });
+            }
+        });
+        let Some(exact) = &self.problem.exact else {
+            return self.hide_behind_the_last();
+        };
         for (i, &want) in (0..).zip(wants) {
-            let columns = i * piece..(i + 1) * piece;
-            k.if_((want & hidden.warp).equals(0), || {
-                self.scores.set_columns(columns.clone(), f32::NEG_INFINITY);
-            });
-            let Some(exact) = &self.problem.exact else {
-                continue;
-            };
             let partial = (want >> PARTIAL_WANTS) & hidden.warp;
             k.if_(partial.differs(0), || {
                 let Self { wg, keys, .. } = *self;
                 let note = self.stores.notes[stage];
                 let line = k.load_shared::<u32>(note);
                 exact.hide(
-                    &self.scores.part(columns),
+                    &self.scores.part(columns(i)),
                     &Where {
                         batch: keys.batch,
                         head: line % self.problem.heads,
                         rows: Axis::Keys(keys.first + wg.index * OWN + wg.row()),
-                        first_column: k.load_shared(note.at(4 + 8 * i)),
+                        first_column: k.load_shared(note.at(ROWS + NEXT_PIECE * i)),
                         lane: wg.lane,
                     },
                 );
             });
         }
-        k.if_(hidden.cut, || {
+        self.hide_behind_the_last();
+    }
+
+    /// Hides keys behind the last.
+    fn hide_behind_the_last(&self) {
+        let hidden = &self.hidden;
+        self.k.if_(hidden.cut, || {
             for (score, row) in self.scores.elements() {
                 if let Some(weights) = hidden.weights {
                     score.set(score + weights[row]);
@@ -314,14 +389,14 @@ impl<'a, 'k> Consumer<'a, 'k> {
         });
     }
 
-    fn issue_dv(&self, stage: usize) {
+    pub(super) fn issue_dv(&self, stage: usize) {
         let dout = self.douts.tile(stage);
         let weights = Left::Fragments(&self.weights);
         self.wg.fence();
         self.wg.add_product(&self.dv, weights, Right::Tile(dout));
     }
 
-    fn issue_dk(&self, stage: usize) {
+    pub(super) fn issue_dk(&self, stage: usize) {
         let q = self.queries.tile(stage);
         let gradients = Left::Fragments(&self.rounded);
         self.wg.fence();
@@ -329,41 +404,61 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// This consumer's part of a tile's dq, from both consumers' gradients.
-    fn issue_dq(&self, stage: usize) {
+    pub(super) fn issue_dq(&self, stage: usize) {
         let wg = self.wg;
         let (gradients, keys) = (self.taken.wait(stage), self.stores.keys);
-        let (left, right) = match self.config.share() {
-            Share::Columns => (gradients, keys.panel_at(wg.index)),
-            Share::Rows => (gradients.part(wg.index, UNIT), keys),
+        let (keys, gradients) = match self.config.share() {
+            Share::Columns => (keys.panel_at(wg.index), gradients),
+            Share::Rows => (keys, gradients.part(wg.index, UNIT)),
         };
         wg.fence();
-        wg.product(&self.dq, Left::Tile(left), Right::Tile(right));
+        wg.product(
+            &self.dq,
+            Left::TileTransposed(keys),
+            Right::Transposed(gradients),
+        );
     }
 
     /// Gives it to the reducer.
-    fn give_dq(&self, stage: usize) {
+    pub(super) fn give_dq(&self, stage: usize) {
         let Self { k, wg, .. } = *self;
-        let number = stage % self.stores.dq.len();
-        let out = &self.stores.dq[number];
-        let to = out.units.plus(wg.index * UNIT_BYTES);
-        let to = to.plus(wg.warp * (UNIT_BYTES / 4) + wg.lane * 16);
-        self.dq_empty[number].wait();
-        for (i, numbers) in (0..).zip(self.dq.registers().chunks_exact(4)) {
-            let numbers: [Reg<'k, f32>; 4] = std::array::from_fn(|j| numbers[j]);
-            k.store_shareds(to.at(4 * 128 * i), numbers);
+        let out = &self.stores.dq;
+        let to = out.units.plus(wg.index * self.config.unit_bytes());
+        let to = to.plus(wg.warp * (4 * 128) + wg.lane * 16);
+        self.dq_empty.wait();
+        // Of eight queries a thread has two, in two columns.
+        let place = |eight| to.at(EIGHT_BYTES * eight);
+        match self.kept_steps(stage) {
+            None => {
+                for (eight, four) in (0..).zip(self.dq.registers().chunks_exact(4)) {
+                    k.store_shareds(place(eight), std::array::from_fn::<_, 4, _>(|i| four[i]));
+                }
+            }
+            Some(steps) => {
+                let mut four = Vec::with_capacity(4);
+                each_column(k, wg, steps, &self.dq, |i, number, steps| {
+                    four.push((number * steps).to_i32());
+                    // Stored as soon as made: there are no registers for more of them.
+                    if let &[a, b, c, d] = &four[..] {
+                        k.store_shareds(place(i as u32 / 4), [a, b, c, d]);
+                        four.clear();
+                    }
+                });
+            }
         }
+        // Computed under the guard, ptxas would keep old places for the lanes that are left out.
+        let full = out.full.at(wg.index);
         k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();
-        k.where_(wg.leader, || out.full.at(wg.index).arrive());
+        k.where_(wg.leader, || full.arrive());
     }
 
     /// dq of the last tile, when its other products are under way. The other consumer's turn has no
     /// end that this one waits for.
-    fn finish_dq(&self, stage: usize) {
-        let Self { k, wg, .. } = *self;
-        k.barrier_arrive((wg.index ^ 1) + TURN, 2 * WARPGROUP);
+    pub(super) fn finish_dq(&self, stage: usize) {
+        self.pass_turn();
         self.issue_dq(stage);
-        wg.wait(0);
+        self.wg.wait(0);
         self.give_dq(stage);
     }
 
@@ -403,21 +498,21 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 }
 
-/// Does `body(i, element, number)` for each element, the `i`-th, of a tile of keys by queries:
-/// `numbers` has one for each query.
+/// Does `body(i, element, number)` for each element, the `i`-th, of a tile whose columns are queries:
+/// `numbers` has one for each query, as [`prepare::place`](super::prepare::place) has it.
 fn each_column<'k>(
     k: &'k Builder,
     wg: Warpgroup<'k>,
     numbers: Address<'k, u32>,
     tile: &RegTile<'k>,
-    body: impl Fn(usize, Reg<'k, f32>, Reg<'k, f32>),
+    mut body: impl FnMut(usize, Reg<'k, f32>, Reg<'k, f32>),
 ) {
-    // Of every 8 columns a thread has two, in both of its rows.
-    let own = numbers.plus((wg.lane & 3) * 8);
-    for (eight, four) in tile.registers().chunks_exact(4).enumerate() {
-        let two: [Reg<'k, f32>; 2] = k.load_shareds(own.at(32 * eight as u32));
-        for (i, &element) in four.iter().enumerate() {
-            body(4 * eight + i, element, two[i % 2]);
+    // Of every 16 columns a thread has four, two in each eight, in both of its rows.
+    let own = numbers.plus((wg.lane & 3) * 16);
+    for (sixteen, eight) in tile.registers().chunks_exact(8).enumerate() {
+        let four: [Reg<'k, f32>; 4] = k.load_shareds(own.at(64 * sixteen as u32));
+        for (i, &element) in eight.iter().enumerate() {
+            body(8 * sixteen + i, element, four[i / 4 * 2 + i % 2]);
         }
     }
 }

@@ -1,12 +1,15 @@
-//! Rounds dq: from the main kernel's float32 sums, which lie as its products leave them, to a tensor.
+//! Rounds dq: from the main kernel's sums, float32 or integers, which lie as its products leave them, to
+//! a tensor.
 //!
-//! A warp has 16 rows at a time, which are together in the sums; a lane makes 8 columns of one row: a
-//! store of 16 bytes of four loads of 8. What a load leaves of its lines, the next ones take.
+//! A unit's product is columns by queries, and so are its numbers: of every eight queries, for each of four
+//! warps, a lane has two neighbouring queries (by its low two bits) in two columns, 8 apart (by the
+//! others). A warp here has 16 queries: in each panel a lane loads what eight lanes there had, which is 16
+//! columns of two queries.
 
 use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
-use super::{ROW_BYTES, UNIT, UNIT_BYTES, Workspace};
+use super::{EIGHT_BYTES, ROW_BYTES, UNIT, Workspace, prepare};
 use crate::canvas::{self, Canvas, Grid};
 use crate::chunk::{self, Rows};
 use crate::forward::Tensor;
@@ -15,8 +18,6 @@ use crate::gemm::pair;
 const THREADS: u32 = 256;
 /// Rows that lie together in the sums.
 const GROUP: u32 = 16;
-/// Columns of a lane's store.
-const EIGHT: u32 = 8;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +26,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of dq: 64 or 128.
     pub head_dim: u32,
+    /// Whether the sums are of integers.
+    pub deterministic: bool,
     /// Tokens of the main kernel's pieces, if tokens are a video's.
     pub boxes: Option<u32>,
 }
@@ -34,6 +37,9 @@ pub struct Config {
 pub struct Args {
     /// Address of the sums, for each head [`Workspace::units`] of 64 rows.
     pub sums: u64,
+    /// Address of how many steps of integers make 1, [`Workspace::line`] for each head; not read if the
+    /// sums are float32.
+    pub steps: u64,
     /// Gradient of q, to be written.
     pub dq: Tensor,
     /// Batches.
@@ -51,19 +57,20 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        [Element::Bf16, Element::F16]
-            .iter()
-            .flat_map(|&element| {
-                let rows = [64, 128].map(|head_dim| (head_dim, None));
-                let boxes = super::BOXES.map(|(head_dim, piece)| (head_dim, Some(piece)));
-                let config = move |(head_dim, boxes)| Self {
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            let rows = [64, 128].map(|head_dim| (head_dim, None));
+            let boxes = super::BOXES.map(|(head_dim, piece)| (head_dim, Some(piece)));
+            for (head_dim, boxes) in rows.into_iter().chain(boxes) {
+                all.extend([false, true].map(|deterministic| Self {
                     element,
                     head_dim,
+                    deterministic,
                     boxes,
-                };
-                rows.into_iter().chain(boxes).map(config)
-            })
-            .collect()
+                }));
+            }
+        }
+        all
     }
 
     /// The launch for some tensors.
@@ -82,6 +89,9 @@ impl Config {
             Arg::F32(args.scale),
         ]);
         list.extend(canvas::args(self.boxes, args.canvas));
+        if self.deterministic {
+            list.push(Arg::U64(args.steps));
+        }
         Launch {
             grid: [
                 args.q_len.div_ceil(GROUP * (THREADS / 32)),
@@ -98,9 +108,13 @@ impl Config {
             element,
             head_dim,
             boxes,
+            ..
         } = self;
-        let tag = canvas::tag(boxes);
-        let name = format!("finish_{element:?}_d{head_dim}{tag}").to_lowercase();
+        let mut name = format!("finish_{element:?}_d{head_dim}").to_lowercase();
+        name += &canvas::tag(boxes);
+        if self.deterministic {
+            name += "_deterministic";
+        }
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -111,29 +125,49 @@ impl Config {
         let heads = k.param::<u32>("heads");
         let scale = k.param::<f32>("scale");
         let grid = self.boxes.map(|piece| Grid::new(k, piece));
+        let steps = self.deterministic.then(|| k.param::<u64>("steps"));
 
         let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
-        let (row, odd) = (k.lane() % GROUP, k.lane() / GROUP);
         let line = k.cta_z() * heads + k.cta_y();
-        // The first panel's numbers: those of this lane's row in the group's first 8 columns.
+        // The lane's columns, sixteen of a panel's 64, and its queries: which eight, and which two.
+        let (sixteen, eight, two) = (k.lane() & 3, k.lane() >> 4, (k.lane() >> 2) & 3);
+        let first_query = group * GROUP + eight * 8 + two * 2;
         let panels = self.head_dim / UNIT;
         let row_of_panel = (line * panels).times_wide(units * UNIT) + (group * GROUP).to_u64();
-        let own = (row & 7) * 16 + (row >> 3) * 2;
-        let first = sums + row_of_panel * u64::from(ROW_BYTES) + own.times_wide(4);
-        let panel_bytes = (units * UNIT_BYTES).to_u64();
-        let query = group * GROUP + row;
-        let (token, inside) = canvas::token(&grid, query, q_len);
-        k.if_(inside, || {
-            // Two lanes of a row take turns at its eights of columns.
-            for i in 0..self.head_dim / EIGHT / 2 {
-                let eight = odd + 2 * i;
-                let at = (eight & 7) * (4 * GROUP * EIGHT);
-                let at = first + panel_bytes * u64::from(2 * i / (UNIT / EIGHT)) + at.to_u64();
-                let words = [0, 1, 2, 3].map(|two| {
-                    let [a, b]: [Reg<'_, f32>; 2] = k.load_constants(at.at(16 * two));
-                    (a * scale).pack(b * scale, self.pair())
+        let own = eight * EIGHT_BYTES + sixteen * (4 * 128) + two * 16;
+        let first = sums + row_of_panel * u64::from(ROW_BYTES) + own.to_u64();
+        let panel_bytes = (units * UNIT).times_wide(ROW_BYTES);
+        k.if_(first_query.lt(q_len), || {
+            let scales = match steps {
+                None => [scale, scale],
+                Some(steps) => {
+                    let own = line.times_wide((units + 1) * UNIT);
+                    let own = own + prepare::place(first_query).to_u64();
+                    let steps: [Reg<'_, f32>; 2] = k.load_constants(steps + (own << 2));
+                    steps.map(|steps| scale * steps.reciprocal())
+                }
+            };
+            for panel in 0..panels {
+                let at = first + panel_bytes * u64::from(panel);
+                let fours: [[Reg<'_, f32>; 4]; 8] = std::array::from_fn(|column| {
+                    let at = at.at(64 * column as u32);
+                    match self.deterministic {
+                        false => k.load_constants(at),
+                        true => k.load_constants(at).map(Reg::<'_, i32>::to_f32),
+                    }
                 });
-                k.store_globals(dq.chunk(token, eight), words);
+                for (i, scale) in scales.into_iter().enumerate() {
+                    let (token, inside) = canvas::token(&grid, first_query + i as u32, q_len);
+                    k.if_(inside, || {
+                        for half in [0, 1] {
+                            let number = |column: usize| fours[column][2 * half + i] * scale;
+                            let words = [0, 2, 4, 6]
+                                .map(|column| number(column).pack(number(column + 1), self.pair()));
+                            let chunk = sixteen * 2 + (8 * panel + half as u32);
+                            k.store_globals(dq.chunk(token, chunk), words);
+                        }
+                    });
+                }
             }
         });
     }

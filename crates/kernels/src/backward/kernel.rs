@@ -10,10 +10,9 @@ use flex_block_attn_tile::{
     Barrier, Barriers, Phases, Place, Ring, Shape, Shared, SharedTile, Warpgroup,
 };
 
-use super::consume::Consumer;
+use super::consume::{Consumer, KEPT_BYTES};
 use super::queries::{KeyTile, Problem, WALK_BYTES, Walk};
-use super::tickets::Tickets;
-use super::{Config, KEYS, UNIT, UNIT_BYTES, reduce};
+use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
 use crate::canvas::Source;
 use crate::merge::WARPS;
 
@@ -23,14 +22,20 @@ pub(super) const STAGES: usize = 2;
 pub(super) const CONSUMERS: u32 = 2;
 /// In a note's place of a line: there are no more queries.
 pub(super) const END: u32 = u32::MAX;
+/// Places in a note, and bytes from a piece to the next.
+pub(super) const WHOLE: u32 = 4;
+pub(super) const ROWS: u32 = 8;
+pub(super) const WANTS: u32 = 12;
+pub(super) const NEXT_PIECE: u32 = 8;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
 pub(super) struct Maps<'k> {
-    q: Source<'k>,
+    /// Of pieces; and of whole tiles, but for videos.
+    q: (Source<'k>, Option<Reg<'k, u64>>),
+    dout: (Source<'k>, Option<Reg<'k, u64>>),
     k: Source<'k>,
     v: Source<'k>,
-    dout: Source<'k>,
     pub(super) dk: Source<'k>,
     pub(super) dv: Source<'k>,
 }
@@ -46,12 +51,17 @@ pub(super) struct Stores<'k> {
     /// Gradients of the scores, queries by keys: what consumers tell each other.
     pub(super) gradients: Ring<'k>,
     /// dq on its way out.
-    pub(super) dq: Vec<Outgoing<'k>>,
+    pub(super) dq: Outgoing<'k>,
     /// For each stage: lse and deltas of its queries.
     pub(super) lse: Vec<Address<'k, u32>>,
     pub(super) deltas: Vec<Address<'k, u32>>,
-    /// For each stage a note: the line of the workspace that is the queries' head's, then for each
-    /// piece its first query, and a bit for each warp whose keys it sees.
+    /// And, if dq's sums are of integers, how many steps of them make 1.
+    pub(super) steps: Vec<Address<'k, u32>>,
+    /// The same of the tile whose dq is made, of each consumer.
+    pub(super) kept_steps: Vec<Address<'k, u32>>,
+    /// For each stage a note: the line of the workspace that is the queries' head's; at [`WHOLE`],
+    /// whether the tile's pieces follow each other in the sequence; for each piece, at [`ROWS`], its
+    /// first query, and at [`WANTS`] a bit for each warp whose keys it sees.
     pub(super) notes: Vec<Address<'k, u32>>,
     /// Of a video: where the loader is.
     walk: Option<Address<'k, u32>>,
@@ -91,9 +101,21 @@ impl Config {
         }
     }
 
-    /// Pieces of a unit.
+    /// Queries of a unit.
+    pub(super) fn unit_rows(self) -> u32 {
+        match self.share() {
+            Share::Columns => self.queries(),
+            Share::Rows => UNIT,
+        }
+    }
+
+    /// Pieces of a unit, and its bytes.
     pub(super) fn unit_pieces(self) -> u32 {
-        UNIT / self.piece
+        self.unit_rows() / self.piece
+    }
+
+    pub(super) fn unit_bytes(self) -> u32 {
+        self.unit_rows() * ROW_BYTES
     }
 
     /// Registers that the loader's warpgroup and each of the consumers have: to find boxes takes more,
@@ -112,11 +134,12 @@ impl Config {
 
     pub(super) fn body(self, k: &Builder) {
         let source = |name| Source::new(k, name, self.canvas);
+        let whole = |name| (!self.canvas).then(|| k.tensor_map(name));
         let maps = Maps {
-            q: source("q"),
+            q: (source("q"), whole("whole_q")),
+            dout: (source("dout"), whole("whole_dout")),
             k: source("k"),
             v: source("v"),
-            dout: source("dout"),
             dk: source("dk"),
             dv: source("dv"),
         };
@@ -124,8 +147,12 @@ impl Config {
         let shared = Shared::new(k);
         let each = |bytes| -> Vec<_> { (0..STAGES).map(|_| shared.bytes(bytes, 16)).collect() };
         let gradient = Shape::new(self.queries(), KEYS, self.element);
-        let outgoing = |_| Outgoing {
-            units: shared.bytes(CONSUMERS * UNIT_BYTES, 128),
+        let if_integers = |bytes| match self.deterministic {
+            true => each(bytes),
+            false => Vec::new(),
+        };
+        let outgoing = || Outgoing {
+            units: shared.bytes(CONSUMERS * self.unit_bytes(), 128),
             full: shared.barriers(CONSUMERS, WARPS / CONSUMERS),
             empty: shared.barriers(CONSUMERS, 1),
         };
@@ -136,36 +163,29 @@ impl Config {
             // The reducers read the notes of these.
             queries: Ring::new(&shared, STAGES, self.q_shape(), WARPS + CONSUMERS),
             lse: each(self.numbers_bytes()),
-            notes: each(4 + 8 * self.pieces()),
+            notes: each(ROWS + NEXT_PIECE * self.pieces()),
             douts: Ring::new(&shared, STAGES, self.q_shape(), WARPS),
             deltas: each(self.numbers_bytes()),
+            steps: if_integers(self.numbers_bytes()),
+            kept_steps: if_integers(CONSUMERS * KEPT_BYTES),
             gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
-            dq: (0..self.order.outgoing).map(outgoing).collect(),
+            dq: outgoing(),
             keys_full: shared.barrier(1),
             walk: self.canvas.then(|| shared.bytes(WALK_BYTES, 16)),
         };
-        let tickets = self.deterministic.then(|| Tickets::new(&problem, &shared));
         shared.finish();
         k.if_(k.tid().equals(0), || {
             stores.keys_full.init();
             stores.queries.init();
             stores.douts.init();
             stores.gradients.init();
-            for out in &stores.dq {
-                out.full.init();
-                out.empty.init();
-            }
+            stores.dq.full.init();
+            stores.dq.empty.init();
             k.mbarrier_init_fence();
-            if let Some(tickets) = &tickets {
-                tickets.draw();
-            }
         });
         k.sync_threads();
 
-        let keys = match &tickets {
-            None => problem.keys(),
-            Some(tickets) => tickets.keys(),
-        };
+        let keys = problem.keys();
         let (producer, consumer) = self.registers();
         k.if_else(
             Warpgroup::number(k).equals(0),
@@ -174,14 +194,9 @@ impl Config {
                 k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
                 // The warps behind the loader's.
                 let reducer = (k.tid() >> 5) - 1;
-                match &tickets {
-                    None => k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
-                        reduce::reduce(self, &problem, reducer, &stores);
-                    }),
-                    Some(tickets) => k.if_(reducer.lt(CONSUMERS), || {
-                        tickets.reduce(self, keys, reducer, &stores);
-                    }),
-                }
+                k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
+                    reduce::reduce(self, &problem, reducer, &stores);
+                });
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
@@ -251,39 +266,74 @@ impl Config {
                 row.set(own.select(next.0, row));
                 want.set(own.select(next.1, want));
             }
-            let (line, own) = (walk.line(), note.plus(k.lane() * 8));
-            k.where_(leader, || k.store_shared(note, line));
-            k.where_(copies, || {
-                k.store_shared(own.at(4), row);
-                k.store_shared(own.at(8), want);
+            let (line, own) = (walk.line(), note.plus(k.lane() * NEXT_PIECE));
+            let whole = (self.pieces() > 1).then(|| {
+                let first = row.from_lane(0);
+                let follows = row.equals(first + k.lane() * self.piece) | !copies;
+                let inside = (first + (self.queries() - self.piece)).lt(problem.padded());
+                follows.all() & inside
             });
+            k.where_(leader, || k.store_shared(note, line));
+            if let Some(whole) = whole {
+                let word = whole.select(k.var(1u32), k.var(0u32));
+                k.where_(leader, || k.store_shared(note.at(WHOLE), word));
+            }
+            k.where_(copies, || {
+                k.store_shared(own.at(ROWS), row);
+                k.store_shared(own.at(WANTS), want);
+            });
+            // A tile, with some numbers for each of its queries.
+            type Numbers<'k> = (Address<'k, u32>, Reg<'k, u64>);
             let load = |tile: SharedTile<'k>,
                         full: Barrier<'k>,
-                        source: Source<'k>,
-                        to: Address<'k, u32>,
-                        from| {
+                        (pieces, all): (Source<'k>, Option<Reg<'k, u64>>),
+                        numbers: &[Numbers<'k>]| {
                 // Behind the notes, and before the copies that it expects.
                 k.warp_sync();
-                let bytes = tile.shape.bytes() + self.numbers_bytes();
+                let bytes = tile.shape.bytes() + numbers.len() as u32 * self.numbers_bytes();
                 k.if_(leader, || full.arrive_expect(bytes));
                 k.warp_sync();
-                k.if_(copies, || {
-                    let part = || tile.part(k.lane(), self.piece);
-                    if let (Some(grid), Some(spot)) = (&problem.grid, spot) {
-                        let line = [walk.head(), keys.batch];
-                        grid.load(part(), source.boxes(), spot, line, full);
-                    } else {
-                        let place = Place::rows(row, walk.head(), keys.batch);
-                        part().load_panels(source.rows(), place, full, options);
-                    }
+                // A lane's queries, `rows` of them.
+                let copy = |rows: u32, tile: &dyn Fn(Place)| {
+                    tile(Place::rows(row, walk.head(), keys.batch));
                     let number = walk.line().times_wide(problem.line) + row.to_u64();
-                    let bytes = 4 * self.piece;
-                    full.load_bytes(to.plus(k.lane() * bytes), from + (number << 2), bytes);
-                });
+                    for &(to, from) in numbers {
+                        let to = to.plus(k.lane() * (4 * rows));
+                        full.load_bytes(to, from + (number << 2), 4 * rows);
+                    }
+                };
+                let together = |all| {
+                    k.if_(leader, || {
+                        copy(self.queries(), &|place| {
+                            tile.load(all, place, full, options)
+                        });
+                    });
+                };
+                let apart = || {
+                    k.if_(copies, || {
+                        let part = tile.part(k.lane(), self.piece);
+                        copy(self.piece, &|place| match (&problem.grid, spot) {
+                            (Some(grid), Some(spot)) => {
+                                let line = [walk.head(), keys.batch];
+                                grid.load(part, pieces.boxes(), spot, line, full);
+                            }
+                            _ => part.load_panels(pieces.rows(), place, full, options),
+                        });
+                    });
+                };
+                match (all, whole) {
+                    (None, _) => apart(),
+                    (Some(all), None) => together(all),
+                    (Some(all), Some(whole)) => k.if_else(whole, || together(all), apart),
+                }
             };
-            load(tile, full, maps.q, stores.lse[stage], problem.lse);
+            load(tile, full, maps.q, &[(stores.lse[stage], problem.lse)]);
             let (tile, full) = douts.wait(stage);
-            load(tile, full, maps.dout, stores.deltas[stage], problem.delta);
+            let mut numbers = vec![(stores.deltas[stage], problem.delta)];
+            if let Some(from) = problem.steps {
+                numbers.push((stores.steps[stage], from));
+            }
+            load(tile, full, maps.dout, &numbers);
         });
     }
 }

@@ -1,24 +1,30 @@
 //! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
 //!
-//! Three launches: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
+//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
 //! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
 //! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
-//! [`finish`] rounds dq. The workspace is made of three arrays, see [`Workspace`].
+//! [`finish`] rounds dq. The workspace is made of three arrays, or four, see [`Workspace`].
 //!
-//! - [`prepare`], [`finish`]: what comes before and after;
+//! dq's sums are made in any order, and repeat but for rounding. Deterministic kernels add integers
+//! instead, whose sums have no order (fixed-point accumulation, as in S. Le Grand, A. W. Goetz, R. C.
+//! Walker, Computer Physics Communications 184 (2013) 374): [`bounds`] goes before, [`prepare`] makes of
+//! it how fine each query's integers can be.
+//!
+//! - [`bounds`], [`prepare`], [`finish`]: what comes before and after;
 //! - `kernel`: what is in the main kernel's shared memory, and its loader;
-//! - `consume`, `reduce`: what its consumers and its reducers do;
-//! - `tickets`: how dq's sums are made in one order, if they are to repeat to the last bit;
+//! - `consume`, `apart`, `reduce`: what its consumers do, where both want all tiles and where not, and
+//!   its reducers;
 //! - `queries`: the pieces of the lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+mod apart;
+pub mod bounds;
 mod consume;
 pub mod finish;
 mod kernel;
 pub mod prepare;
 mod queries;
 mod reduce;
-mod tickets;
 
 use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
@@ -33,21 +39,20 @@ use crate::lists::{self, Call, panels, whole};
 const KEYS: u32 = 128;
 /// Keys of a warpgroup.
 const OWN: u32 = 64;
-/// Queries and columns of a unit: what a consumer makes of a tile's dq, and what the sums are made of.
+/// Columns of a unit, which is what a consumer makes of a tile's dq, and of a panel of dq's sums.
+/// Queries of a line are counted in as many.
 const UNIT: u32 = 64;
-/// Bytes of a unit's row, and of the whole.
+/// Bytes of a query's numbers in a panel of sums, and of eight queries'.
 const ROW_BYTES: u32 = 4 * UNIT;
-const UNIT_BYTES: u32 = UNIT * ROW_BYTES;
-/// Queries of a ticket: of the smallest piece.
-const TICKET: u32 = 16;
-/// Words before the tickets: the first counts thread blocks, the others are not used.
-const HEADER: u32 = 4;
+const EIGHT_BYTES: u32 = 8 * ROW_BYTES;
 
 /// Head dimensions and pieces of videos.
 const BOXES: [(u32, u32); 2] = [(64, 64), (128, 64)];
 
 /// Entries of a list at least that thread blocks start at different places of.
 const FEWEST_SPREAD: u32 = 16;
+/// What [`Args::window`] is chosen to be.
+pub const WINDOW: u32 = 8192;
 
 /// What the main kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,36 +65,24 @@ pub struct Config {
     pub piece: u32,
     /// Whether dq is the same to the last bit each time, as dk and dv always are.
     pub deterministic: bool,
-    /// When things are done.
-    pub order: Order,
+    /// Whether a tile of keys is of several blocks: consumers leave out what their own do not see.
+    pub apart: bool,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
     /// Whether tokens are a video's, with text behind, and pieces boxes of it.
     pub canvas: bool,
 }
 
-/// What results do not depend on, but for the order of dq's sums where that is free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Order {
-    /// Whether weights are made before their gradients are waited for.
-    pub settled: bool,
-    /// Tiles of dq on their way out: 1 or 2.
-    pub outgoing: u32,
-    /// Whether thread blocks start at different places of lists that have all queries: else all add to
-    /// the same part of dq at once. Not where the order of dq's sums is given.
-    pub spread: bool,
-}
-
-/// The arrays between the three launches: each (batch, heads, ...), contiguous; float32, but for the
-/// tickets.
+/// The arrays between the launches: lse, deltas, perhaps steps, and dq's sums, each (batch, heads, ...),
+/// contiguous; float32, but for sums of integers.
 ///
-/// dq's sums lie in panels of 64 columns, and in them as the products leave them: of each 16 rows eight
-/// times a warp's 32 lanes times four.
+/// dq's sums lie in panels of 64 columns, and in them as the products leave them, see [`finish`]; the
+/// numbers of queries lie as the main kernel's threads have them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workspace {
-    /// Numbers of a line of the first two: queries in whole units, and one unit more.
+    /// Numbers of a line of the first ones: queries in whole units, and one unit more.
     pub line: usize,
-    /// Units of 64 queries in a line of the third.
+    /// Units of 64 queries in a line of the last.
     pub units: usize,
 }
 
@@ -101,12 +94,6 @@ impl Workspace {
             line: (units + 1) * UNIT as usize,
             units,
         }
-    }
-
-    /// Words of the tickets of so many heads, together with their header.
-    pub fn tickets(self, heads: usize, head_dim: usize) -> usize {
-        let panels = head_dim / UNIT as usize;
-        HEADER as usize + heads * panels * self.units * (UNIT / TICKET) as usize
     }
 }
 
@@ -132,8 +119,10 @@ pub struct Args<'a> {
     pub delta: u64,
     /// Address of dq's sums, for each head [`Workspace::units`] of 64 x head_dim: zeros, added to.
     pub dq: u64,
-    /// Address of the tickets, [`Workspace::tickets`] words of 0; read by deterministic kernels only.
-    pub tickets: u64,
+    /// Address of how many steps make 1, as those of lse and delta; read by deterministic kernels only.
+    pub steps: u64,
+    /// Queries among which thread blocks start that walk all: [`WINDOW`].
+    pub window: u32,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
     /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of `piece`
@@ -153,83 +142,43 @@ pub struct Args<'a> {
     pub canvas: Option<Canvas>,
 }
 
-impl Order {
-    /// What is chosen.
-    pub const CHOSEN: Self = Self {
-        settled: true,
-        outgoing: 1,
-        spread: true,
-    };
-
-    /// All that are compared.
-    pub fn all() -> [Self; 4] {
-        let chosen = Self::CHOSEN;
-        let unsettled = Self {
-            settled: false,
-            ..chosen
-        };
-        let outgoing = Self {
-            outgoing: 2,
-            ..chosen
-        };
-        let sorted = Self {
-            spread: false,
-            ..chosen
-        };
-        [chosen, unsettled, outgoing, sorted]
-    }
-}
-
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for element in [Element::Bf16, Element::F16] {
             for head_dim in [64, 128] {
-                for deterministic in [false, true] {
+                for (deterministic, apart) in
+                    [(false, false), (false, true), (true, false), (true, true)]
+                {
                     all.extend([64, 32, 16].map(|piece| Self {
                         element,
                         head_dim,
                         piece,
                         deterministic,
-                        order: Order::CHOSEN,
+                        apart,
                         mask: None,
                         canvas: false,
                     }));
+                    // Tiles of a video are whole tiles of keys.
+                    let boxes = BOXES.iter().filter(|of| of.0 == head_dim && !apart);
+                    all.extend(boxes.map(|&(head_dim, piece)| Self {
+                        element,
+                        head_dim,
+                        piece,
+                        deterministic,
+                        apart,
+                        mask: None,
+                        canvas: true,
+                    }));
                 }
             }
-            for (head_dim, piece) in BOXES {
-                all.extend([false, true].map(|deterministic| Self {
-                    element,
-                    head_dim,
-                    piece,
-                    deterministic,
-                    order: Order::CHOSEN,
-                    mask: None,
-                    canvas: true,
-                }));
-            }
-        }
-        // To be compared, for one element and piece each.
-        for head_dim in [64, 128] {
-            // Two tiles of dq on their way out do not fit beside 128 queries.
-            let fits = |order: &Order| order.outgoing == 1 || head_dim == 128;
-            let unlike = |order: &Order| order.spread && *order != Order::CHOSEN && fits(order);
-            all.extend(Order::all().into_iter().filter(unlike).map(|order| Self {
-                element: Element::Bf16,
-                head_dim,
-                piece: 64,
-                deterministic: false,
-                order,
-                mask: None,
-                canvas: false,
-            }));
         }
         all
     }
 
     /// The config for a head dimension, blocks of so many queries and keys, and a mask's expression, if
-    /// it has one, with dq's sums in any order; none if head_dim is neither 64 nor 128, or blocks are no
+    /// it has one; none if head_dim is neither 64 nor 128, or blocks are no
     /// multiples of 16.
     pub fn choose(
         element: Element,
@@ -237,6 +186,7 @@ impl Config {
         q_block: u32,
         kv_block: u32,
         mask: Option<Mask>,
+        deterministic: bool,
     ) -> Option<Self> {
         let supported = matches!(head_dim, 64 | 128)
             && [q_block, kv_block]
@@ -248,8 +198,8 @@ impl Config {
             element,
             head_dim,
             piece,
-            deterministic: false,
-            order: Order::CHOSEN,
+            deterministic,
+            apart: !kv_block.is_multiple_of(KEYS),
             mask,
             canvas: false,
         })
@@ -257,9 +207,14 @@ impl Config {
 
     /// The config for a head dimension and a video in tiles of so many tokens, likewise; none if
     /// head_dim is neither 64 nor 128, or the forward pass has none.
-    pub fn choose_for_canvas(element: Element, head_dim: u32, block: u32) -> Option<Self> {
+    pub fn choose_for_canvas(
+        element: Element,
+        head_dim: u32,
+        block: u32,
+        deterministic: bool,
+    ) -> Option<Self> {
         let forward = forward::Config::choose_for_canvas(element, head_dim, block)?;
-        let config = Self::choose(element, head_dim, block, block, None)?;
+        let config = Self::choose(element, head_dim, block, block, None, deterministic)?;
         // Both cut tiles alike.
         Some(Self {
             piece: forward.piece,
@@ -311,13 +266,18 @@ impl Config {
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
         // A tile of keys of one block comes when its list's length says; others as they lie.
-        let ordered = call.kv_block.is_multiple_of(KEYS) && !self.deterministic;
+        let ordered = call.kv_block.is_multiple_of(KEYS);
         let key_tiles = match ordered {
             true => layout.columns() as u32 * (call.kv_block / KEYS),
             false => call.kv_len.div_ceil(KEYS),
         };
         let rows = layout.rows() as u32;
-        let spread = self.order.spread && ordered && rows >= FEWEST_SPREAD;
+        let window = (args.window / call.q_block).min(rows);
+        // An empty list has as many entries as none that is spread.
+        let window = match ordered && rows >= FEWEST_SPREAD {
+            true => window,
+            false => 0,
+        };
         assert_eq!(self.canvas, args.canvas.is_some(), "{self:?}");
         let [of_q, of_kv] = [(of_q, call.heads), (of_kv, call.kv_heads)];
         type Rows = fn(Shape, Tensor, [u64; 4]) -> Arg;
@@ -325,11 +285,18 @@ impl Config {
             None => vec![rows(shape, tensor, extents)],
             Some(canvas) => canvas.source(self.piece_shape(), tensor, [heads, call.batch]),
         };
+        let of_queries = |tensor| {
+            let mut maps = source(panels, self.piece_shape(), tensor, of_q);
+            if !self.canvas {
+                maps.push(whole(self.q_shape(), tensor, of_q.0));
+            }
+            maps
+        };
         let mut list = [
-            source(panels, self.piece_shape(), args.q, of_q),
+            of_queries(args.q),
+            of_queries(args.dout),
             source(whole, self.kv_shape(), args.k, of_kv),
             source(whole, self.kv_shape(), args.v, of_kv),
-            source(panels, self.piece_shape(), args.dout, of_q),
             source(panels, self.out_shape(), args.dk, of_kv),
             source(panels, self.out_shape(), args.dv, of_kv),
         ]
@@ -348,7 +315,8 @@ impl Config {
             Arg::U32(call.heads / call.kv_heads),
             Arg::U32(workspace.line as u32),
             Arg::U32(workspace.units as u32),
-            Arg::U32(if spread { rows } else { 0 }),
+            Arg::U32(if window > 0 { rows } else { 0 }),
+            Arg::U32(window),
         ]);
         list.extend(lists::args(args.plan, layout, Side::Columns));
         if let Some(canvas) = args.canvas {
@@ -358,7 +326,7 @@ impl Config {
         }
         list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         if self.deterministic {
-            list.extend(tickets::args(args));
+            list.push(Arg::U64(args.steps));
         }
         Launch {
             grid: [key_tiles, call.kv_heads, call.batch],
@@ -373,21 +341,18 @@ impl Config {
             head_dim,
             piece,
             deterministic,
-            order,
+            apart,
             mask,
             canvas,
         } = self;
         let mut name = format!("backward_{element:?}_d{head_dim}_p{piece}").to_lowercase();
+        if apart {
+            name += "_apart";
+        }
         if deterministic {
             name += "_deterministic";
         }
         name += &mask.map(Mask::tag).unwrap_or_default();
-        if !order.settled {
-            name += "_unsettled";
-        }
-        if order.outgoing > 1 {
-            name += "_out2";
-        }
         if canvas {
             name += "_canvas";
         }

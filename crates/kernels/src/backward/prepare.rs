@@ -3,12 +3,17 @@
 //! log2. Queries without keys, and those that only fill up the workspace's lines, get a lse of inf,
 //! which makes their weights 0.
 //!
+//! If dq's sums are to be of integers, also how many steps of them make 1, a power of two: so many that
+//! no sum can leave the range. With p the weights, `dq = sum of p (dout v - delta) k`, and the weights of
+//! a query sum to 1: no part of the sum exceeds `(|dout| max |v| + |delta|) max |k|`, for which 2^30 is
+//! left. Not a number where something that goes in is not: integers would not show it.
+//!
 //! Bound by memory: a thread's eight loads of 16 bytes are all under way before the first is used.
 
 use flex_block_attn_ptx::ir::Special;
-use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
+use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
-use super::Workspace;
+use super::{Workspace, bounds};
 use crate::canvas::{self, Canvas, Grid};
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
@@ -16,6 +21,10 @@ use crate::forward::Tensor;
 const THREADS: u32 = 256;
 /// Rows that a lane has a chunk of.
 const DEPTH: usize = 4;
+/// What sums of integers keep within: half of what they could, for what rounding adds.
+const RANGE: f32 = (1u32 << 30) as f32;
+/// Steps at most, where nothing but 0 is added: so many that 1 over them is still a float32.
+const MOST_STEPS: f32 = (1u128 << 100) as f32;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,6 +33,8 @@ pub struct Config {
     pub element: Element,
     /// Columns of out and dout: a multiple of 8 from 32 to 256.
     pub head_dim: u32,
+    /// Whether dq's sums are of integers.
+    pub deterministic: bool,
     /// Tokens of the main kernel's pieces, if tokens are a video's.
     pub boxes: Option<u32>,
 }
@@ -43,10 +54,16 @@ pub struct Args {
     pub log2: u64,
     /// Address of the deltas, to be written, likewise.
     pub delta: u64,
+    /// Address of the steps, to be written, likewise; not read if sums are of float32.
+    pub steps: u64,
+    /// Address of what [`bounds`] leaves; likewise.
+    pub bounds: u64,
     /// Batches.
     pub batch: u32,
     /// Heads.
     pub heads: u32,
+    /// Heads of k and v: they divide these.
+    pub kv_heads: u32,
     /// Queries, at least 1; of a video with all padding of tiles.
     pub q_len: u32,
     /// The video: numbers are in the order of tiles, tensors are not.
@@ -56,20 +73,23 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let dims = [64, 96, 128, 192, 256];
-        [Element::Bf16, Element::F16]
-            .iter()
-            .flat_map(|&element| {
-                let rows = dims.map(|head_dim| (head_dim, None));
-                let boxes = super::BOXES.map(|(head_dim, piece)| (head_dim, Some(piece)));
-                let config = move |(head_dim, boxes)| Self {
+        let mut all = Vec::new();
+        for element in [Element::Bf16, Element::F16] {
+            let of = |deterministic, boxes| {
+                move |head_dim| Self {
                     element,
                     head_dim,
+                    deterministic,
                     boxes,
-                };
-                rows.into_iter().chain(boxes).map(config)
-            })
-            .collect()
+                }
+            };
+            all.extend([64, 96, 128, 192, 256].map(of(false, None)));
+            all.extend([64, 128].map(of(true, None)));
+            for (head_dim, piece) in super::BOXES {
+                all.extend([false, true].map(|exact| of(exact, Some(piece))(head_dim)));
+            }
+        }
+        all
     }
 
     /// Rows of a thread block.
@@ -89,6 +109,11 @@ impl Config {
         list.extend([args.lse, args.dlse, args.log2, args.delta].map(Arg::U64));
         list.extend([args.q_len, line].map(Arg::U32));
         list.extend(canvas::args(self.boxes, args.canvas));
+        if self.deterministic {
+            let group = args.heads / args.kv_heads;
+            list.extend([args.steps, args.bounds].map(Arg::U64));
+            list.extend([args.kv_heads, group].map(Arg::U32));
+        }
         Launch {
             grid: [line.div_ceil(self.rows()), args.heads, args.batch],
             args: list,
@@ -101,9 +126,13 @@ impl Config {
             element,
             head_dim,
             boxes,
+            ..
         } = self;
-        let tag = canvas::tag(boxes);
-        let name = format!("prepare_{element:?}_d{head_dim}{tag}").to_lowercase();
+        let mut name = format!("prepare_{element:?}_d{head_dim}").to_lowercase();
+        name += &canvas::tag(boxes);
+        if self.deterministic {
+            name += "_deterministic";
+        }
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
@@ -113,6 +142,7 @@ impl Config {
         let (log2, delta) = (k.param::<u64>("log2"), k.param::<u64>("delta"));
         let (q_len, line) = (k.param::<u32>("q_len"), k.param::<u32>("line"));
         let grid = self.boxes.map(|piece| Grid::new(k, piece));
+        let steps = self.deterministic.then(|| Steps::new(k));
 
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
@@ -124,23 +154,30 @@ impl Config {
             let inside = inside & chunk.lt(lanes.chunks);
             [out, dout].map(|tensor| k.load_constants_where(inside, tensor.chunk(token, chunk)))
         });
-        let sums = loaded.map(|chunks| {
-            let [a, b] = chunks.map(|words| chunk::floats(words, self.element));
-            let products = a.into_iter().zip(b).skip(1);
-            let own = products.fold(a[0] * b[0], |sum, (a, b)| a.fma(b, sum));
-            lanes.sum(own)
-        });
-        // Lane i of a row's stores the i-th: a warp's results are neighbours.
-        let mut value = sums[0];
-        for (i, &sum) in (1u32..).zip(&sums[1..]) {
-            value = chunk.equals(i).select(sum, value);
-        }
+        // Of two tensors' rows the products' sum. Lane i of a row's has the i-th: a warp's results are
+        // neighbours.
+        let product = |one: usize, other: usize| {
+            let sums = loaded.map(|chunks| {
+                let [a, b] = [one, other].map(|i| chunk::floats(chunks[i], self.element));
+                let products = a.into_iter().zip(b).skip(1);
+                let own = products.fold(a[0] * b[0], |sum, (a, b)| a.fma(b, sum));
+                lanes.sum(own)
+            });
+            let mut value = sums[0];
+            for (i, &sum) in (1u32..).zip(&sums[1..]) {
+                value = chunk.equals(i).select(sum, value);
+            }
+            value
+        };
+        let value = product(0, 1);
+        let squares = steps.as_ref().map(|_| product(1, 1));
         let row = first + chunk * lanes.rows;
         let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
         let read = head.times_wide(q_len) + row.to_u64();
-        let written = head.times_wide(line) + row.to_u64();
+        let written = head.times_wide(line) + place(row).to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
             let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
+            let fine = k.var(1f32);
             k.if_(canvas::token(&grid, row, q_len).1, || {
                 let lse = k.load_constant::<f32>(lse + (read << 2));
                 let less = k.var(0f32);
@@ -150,10 +187,59 @@ impl Config {
                 k.if_(lse.differs(f32::NEG_INFINITY), || {
                     result.set(value - less);
                     scaled.set(lse * std::f32::consts::LOG2_E);
+                    if let (Some(steps), Some(squares)) = (&steps, squares) {
+                        fine.set(steps.of(result, squares, lse));
+                    }
                 });
             });
+            if let Some(steps) = &steps {
+                k.store_global(steps.written + (written << 2), fine);
+            }
             k.store_global(delta + (written << 2), result);
             k.store_global(log2 + (written << 2), scaled);
         });
+    }
+}
+
+/// Where a query's number lies: of 16 neighbours those four are together which a thread of the main
+/// kernel has, two in each eight.
+pub(super) fn place(query: Reg<'_, u32>) -> Reg<'_, u32> {
+    let (pair, eight) = ((query >> 1) & 3, (query >> 3) & 1);
+    (query & !15) + pair * 4 + eight * 2 + (query & 1)
+}
+
+/// What it takes to say how many steps make 1.
+struct Steps<'k> {
+    k: &'k Builder,
+    written: Reg<'k, u64>,
+    bounds: Reg<'k, u64>,
+    kv_heads: Reg<'k, u32>,
+    group: Reg<'k, u32>,
+}
+
+impl<'k> Steps<'k> {
+    /// Declares its parameters.
+    fn new(k: &'k Builder) -> Self {
+        Self {
+            k,
+            written: k.param("steps"),
+            bounds: k.param("bounds"),
+            kv_heads: k.param("kv_heads"),
+            group: k.param("group"),
+        }
+    }
+
+    /// Of a query with this delta, sum of dout's squares, and lse.
+    fn of(&self, delta: Reg<'k, f32>, squares: Reg<'k, f32>, lse: Reg<'k, f32>) -> Reg<'k, f32> {
+        let k = self.k;
+        let head = k.cta_z() * self.kv_heads + k.cta_y() / self.group;
+        let bounds = self.bounds + head.times_wide(4 * bounds::WORDS as u32);
+        let [keys, values]: [Reg<'k, f32>; 2] = k.load_constants(bounds);
+        let gradient = squares.sqrt() * values.sqrt() + delta.abs();
+        let bound = gradient * keys;
+        // Rounded down to a power of two.
+        let most = (bound.reciprocal() * RANGE).min(MOST_STEPS);
+        let steps = (most.to_bits() & 0x7f80_0000).as_f32();
+        (bound + lse).fma(0.0, steps)
     }
 }

@@ -33,9 +33,13 @@ pub(super) struct Problem<'k> {
     pub(super) line: Reg<'k, u32>,
     /// Units of a head's panel of dq's sums.
     units: Reg<'k, u32>,
+    /// Where sums of integers are made: address of how many steps make 1, for each query.
+    pub(super) steps: Option<Reg<'k, u64>>,
     /// Entries of a list that thread blocks start at different places of: of one that has all queries.
     /// 0 for none.
     spread: Reg<'k, u32>,
+    /// How many of its first entries they start at.
+    window: Reg<'k, u32>,
     /// The plan's columns.
     pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
@@ -112,7 +116,9 @@ impl<'k> Problem<'k> {
             group: k.param("group"),
             line: k.param("line"),
             units: k.param("units"),
+            steps: None,
             spread: k.param("spread"),
+            window: k.param("window"),
             lists: Lists::new(k),
             exact: None,
             grid: None,
@@ -120,6 +126,7 @@ impl<'k> Problem<'k> {
         let lengths = [problem.q_len, problem.kv_len];
         problem.exact = config.mask.map(|mask| Exact::new(k, mask, lengths));
         problem.grid = config.canvas.then(|| Grid::new(k, config.piece));
+        problem.steps = config.deterministic.then(|| k.param("steps"));
         problem
     }
 
@@ -145,15 +152,15 @@ impl<'k> Problem<'k> {
 
     /// Where in a list of so many entries its walk starts; what lies before comes in the end. Of lists
     /// with all queries each thread block starts somewhere else, or all would add to the same tile of
-    /// dq at the same time. Others are walked as they lie: thread blocks then read the same queries at
-    /// about the same time.
+    /// dq at the same time; but not far away, or what they read and add to would not stay in the L2
+    /// cache until the next one comes by. Other lists are walked as they lie.
     fn start(&self, keys: KeyTile<'k>, count: Reg<'k, u32>) -> Reg<'k, u32> {
         let k = self.k;
         let start = k.var(0u32);
         k.if_(count.equals(self.spread), || {
             // Multiples of the golden ratio, less their whole part, are spread evenly.
             let part = keys.first / KEYS * GOLDEN;
-            start.set((part.times_wide(count) >> 32).to_u32());
+            start.set((part.times_wide(self.window) >> 32).to_u32());
         });
         start
     }
@@ -179,14 +186,8 @@ impl<'a, 'k> Walk<'a, 'k> {
             warps: k.var(0u32),
             boxes: problem.grid.as_ref().zip(words).map(|(grid, words)| {
                 let boxes = Boxes { words };
-                let tokens = match config.deterministic {
-                    false => {
-                        let key = keys.first + k.lane() * WARP_TOKENS;
-                        grid.is_inside(grid.spot(key)).select(1u32, 0u32)
-                    }
-                    // Who waits for a turn expects all whose keys are listed.
-                    true => k.var(1u32),
-                };
+                let key = keys.first + k.lane() * WARP_TOKENS;
+                let tokens = grid.is_inside(grid.spot(key)).select(1u32, 0u32);
                 k.store_shared(boxes.tokens(k), tokens);
                 k.store_shareds(boxes.own(k), [(); 4].map(|()| k.var(0u32)));
                 boxes

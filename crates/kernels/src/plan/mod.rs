@@ -1,5 +1,6 @@
-//! Mask compaction: the words of a [`flex_block_attn_mask::Plan`] from a bool mask that lies on the
-//! device, without the host ever seeing it.
+//! Mask compaction: the words of a [`flex_block_attn_mask::Plan`] from a mask that lies on the device: a
+//! bool matrix, which the host need not ever see, or the bits of a mask that the host has made, which
+//! are a fiftieth of its plan.
 //!
 //! Two launches, on one stream: [`Config::Lists`] writes counts and lists of both sides,
 //! [`Config::Order`] then ranks the lists by their length. Between them they write every word of
@@ -21,19 +22,51 @@ const MOST_LINES: usize = 65535;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Config {
     /// Counts and lists; the first launch.
-    Lists,
+    Lists(Form),
     /// Orders, from the counts; the second launch.
     Order,
+}
+
+/// What a mask is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// A byte for each block.
+    Bytes,
+    /// A bit for each, and one for partial blocks.
+    Bits,
+}
+
+/// A mask in memory: (batch, heads, rows, columns) by the extents of the plan's layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// Bytes, not 0 where a block is kept.
+    Bytes {
+        /// Of the first.
+        address: u64,
+        /// Bytes from one index to the next, of each dimension; 0 repeats.
+        strides: [u64; 4],
+    },
+    /// As [`flex_block_attn_mask::BlockMask::write_bits`] writes them, at a multiple of 8.
+    Bits {
+        /// Of the first word.
+        address: u64,
+    },
+}
+
+impl Mask {
+    fn form(&self) -> Form {
+        match self {
+            Self::Bytes { .. } => Form::Bytes,
+            Self::Bits { .. } => Form::Bits,
+        }
+    }
 }
 
 /// What both launches are given.
 #[derive(Debug, Clone, Copy)]
 pub struct Args {
-    /// Address of the mask, (batch, heads, rows, columns) by the extents of `layout`: a byte an
-    /// entry, not 0 where a block is kept. [`Config::Order`] does not read it.
-    pub mask: u64,
-    /// Bytes from one index of the mask to the next, of each dimension; 0 repeats.
-    pub strides: [u64; 4],
+    /// [`Config::Order`] does not read it.
+    pub mask: Mask,
     /// What the plan is for, and where its arrays lie. Its `batch` and `heads` are those of the
     /// plan's records: 1 where one record stands for all.
     pub layout: PlanLayout,
@@ -44,7 +77,16 @@ pub struct Args {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        vec![Self::Lists, Self::Order]
+        vec![
+            Self::Lists(Form::Bytes),
+            Self::Lists(Form::Bits),
+            Self::Order,
+        ]
+    }
+
+    /// Both, in order, for a mask.
+    pub fn of(mask: &Mask) -> [Self; 2] {
+        [Self::Lists(mask.form()), Self::Order]
     }
 
     /// The launch for some mask.
@@ -60,9 +102,19 @@ impl Config {
         });
         let address = |words: usize| Arg::U64(args.plan + 4 * words as u64);
         let mut list = Vec::new();
-        if self == Self::Lists {
-            list.push(Arg::U64(args.mask));
-            list.extend(args.strides.map(Arg::U64));
+        match (self, args.mask) {
+            (Self::Order, _) => {}
+            (Self::Lists(_), Mask::Bytes { address, strides }) => {
+                list.push(Arg::U64(address));
+                list.extend(strides.map(Arg::U64));
+            }
+            (Self::Lists(_), Mask::Bits { address }) => {
+                let row_bytes = 8 * layout.columns().div_ceil(64);
+                let matrix_bytes = (row_bytes * layout.rows()) as u64;
+                let partial = address + matrix_bytes * (layout.batch * layout.heads) as u64;
+                list.extend([address, partial, matrix_bytes].map(Arg::U64));
+                list.push(Arg::U32(row_bytes as u32));
+            }
         }
         list.extend([
             Arg::U32(rows),
@@ -72,12 +124,12 @@ impl Config {
         for side in [Side::Rows, Side::Columns].map(|side| layout.side(side)) {
             list.push(address(side.count(0)));
             list.push(match self {
-                Self::Lists => address(side.list(0)),
+                Self::Lists(_) => address(side.list(0)),
                 Self::Order => address(side.order()),
             });
         }
         let blocks = match self {
-            Self::Lists => lists::blocks(rows, columns),
+            Self::Lists(_) => lists::blocks(rows, columns),
             Self::Order => order::blocks(rows, columns),
         };
         Launch {
@@ -89,7 +141,13 @@ impl Config {
     /// The kernel.
     pub fn kernel(self) -> Kernel {
         match self {
-            Self::Lists => Builder::kernel("plan_lists", THREADS, lists::body),
+            Self::Lists(form) => {
+                let name = match form {
+                    Form::Bytes => "plan_lists",
+                    Form::Bits => "plan_lists_of_bits",
+                };
+                Builder::kernel(name, THREADS, |k| lists::body(k, form))
+            }
             Self::Order => Builder::kernel("plan_order", THREADS, order::body),
         }
     }
@@ -101,8 +159,11 @@ struct Record<'k>(Reg<'k, u64>);
 
 impl<'k> Record<'k> {
     fn new(k: &'k Builder) -> Self {
-        let number = k.cta_z() * k.special(Special::GridY) + k.cta_y();
-        Self(number.to_u64() * k.param::<u64>("record_bytes"))
+        Self(Self::number(k).to_u64() * k.param::<u64>("record_bytes"))
+    }
+
+    fn number(k: &'k Builder) -> Reg<'k, u32> {
+        k.cta_z() * k.special(Special::GridY) + k.cta_y()
     }
 
     /// An array of it, given that of the first record as a parameter.

@@ -1,12 +1,14 @@
 //! `lab time`: how long kernels take on a GPU, on random data.
 
 mod backward;
+mod forward;
 
 use std::error::Error;
 
-use flex_block_attn::{Extents, Plan, PlanLayout, builders};
+use flex_block_attn::{Extents, PlanLayout};
 use flex_block_attn_kernels::backward::{Workspace, prepare};
-use flex_block_attn_kernels::{Element, Strides, forward, gemm, plan, pool};
+use flex_block_attn_kernels::forward::Tensor;
+use flex_block_attn_kernels::{Element, Strides, gemm, plan, pool};
 use flex_block_attn_lab::gpu::{Gpu, Times};
 use half::bf16;
 
@@ -17,6 +19,9 @@ start with a CASE, or all. Prints case, median, shortest and longest millisecond
 and its operations (products) or bytes (all else), tab-separated.";
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Rounds in which kernels for the same are timed, one after the other: a GPU gets warm.
+const ROUNDS: usize = 2;
 
 /// A measurement: its times, and the work of a call.
 struct Measured {
@@ -52,13 +57,14 @@ const MASKS: [Mask; 14] = [
 ];
 
 /// Masks for the backward pass.
-const BACKWARD_MASKS: [Mask; 8] = [
+const BACKWARD_MASKS: [Mask; 9] = [
     ("dense h24 s15360", 24, 15_360, 128, 384, 1.0),
     ("dense h24 s30720", 24, 30_720, 128, 384, 1.0),
     ("random384 0.6 h24 s30720", 24, 30_720, 128, 384, 0.6),
     ("random384 0.2 h24 s30720", 24, 30_720, 128, 384, 0.2),
     ("random128 0.2 h24 s30720", 24, 30_720, 128, 128, 0.2),
     ("random64 0.2 h24 s30720", 24, 30_720, 128, 64, 0.2),
+    ("dense h1 s61440", 1, 61_440, 128, 384, 1.0),
     ("dense h24 s15360 d64", 24, 15_360, 64, 384, 1.0),
     ("random384 0.2 h24 s30720 d64", 24, 30_720, 64, 384, 0.2),
 ];
@@ -75,23 +81,9 @@ fn cases() -> Vec<Case> {
         let name = format!("gemm {size}");
         cases.push(case(name, move |gpu| product(gpu, size)));
     }
-    for (name, heads, tokens, head_dim, block, density) in MASKS {
-        let chosen = forward::Config::choose(Element::Bf16, head_dim, block, block, None);
-        let fits = |config: &forward::Config| {
-            (config.element, config.head_dim) == (Element::Bf16, head_dim)
-                && config.takes(block, block)
-        };
-        for config in forward::Config::all().into_iter().filter(fits) {
-            let mark = if Some(config) == chosen {
-                ", chosen"
-            } else {
-                ""
-            };
-            let name = format!("{name}, {}{mark}", config.kernel().name);
-            cases.push(case(name, move |gpu| {
-                attention(gpu, config, heads, tokens, block, density)
-            }));
-        }
+    for mask in MASKS {
+        let measure = move |gpu: &mut Gpu| forward::forward(gpu, mask);
+        cases.push((mask.0.to_owned(), Box::new(measure)));
     }
     for mask in BACKWARD_MASKS {
         let measure = move |gpu: &mut Gpu| backward::backward(gpu, mask);
@@ -164,13 +156,15 @@ fn plan(gpu: &mut Gpu, heads: usize, rows: usize, columns: usize) -> Result<Meas
         .map(|number| u8::from(bf16::from_le_bytes([number[0], number[1]]).to_f32() > 0.524))
         .collect();
     let args = plan::Args {
-        mask: gpu.alloc_with(&mask)?,
-        strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        mask: plan::Mask::Bytes {
+            address: gpu.alloc_with(&mask)?,
+            strides: [blocks as u64, (rows * columns) as u64, columns as u64, 1],
+        },
         layout,
         plan: gpu.alloc(4 * layout.words())?,
     };
     let mut launches = Vec::new();
-    for config in plan::Config::all() {
+    for config in plan::Config::of(&args.mask) {
         launches.push((gpu.load(&config.kernel())?, config.launch(&args)));
     }
     let times = gpu.time(20, 30, || {
@@ -187,20 +181,21 @@ const HEADS: u32 = 24;
 const TOKENS: u32 = 30_720;
 const HEAD_DIM: u32 = 128;
 
-fn tensor(gpu: &mut Gpu, seed: u64) -> Result<forward::Tensor> {
+fn tensor(gpu: &mut Gpu, seed: u64) -> Result<Tensor> {
     let strides = Strides {
         row: HEAD_DIM.into(),
         head: (TOKENS * HEAD_DIM).into(),
         batch: (HEADS * TOKENS * HEAD_DIM).into(),
     };
     let address = gpu.alloc_with(&numbers(seed, strides.batch as usize))?;
-    Ok(forward::Tensor { address, strides })
+    Ok(Tensor { address, strides })
 }
 
 fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
     let config = prepare::Config {
         element: Element::Bf16,
         head_dim: HEAD_DIM,
+        deterministic: false,
         boxes: None,
     };
     let rows = HEADS * TOKENS;
@@ -212,8 +207,11 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
         dlse: 0,
         log2: gpu.alloc(line)?,
         delta: gpu.alloc(line)?,
+        steps: 0,
+        bounds: 0,
         batch: 1,
         heads: HEADS,
+        kv_heads: HEADS,
         q_len: TOKENS,
         canvas: None,
     };
@@ -244,61 +242,6 @@ fn means(gpu: &mut Gpu, block: u32) -> Result<Measured> {
     Ok(Measured {
         times,
         work: f64::from(2 * rows * HEAD_DIM) + f64::from(4 * blocks * HEAD_DIM),
-    })
-}
-
-/// Each row of blocks keeps the same number of blocks, by chance, another choice for each head.
-fn attention(
-    gpu: &mut Gpu,
-    config: forward::Config,
-    heads: u32,
-    tokens: usize,
-    block: u32,
-    density: f64,
-) -> Result<Measured> {
-    let extents = Extents::new(tokens, tokens, block as usize, block as usize)?;
-    let mask = builders::random(extents, 1, heads as usize, density, 1)?;
-    let plan = Plan::new(&mask);
-    let words: Vec<u8> = plan
-        .words()
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
-    let row = u64::from(config.head_dim);
-    let head = row * tokens as u64;
-    let count = head as usize * heads as usize;
-    let strides = Strides {
-        row,
-        head,
-        batch: count as u64,
-    };
-    let tensor = |address| forward::Tensor { address, strides };
-    let args = forward::Args {
-        q: tensor(gpu.alloc_with(&numbers(1, count))?),
-        k: tensor(gpu.alloc_with(&numbers(2, count))?),
-        v: tensor(gpu.alloc_with(&numbers(3, count))?),
-        out: tensor(gpu.alloc(2 * count)?),
-        lse: gpu.alloc(4 * heads as usize * tokens)?,
-        plan: gpu.alloc_with(&words)?,
-        layout: plan.layout(),
-        batch: 1,
-        heads,
-        kv_heads: heads,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
-        counter: gpu.alloc(4)?,
-        blocks: gpu.device().multiprocessors(),
-        tables: &[],
-        canvas: None,
-    };
-    let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
-    let times = gpu.time(1, 20, || {
-        gpu.zero_words(args.counter, 1)?;
-        gpu.launch(function, &launch)
-    })?;
-    let pairs = (tokens as f64).powi(2) * mask.density();
-    Ok(Measured {
-        times,
-        work: 4.0 * pairs * f64::from(config.head_dim * heads),
     })
 }
 

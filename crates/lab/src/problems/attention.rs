@@ -50,6 +50,8 @@ pub struct Backward {
     pub rule: Option<Rule>,
     /// Factor of the scores.
     pub scale: f64,
+    /// Queries among which thread blocks start that walk all.
+    pub window: u32,
 }
 
 /// Who sees whom: batch, head, query and key.
@@ -217,6 +219,7 @@ impl Backward {
             mask,
             rule: None,
             scale: 0.125,
+            window: backward::WINDOW,
         }
     }
 
@@ -250,8 +253,20 @@ impl Backward {
 
         let mut memory = Memory::new();
         let (plan, tables) = planned(&self.mask, &self.rule, &mut memory);
+        let deterministic = self.config.deterministic;
         let workspace = Workspace::of(sizes);
         let (batch, heads, q_len) = (self.batch as u32, self.heads as u32, sizes.q_len as u32);
+        let bounding = backward::bounds::Args {
+            k: like_kv.put(&mut memory, "k", &k),
+            v: like_kv.put(&mut memory, "v", &v),
+            bounds: match deterministic {
+                true => memory.alloc_with("bounds", &vec![0u32; workspace.bounds]),
+                false => 0,
+            },
+            batch,
+            heads: self.kv_heads as u32,
+            len: sizes.kv_len as u32,
+        };
         let before = backward::prepare::Args {
             out: like_q.put(&mut memory, "out", &out),
             dout: like_q.put(&mut memory, "dout", &dout),
@@ -259,25 +274,29 @@ impl Backward {
             dlse: 0,
             log2: memory.alloc("log2", 4 * workspace.numbers),
             delta: memory.alloc("delta", 4 * workspace.numbers),
+            steps: match deterministic {
+                true => memory.alloc("steps", 4 * workspace.numbers),
+                false => 0,
+            },
+            bounds: bounding.bounds,
             batch,
             heads,
+            kv_heads: self.kv_heads as u32,
             q_len,
             canvas: None,
         };
         let args = backward::Args {
             q: like_q.put(&mut memory, "q", &q),
-            k: like_kv.put(&mut memory, "k", &k),
-            v: like_kv.put(&mut memory, "v", &v),
+            k: bounding.k,
+            v: bounding.v,
             dout: before.dout,
             dk: like_kv.alloc(&mut memory, "dk"),
             dv: like_kv.alloc(&mut memory, "dv"),
             lse: before.log2,
             delta: before.delta,
             dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
-            tickets: match self.config.deterministic {
-                true => memory.alloc_with("tickets", &vec![0i32; workspace.tickets]),
-                false => 0,
-            },
+            steps: before.steps,
+            window: self.window,
             plan,
             layout: layout(&self.mask),
             batch,
@@ -289,6 +308,7 @@ impl Backward {
         };
         let after = backward::finish::Args {
             sums: args.dq,
+            steps: before.steps,
             dq: like_q.alloc(&mut memory, "dq"),
             batch,
             heads,
@@ -296,16 +316,28 @@ impl Backward {
             scale: self.scale as f32,
             canvas: None,
         };
+        let bounds = backward::bounds::Config { element, head_dim };
         let first = backward::prepare::Config {
             element,
             head_dim,
+            deterministic,
             boxes: None,
         };
         let last = backward::finish::Config {
             element,
             head_dim,
+            deterministic,
             boxes: None,
         };
+        let mut steps = vec![
+            Step::new(first.kernel(), first.launch(&before)),
+            Step::new(self.config.kernel(), self.config.launch(&args)),
+            Step::new(last.kernel(), last.launch(&after)),
+        ];
+        if deterministic {
+            steps.insert(0, Step::new(bounds.kernel(), bounds.launch(&bounding)));
+        }
+        let main = steps.len() - 2;
         let near = |name, tensor: forward::Tensor, values| {
             Expected::new(name, tensor.address, element, values, Close::Norm(5e-3))
         };
@@ -313,20 +345,16 @@ impl Backward {
         of_q.repeats = self.config.deterministic;
         Setup::new(
             memory,
-            vec![
-                Step::new(first.kernel(), first.launch(&before)),
-                Step::new(self.config.kernel(), self.config.launch(&args)),
-                Step::new(last.kernel(), last.launch(&after)),
-            ],
+            steps,
             vec![
                 of_q,
                 near("dk", args.dk, expected.dk),
                 near("dv", args.dv, expected.dv),
             ],
         )
-        .about(1)
+        .about(main)
         .with_scratch(args.dq)
-        .with_scratch(args.tickets)
+        .with_scratch(bounding.bounds)
     }
 }
 
@@ -336,8 +364,8 @@ pub(super) struct Workspace {
     pub(super) numbers: usize,
     /// Of dq's sums.
     pub(super) sums: usize,
-    /// Words of the tickets.
-    pub(super) tickets: usize,
+    /// Of the bounds.
+    pub(super) bounds: usize,
 }
 
 impl Workspace {
@@ -347,7 +375,7 @@ impl Workspace {
         Self {
             numbers: lines * workspace.line,
             sums: lines * workspace.units * 64 * sizes.head_dim,
-            tickets: workspace.tickets(lines, sizes.head_dim),
+            bounds: sizes.batch * sizes.kv_heads * backward::bounds::WORDS,
         }
     }
 }

@@ -26,9 +26,9 @@ use thiserror::Error;
 use crate::gpu::Gpu;
 
 pub use attention::{Backward, Forward};
-pub use plan::{Compaction, MaskLayout};
+pub use plan::{BitCompaction, Compaction, MaskLayout};
 pub use product::Product;
-pub use rows::{Pool, Prepare};
+pub use rows::{Bounds, Pool, Prepare};
 pub use rule::Rule;
 pub use tensor::Layout;
 pub use video::Video;
@@ -389,7 +389,9 @@ mod tests {
                     }
                 }
             }
-            assert!(used.iter().all(|used| *used), "an allocation is not used");
+            for (used, allocation) in used.iter().zip(allocations) {
+                assert!(used, "{} is not used", allocation.name());
+            }
         }
     }
 

@@ -1,8 +1,9 @@
 //! [`Compaction`]: plans from masks in memory, word for word against the host's.
 
+use flex_block_attn::expression::{Expression, b, h, kv, q};
 use flex_block_attn::{BlockMask, BoolMatrix, Extents, Plan};
 use flex_block_attn_emulator::Memory;
-use flex_block_attn_kernels::plan::{Args, Config};
+use flex_block_attn_kernels::plan::{Args, Config, Mask};
 use flex_block_attn_ptx::Element;
 
 use super::{Close, Expected, Setup, Step};
@@ -68,23 +69,69 @@ impl Compaction {
 
         let mut memory = Memory::new();
         let args = Args {
-            mask: memory.alloc_with("mask", &bytes),
-            strides: self.strides().map(|stride| stride as u64),
+            mask: Mask::Bytes {
+                address: memory.alloc_with("mask", &bytes),
+                strides: self.strides().map(|stride| stride as u64),
+            },
             layout: plan.layout(),
             plan: memory.alloc("plan", 4 * plan.words().len()),
         };
-        let step = |config: Config| Step::new(config.kernel(), config.launch(&args));
-        let words = plan.words().iter().map(|&word| word.into()).collect();
-        Setup::new(
-            memory,
-            vec![step(Config::Lists), step(Config::Order)],
-            vec![Expected::new(
-                "the plan",
-                args.plan,
-                Element::I32,
-                words,
-                Close::Each(0.0),
-            )],
-        )
+        of(memory, &args, &plan)
     }
+}
+
+/// Compaction of the bits of a mask that was made on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct BitCompaction {
+    /// Batches, heads, rows, columns of the mask.
+    pub shape: [usize; 4],
+    /// Tokens that a query sees before and behind itself: partial blocks at the border.
+    pub reach: i32,
+}
+
+impl BitCompaction {
+    /// Both kernels with a mask, which differs from head to head.
+    ///
+    /// # Panics
+    /// If the mask has no entries.
+    pub fn setup(&self) -> Setup {
+        let [batch, heads, rows, columns] = self.shape;
+        let extents = Extents::new(16 * rows, 16 * columns, 16, 16).expect("a mask has entries");
+        let near = (q() - kv() - (b() * 3 + h()) * 11)
+            .abs()
+            .at_most(self.reach);
+        let expression = Expression::new(&near).expect("a window is an expression");
+        let mask = BlockMask::from_expression(extents, batch, heads, &expression)
+            .expect("nothing is looked up");
+        let plan = Plan::new(&mask);
+        let mut bits = vec![0u64; mask.bit_words()];
+        mask.write_bits(&mut bits).expect("words suffice");
+
+        let mut memory = Memory::new();
+        let args = Args {
+            mask: Mask::Bits {
+                address: memory.alloc_with("bits", &bits),
+            },
+            layout: plan.layout(),
+            plan: memory.alloc("plan", 4 * plan.words().len()),
+        };
+        of(memory, &args, &plan)
+    }
+}
+
+/// Both kernels, which are to write that plan.
+fn of(memory: Memory, args: &Args, plan: &Plan) -> Setup {
+    let step = |config: Config| Step::new(config.kernel(), config.launch(args));
+    let words = plan.words().iter().map(|&word| word.into()).collect();
+    Setup::new(
+        memory,
+        Config::of(&args.mask).map(step).to_vec(),
+        vec![Expected::new(
+            "the plan",
+            args.plan,
+            Element::I32,
+            words,
+            Close::Each(0.0),
+        )],
+    )
 }

@@ -2,7 +2,7 @@
 //! and [`Pool`].
 
 use flex_block_attn_emulator::Memory;
-use flex_block_attn_kernels::backward::{Workspace, prepare};
+use flex_block_attn_kernels::backward::{Workspace, bounds, prepare};
 use flex_block_attn_kernels::pool;
 use flex_block_attn_ptx::Element;
 
@@ -59,15 +59,26 @@ impl Prepare {
         let places = batch * heads * line;
         // What fills up a line is as queries without keys are.
         let (mut deltas, mut log2s) = (vec![0.0; places], vec![f64::INFINITY; places]);
+        let mut steps = vec![1.0; places];
+        // Heads in pairs share keys, of which these are the largest magnitude and the largest norm of
+        // a value, squared.
+        let group = if heads.is_multiple_of(2) { 2 } else { 1 };
+        let bounds: Vec<[f32; 2]> = (0..batch * heads / group)
+            .map(|i| [0.3 + i as f32, 50.0 * i as f32])
+            .collect();
         let rows = out_values
             .chunks_exact(head_dim)
             .zip(dout_values.chunks_exact(head_dim));
         for (i, (out, dout)) in rows.enumerate().filter(|(i, _)| lse(*i).is_finite()) {
-            let at = i / q_len * line + i % q_len;
+            let at = i / q_len * line + place(i % q_len);
             let sum: f64 = out.iter().zip(dout).map(|(a, b)| a * b).sum();
             let less = if self.has_dlse { dlse(i) } else { 0.0 };
             deltas[at] = sum - f64::from(less);
             log2s[at] = f64::from(lse(i)) * std::f64::consts::LOG2_E;
+            let [keys, values] = bounds[i / q_len / group].map(f64::from);
+            let norm = dout.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let bound = (norm * values.sqrt() + deltas[at].abs()) * keys;
+            steps[at] = (30.0 - bound.log2()).min(100.0).floor().exp2();
         }
 
         let mut memory = Memory::new();
@@ -88,20 +99,115 @@ impl Prepare {
             dlse,
             log2: memory.alloc("log2", 4 * places),
             delta: memory.alloc("delta", 4 * places),
+            steps: match config.deterministic {
+                true => memory.alloc("steps", 4 * places),
+                false => 0,
+            },
+            bounds: match config.deterministic {
+                true => memory.alloc_with("bounds", bounds.as_flattened()),
+                false => 0,
+            },
             batch: batch as u32,
             heads: heads as u32,
+            kv_heads: (heads / group) as u32,
             q_len: q_len as u32,
             canvas: None,
         };
         let close = Close::Each(1e-6 * head_dim as f64);
+        let mut expected = vec![
+            Expected::new("delta", args.delta, Element::F32, deltas, close),
+            Expected::new("log2", args.log2, Element::F32, log2s, Close::Each(1e-5)),
+        ];
+        if config.deterministic {
+            let exactly = Close::Each(0.0);
+            expected.push(Expected::new(
+                "steps",
+                args.steps,
+                Element::F32,
+                steps,
+                exactly,
+            ));
+        }
+        let steps = vec![Step::new(config.kernel(), config.launch(&args))];
+        Setup::new(memory, steps, expected)
+    }
+}
+
+/// Where a query's numbers are among those of its head: of 16, first those of the first pair of each
+/// eight, then of the second, and so on.
+fn place(query: usize) -> usize {
+    let (eight, pair) = (query % 16 / 8, query % 8 / 2);
+    query / 16 * 16 + pair * 4 + eight * 2 + query % 2
+}
+
+/// What bounds the gradient of q.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// The kernel.
+    pub config: bounds::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads of k and v.
+    pub heads: usize,
+    /// Keys.
+    pub len: usize,
+    /// How k lies in memory.
+    pub layout: Layout,
+}
+
+impl Bounds {
+    /// The kernel with tensors.
+    pub fn setup(&self) -> Setup {
+        let Self {
+            config,
+            batch,
+            heads,
+            len,
+            layout,
+        } = *self;
+        let head_dim = config.head_dim as usize;
+        let like = |layout| Tensor {
+            element: config.element,
+            shape: [batch, heads, len, head_dim],
+            layout,
+        };
+        let (k, v) = (like(layout), like(Layout::default()));
+        let (k_values, v_values) = (k.normal(5), v.normal(6));
+        let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
+        let by_head = |values: &[f64], of: &dyn Fn(&[f64]) -> f64| -> Vec<f64> {
+            values.chunks_exact(len * head_dim).map(of).collect()
+        };
+        let magnitudes = by_head(&k_values, &|head| {
+            largest(&mut head.iter().map(|x| x.abs()))
+        });
+        let norms = by_head(&v_values, &|head| {
+            let rows = head.chunks_exact(head_dim);
+            largest(&mut rows.map(|row| row.iter().map(|x| x * x).sum()))
+        });
+        let expected = magnitudes.into_iter().zip(norms);
+
+        let mut memory = Memory::new();
+        let words = batch * heads * bounds::WORDS;
+        let args = bounds::Args {
+            k: k.put(&mut memory, "k", &k_values),
+            v: v.put(&mut memory, "v", &v_values),
+            bounds: memory.alloc_with("bounds", &vec![0u32; words]),
+            batch: batch as u32,
+            heads: heads as u32,
+            len: len as u32,
+        };
         Setup::new(
             memory,
             vec![Step::new(config.kernel(), config.launch(&args))],
-            vec![
-                Expected::new("delta", args.delta, Element::F32, deltas, close),
-                Expected::new("log2", args.log2, Element::F32, log2s, Close::Each(1e-5)),
-            ],
+            vec![Expected::new(
+                "bounds",
+                args.bounds,
+                Element::F32,
+                expected.flat_map(|(key, value)| [key, value]).collect(),
+                Close::Each(1e-6 * head_dim as f64),
+            )],
         )
+        .with_scratch(args.bounds)
     }
 }
 

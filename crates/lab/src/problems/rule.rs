@@ -1,5 +1,6 @@
 //! [`Rule`]: a mask's formula with its tables, interpreted one pair at a time.
 
+use flex_block_attn::expression::{self, Expression};
 use flex_block_attn::{BlockMask, Plan};
 use flex_block_attn_emulator::Memory;
 use flex_block_attn_kernels::exact::{Formula, Mask, Step, Table};
@@ -18,6 +19,29 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// The rule of a mask's expression, if it has one; its tables are on the host.
+    pub fn of(mask: &BlockMask) -> Option<Self> {
+        let expression = mask.expression()?;
+        let table = |table: &expression::Table| {
+            let values = table.values().expect("the host has the table");
+            (table.extents().to_vec(), values.to_vec())
+        };
+        Some(Self {
+            formula: expression.formula().clone(),
+            tables: expression.tables().iter().map(table).collect(),
+        })
+    }
+
+    /// As masks are made of it.
+    pub fn expression(&self) -> Expression {
+        let table = |(extents, numbers): &(Vec<u32>, Vec<i32>)| {
+            expression::Table::new(extents, numbers.clone())
+                .expect("as many numbers as extents say")
+        };
+        let tables = self.tables.iter().map(table).collect();
+        Expression::from_formula(self.formula.clone(), tables).expect("rules are well typed")
+    }
+
     /// As kernels are built with it.
     pub fn mask(&self) -> Mask {
         Mask::new(self.formula.clone())

@@ -296,6 +296,18 @@ impl Video {
         };
         let workspace = Workspace::of(sizes);
         let (batch, heads) = (args.batch, args.heads);
+        let deterministic = self.deterministic;
+        let bounding = backward::bounds::Args {
+            k: args.k,
+            v: args.v,
+            bounds: match deterministic {
+                true => memory.alloc_with("bounds", &vec![0u32; workspace.bounds]),
+                false => 0,
+            },
+            batch,
+            heads: args.kv_heads,
+            len: self.tokens() as u32,
+        };
         let before = backward::prepare::Args {
             out: args.out,
             dout: like_q.put(&mut memory, "dout", &dout),
@@ -303,16 +315,21 @@ impl Video {
             dlse: 0,
             log2: memory.alloc("log2", 4 * workspace.numbers),
             delta: memory.alloc("delta", 4 * workspace.numbers),
+            steps: match deterministic {
+                true => memory.alloc("steps", 4 * workspace.numbers),
+                false => 0,
+            },
+            bounds: bounding.bounds,
             batch,
             heads,
+            kv_heads: args.kv_heads,
             q_len: places as u32,
             canvas: Some(canvas),
         };
-        let main_config = backward::Config {
-            deterministic: self.deterministic,
-            ..backward::Config::choose_for_canvas(element, head_dim, canvas.block())
-                .expect("a config for such tiles")
-        };
+        let block = canvas.block();
+        let main_config =
+            backward::Config::choose_for_canvas(element, head_dim, block, deterministic)
+                .expect("a config for such tiles");
         let main = backward::Args {
             q: args.q,
             k: args.k,
@@ -323,10 +340,8 @@ impl Video {
             lse: before.log2,
             delta: before.delta,
             dq: memory.alloc_with("sums", &vec![0f32; workspace.sums]),
-            tickets: match self.deterministic {
-                true => memory.alloc_with("tickets", &vec![0i32; workspace.tickets]),
-                false => 0,
-            },
+            steps: before.steps,
+            window: backward::WINDOW,
             plan: args.plan,
             layout: args.layout,
             batch,
@@ -338,6 +353,7 @@ impl Video {
         };
         let after = backward::finish::Args {
             sums: main.dq,
+            steps: before.steps,
             dq: out_q.alloc(&mut memory, "dq"),
             batch,
             heads,
@@ -349,13 +365,20 @@ impl Video {
         let first = backward::prepare::Config {
             element,
             head_dim,
+            deterministic,
             boxes,
         };
         let last = backward::finish::Config {
             element,
             head_dim,
+            deterministic,
             boxes,
         };
+        if deterministic {
+            let bounds = backward::bounds::Config { element, head_dim };
+            steps.push(Step::new(bounds.kernel(), bounds.launch(&bounding)));
+        }
+        let about = steps.len() + 1;
         steps.extend([
             Step::new(first.kernel(), first.launch(&before)),
             Step::new(main_config.kernel(), main_config.launch(&main)),
@@ -373,10 +396,10 @@ impl Video {
             near("dv", out_kv, main.dv, &right.dv),
         ]);
         Setup::new(memory, steps, expected)
-            .about(2)
+            .about(about)
             .with_scratch(args.counter)
             .with_scratch(args.lse)
             .with_scratch(main.dq)
-            .with_scratch(main.tickets)
+            .with_scratch(bounding.bounds)
     }
 }

@@ -1,13 +1,11 @@
 //! Attention backward: what loader, consumers and reducers hand each other, the consumers' turns, and
-//! what orders the sums of thread blocks.
+//! what sums of integers need.
 
 use flex_block_attn_ptx::Ty;
-use flex_block_attn_ptx::ir::{Address, Binary, Cache, Cmp, Fence, Op, Operand, Space};
+use flex_block_attn_ptx::ir::{Cmp, Fence, Op, Operand};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{
-    arrives_on, change, change_behind, computed, move_before, only_threads, op, remove,
-};
+use crate::edit::{arrives_on, change, move_before, only_threads, op, remove};
 use crate::phases::{count, flip, no_release, no_wait};
 use crate::{Base, By, Mutation, Setup};
 
@@ -39,23 +37,11 @@ fn early_release(s: &mut Setup, nth: usize) -> usize {
     move_before(s.kernel_mut(), releases, op!(Op::WgmmaWait { .. }))
 }
 
-/// Puts another wait in the place of those for sums to be written.
-fn wait_for_sums(s: &mut Setup, wait: Op) -> usize {
-    let written = op!(Op::BulkWait {
-        pending: 0,
-        read: false
-    });
-    // The last is for dk and dv.
-    (0..2)
-        .map(|_| change(s.kernel_mut(), Nth(0), written, |op| *op = wait.clone()))
-        .sum()
-}
-
 pub fn table() -> Vec<Mutation> {
     let mut table = tiles();
     table.extend(exchange());
     table.extend(sums());
-    table.extend(tickets());
+    table.extend(integers());
     table
 }
 
@@ -79,7 +65,7 @@ fn tiles() -> Vec<Mutation> {
         Mutation {
             name: "notes are read before they are there",
             kind: "missing full wait",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| {
                 let waits = crate::edit::waits_on(s.kernel(), Q_FULL);
                 only_threads(s.kernel_mut(), All, waits, Cmp::Ge, 128)
@@ -106,7 +92,7 @@ fn tiles() -> Vec<Mutation> {
         Mutation {
             name: "notes are overwritten when consumers have read them",
             kind: "mbarrier count",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| count(s, Q_EMPTY, 8),
             by: By::Emulator(&["Race", "Mbarrier"]),
         },
@@ -147,7 +133,7 @@ fn exchange() -> Vec<Mutation> {
         Mutation {
             name: "a consumer does not say that its gradients are there",
             kind: "missing release",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| no_release(s, GRADIENTS_FULL),
             by: By::Emulator(&["Deadlock"]),
         },
@@ -195,21 +181,21 @@ fn sums() -> Vec<Mutation> {
         Mutation {
             name: "a unit overwrites one that is on its way out",
             kind: "missing empty wait",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| no_wait(s, DQ_EMPTY),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "consumers wait for a first unit's way out",
             kind: "parity",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| flip(s, DQ_EMPTY),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
             name: "three warps make a unit",
             kind: "mbarrier count",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| count(s, DQ_FULL, 3),
             by: By::Emulator(&["Race", "ProxyFence", "Mbarrier", "UninitialisedMemory"]),
         },
@@ -230,163 +216,54 @@ fn sums() -> Vec<Mutation> {
         Mutation {
             name: "a reducer does not give its unit back",
             kind: "missing release",
-            base: Base::InOrder,
+            base: Base::Integers,
             edit: |s| no_release(s, DQ_EMPTY),
             by: By::Emulator(&["Deadlock"]),
         },
     ]
 }
 
-/// What orders the sums of thread blocks.
-fn tickets() -> Vec<Mutation> {
+/// Sums of integers.
+fn integers() -> Vec<Mutation> {
     vec![
         Mutation {
-            name: "sums do not wait for their turn",
-            kind: "order of sums",
-            base: Base::InOrder,
+            name: "integers are added as if they were floats",
+            kind: "type of sums",
+            base: Base::Integers,
             edit: |s| {
-                let (asks, compares) = (op!(Op::LoadAcquire { .. }), op!(Op::Compare { .. }));
-                change_behind(s.kernel_mut(), asks, compares, |mut op| {
-                    if let Op::Compare { a, b, .. } = &mut op {
-                        *b = *a;
-                    }
-                    Some(op)
-                })
-            },
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a ticket is read without acquiring",
-            kind: "order of sums",
-            base: Base::InOrder,
-            edit: |s| {
-                change(s.kernel_mut(), All, op!(Op::LoadAcquire { .. }), |op| {
-                    if let Op::LoadAcquire { dst, address, .. } = *op {
-                        *op = Op::Load {
-                            space: Space::Global,
-                            cache: Cache::Volatile,
-                            ty: Ty::U32,
-                            dst: vec![dst],
-                            address,
-                        };
+                change(s.kernel_mut(), All, op!(Op::BulkReduceAdd { .. }), |op| {
+                    if let Op::BulkReduceAdd { ty, .. } = op {
+                        *ty = Ty::F32;
                     }
                 })
             },
             by: By::Emulator(&["Race"]),
         },
         Mutation {
-            name: "a ticket is written without releasing",
-            kind: "order of sums",
-            base: Base::InOrder,
-            edit: |s| {
-                change(s.kernel_mut(), All, op!(Op::StoreRelease { .. }), |op| {
-                    if let Op::StoreRelease { src, address, .. } = *op {
-                        *op = Op::Store {
-                            space: Space::Global,
-                            ty: Ty::U32,
-                            src: vec![src],
-                            address,
-                        };
-                    }
-                })
-            },
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a ticket is written before the sums",
-            kind: "order of sums",
-            base: Base::InOrder,
-            edit: |s| {
-                let read = Op::BulkWait {
-                    pending: 0,
-                    read: true,
-                };
-                wait_for_sums(s, read)
-            },
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a ticket is written when the sums before are",
-            kind: "order of sums",
-            base: Base::InOrder,
-            edit: |s| {
-                let later = Op::BulkWait {
-                    pending: 1,
-                    read: false,
-                };
-                wait_for_sums(s, later)
-            },
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "no proxy fence between a ticket and the sums",
-            kind: "proxy fence",
-            base: Base::InOrder,
-            edit: |s| remove(s.kernel_mut(), All, op!(Op::Fence(Fence::ProxyAsyncGlobal))),
-            by: By::Emulator(&["ProxyFence"]),
-        },
-        Mutation {
-            name: "a proxy fence of shared memory between a ticket and the sums",
-            kind: "proxy fence",
-            base: Base::InOrder,
-            edit: |s| {
-                change(
-                    s.kernel_mut(),
-                    All,
-                    op!(Op::Fence(Fence::ProxyAsyncGlobal)),
-                    |op| *op = Op::Fence(Fence::ProxyAsyncShared),
-                )
-            },
-            by: By::Emulator(&["ProxyFence"]),
-        },
-        Mutation {
-            name: "a ticket names the next tile",
-            kind: "order of sums",
-            base: Base::InOrder,
-            edit: |s| {
-                let more = (Binary::Add, Operand::Imm(1));
-                computed(
-                    s.kernel_mut(),
-                    All,
-                    op!(Op::StoreRelease { .. }),
-                    more,
-                    |op| match op {
-                        Op::StoreRelease { src, .. } => Some(src),
-                        _ => None,
-                    },
-                )
-            },
+            name: "nobody copies the steps of integers",
+            kind: "missing copy",
+            base: Base::Integers,
+            edit: |s| remove(s.kernel_mut(), Nth(2), op!(Op::BulkLoad { .. })),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
-            name: "a neighbour's ticket is written",
-            kind: "order of sums",
-            base: Base::InOrder,
+            name: "steps of integers are copied and not expected",
+            kind: "expect-tx",
+            base: Base::Integers,
             edit: |s| {
-                change(s.kernel_mut(), All, op!(Op::StoreRelease { .. }), |op| {
-                    if let Op::StoreRelease {
-                        address: Address { offset, .. },
-                        ..
-                    } = op
-                    {
-                        *offset += 4;
-                    }
-                })
+                // The second is for dout, deltas and steps.
+                change(
+                    s.kernel_mut(),
+                    Nth(2),
+                    op!(Op::MbarrierArriveExpect { .. }),
+                    |op| {
+                        if let Op::MbarrierArriveExpect { bytes, .. } = op {
+                            *bytes = Operand::Imm(64 * 128 * 2 + 4 * 64);
+                        }
+                    },
+                )
             },
-            by: By::Emulator(&["Deadlock", "Race"]),
-        },
-        Mutation {
-            name: "all thread blocks draw the same number",
-            kind: "counter",
-            base: Base::InOrder,
-            edit: |s| {
-                change(s.kernel_mut(), All, op!(Op::Atomic { .. }), |op| {
-                    if let Op::Atomic { src, .. } = op {
-                        *src = Operand::Imm(0);
-                    }
-                })
-            },
-            by: By::Emulator(&["Race", "Deadlock"]),
+            by: By::Emulator(&["Mbarrier", "Deadlock", "Race", "UninitialisedMemory"]),
         },
     ]
 }

@@ -53,8 +53,8 @@ enum Base {
     /// Attention backward, head dimension 128, three thread blocks, with five tiles of queries, four
     /// and one: last ones in either stage, and some behind them.
     Gradients,
-    /// The same, deterministic: thread blocks wait for each other.
-    InOrder,
+    /// The same, deterministic: sums of integers.
+    Integers,
 }
 
 const BASES: [Base; 6] = [
@@ -63,7 +63,7 @@ const BASES: [Base; 6] = [
     Base::Short,
     Base::Ragged,
     Base::Gradients,
-    Base::InOrder,
+    Base::Integers,
 ];
 
 impl Base {
@@ -120,7 +120,7 @@ impl Base {
                 .setup()
             }
             Self::Gradients => gradients(false),
-            Self::InOrder => gradients(true),
+            Self::Integers => gradients(true),
         }
     }
 }
@@ -132,12 +132,8 @@ fn gradients(deterministic: bool) -> Setup {
         [1, 1],
         &[&[0, 2], &[0, 1, 2], &[2], &[0, 2], &[0, 2]],
     );
-    let chosen = backward::Config::choose(Element::Bf16, 128, 64, 128, None);
-    let config = backward::Config {
-        deterministic,
-        ..chosen.expect("blocks are multiples of 16")
-    };
-    Backward::new(config, mask).setup()
+    let config = backward::Config::choose(Element::Bf16, 128, 64, 128, None, deterministic);
+    Backward::new(config.expect("blocks are multiples of 16"), mask).setup()
 }
 
 /// The mask of some batches and heads that keeps these blocks of keys in each row of blocks.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use flex_block_attn::{BlockMask, Extents, builders};
 use flex_block_attn_emulator::{Allocation, Options};
 use flex_block_attn_kernels::Element;
-use flex_block_attn_kernels::backward::{Config, Order};
+use flex_block_attn_kernels::backward::Config;
 use flex_block_attn_lab::problems::Backward;
 
 use crate::right_in_all_ways;
@@ -16,7 +16,7 @@ fn config(head_dim: u32, piece: u32) -> Config {
         head_dim,
         piece,
         deterministic: false,
-        order: Order::CHOSEN,
+        apart: false,
         mask: None,
         canvas: false,
     }
@@ -59,6 +59,9 @@ fn pieces_and_sequences_that_end_anywhere() {
         (64, 16, 16, 128, 40, 10),
         (64, 64, 128, 128, 129, 257),
         (64, 32, 32, 384, 200, 400),
+        // Tiles within a block, and of two that follow each other or do not.
+        (128, 16, 80, 128, 500, 256),
+        (128, 32, 32, 128, 330, 130),
     ] {
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let seen = |row: usize, column: usize| (row * 7 + column * 3) % 4 != 1;
@@ -81,6 +84,7 @@ fn keys_of_several_blocks() {
         for element in [Element::Bf16, Element::F16] {
             let config = Config {
                 element,
+                apart: true,
                 ..config(head_dim, piece)
             };
             let problem = Backward {
@@ -92,33 +96,27 @@ fn keys_of_several_blocks() {
     }
 }
 
+/// Thread blocks that walk all queries start somewhere among the first of a window, and come to those
+/// before in the end.
 #[test]
-fn orders() {
-    // Of 18 blocks of queries the second column has all, and starts somewhere among them.
+fn windows() {
+    // Of 18 blocks of queries the second column has all.
     let seen = |row: usize, column: usize| column == 1 || (row + column) % 3 < 1;
     let extents = Extents::new(18 * 64, 384, 64, 128).unwrap();
-    for order in Order::all() {
-        for head_dim in [64, 128] {
-            if order.outgoing == 2 && head_dim == 64 {
-                continue;
-            }
-            let config = Config {
-                order,
-                ..config(head_dim, 64)
-            };
-            let problem = Backward {
-                heads: 2,
-                kv_heads: 1,
-                ..Backward::new(config, BlockMask::from_fn(extents, seen))
-            };
-            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
-        }
+    for (head_dim, window) in [(64, 640), (128, 64), (128, 1 << 20)] {
+        let problem = Backward {
+            heads: 2,
+            kv_heads: 1,
+            window,
+            ..Backward::new(config(head_dim, 64), BlockMask::from_fn(extents, seen))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
     }
 }
 
 /// Blocks of all sizes, keys beyond the sequence, heads that share keys, and several masks.
 #[test]
-fn sums_in_one_order() {
+fn sums_of_integers() {
     for (head_dim, piece, [q_block, kv_block], [q_len, kv_len]) in [
         (128, 64, [64, 128], [200, 500]),
         (128, 32, [96, 256], [250, 500]),
@@ -137,6 +135,7 @@ fn sums_in_one_order() {
             ..Backward::new(
                 Config {
                     deterministic: true,
+                    apart: kv_block % 128 > 0,
                     ..config(head_dim, piece)
                 },
                 mask,
@@ -178,7 +177,7 @@ fn sums(deterministic: bool) -> usize {
 }
 
 #[test]
-fn only_sums_in_one_order_repeat() {
+fn only_sums_of_integers_repeat() {
     assert_eq!(sums(true), 1);
     assert!(sums(false) > 1);
 }

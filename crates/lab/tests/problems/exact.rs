@@ -36,15 +36,13 @@ fn right(rule: &Rule, lengths: [usize; 2], head_dim: u32, sizes: [usize; 2]) {
         ..Forward::new(config.unwrap(), mask.clone())
     };
     right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
-    let config = backward::Config::choose(element, head_dim, q_block, kv_block, Some(rule.mask()));
     for deterministic in [false, true] {
-        let config = backward::Config {
-            deterministic,
-            ..config.unwrap()
-        };
+        let exact = Some(rule.mask());
+        let config =
+            backward::Config::choose(element, head_dim, q_block, kv_block, exact, deterministic);
         let problem = Backward {
             rule: Some(rule.clone()),
-            ..Backward::new(config, mask.clone())
+            ..Backward::new(config.unwrap(), mask.clone())
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
     }
@@ -108,7 +106,7 @@ fn tables_of_tokens_and_of_heads() {
             ..Forward::new(config.unwrap(), mask.clone())
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
-        let config = backward::Config::choose(Element::F16, head_dim, block, block, with);
+        let config = backward::Config::choose(Element::F16, head_dim, block, block, with, false);
         let problem = Backward {
             batch,
             heads,

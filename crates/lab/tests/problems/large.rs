@@ -124,9 +124,9 @@ fn gradients() {
             let config = backward::Config {
                 element,
                 head_dim,
-                order: backward::Order::CHOSEN,
                 piece: 64,
                 mask: None,
+                apart: false,
                 canvas: false,
                 deterministic,
             };

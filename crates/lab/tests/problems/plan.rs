@@ -1,8 +1,8 @@
 //! Mask compaction, word for word against the host's.
 
 use flex_block_attn_emulator::Options;
-use flex_block_attn_lab::problems::Compaction;
 use flex_block_attn_lab::problems::MaskLayout::{Dense, Repeated, Transposed};
+use flex_block_attn_lab::problems::{BitCompaction, Compaction};
 
 use crate::right_in_all_ways;
 
@@ -52,6 +52,23 @@ fn empty_and_full() {
             density,
             layout: Dense,
         };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn bits_of_masks_with_partial_blocks() {
+    for (shape, reach) in [
+        ([1, 1, 1, 1], 3),
+        ([2, 3, 5, 7], 20),
+        ([1, 2, 33, 31], 100),
+        ([1, 1, 9, 70], 300),
+        ([1, 1, 70, 131], 500),
+        ([1, 1, 4, 1100], 9000),
+        ([1, 1, 1100, 4], 9000),
+        ([1, 1, 40, 36], -1),
+    ] {
+        let problem = BitCompaction { shape, reach };
         right_in_all_ways(&problem.setup(), &Options::all(1));
     }
 }

@@ -1,10 +1,10 @@
-//! The kernels that read whole tensors once, against sums in float64: the preparation of the backward
-//! pass, and pooling.
+//! The kernels that read whole tensors once, against sums in float64: what comes before the main kernel of
+//! the backward pass, and pooling.
 
 use flex_block_attn_emulator::Options;
-use flex_block_attn_kernels::backward::prepare;
+use flex_block_attn_kernels::backward::{bounds, prepare};
 use flex_block_attn_kernels::pool;
-use flex_block_attn_lab::problems::{Layout, Pool, Prepare};
+use flex_block_attn_lab::problems::{Bounds, Layout, Pool, Prepare};
 
 use crate::right_in_all_ways;
 
@@ -23,6 +23,23 @@ fn deltas_and_lses_of_queries() {
             },
             dout: Layout::default(),
             has_dlse: index % 2 == 1,
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn bounds_of_heads() {
+    for (index, config) in bounds::Config::all().into_iter().enumerate() {
+        let problem = Bounds {
+            config,
+            batch: 2,
+            heads: 2,
+            len: [1, 130, 64, 300][index],
+            layout: Layout {
+                tokens_first: index % 2 == 1,
+                gap: 8,
+            },
         };
         right_in_all_ways(&problem.setup(), &Options::all(1));
     }

@@ -2,7 +2,7 @@
 //! by one thread.
 
 use super::{AddressOf, Builder, Reg, Value};
-use crate::Ty;
+use crate::Scalar;
 use crate::ir::{Op, Operand, Policy};
 
 /// What a tensor load may ask for besides.
@@ -101,9 +101,9 @@ impl Builder {
         self.emit(Op::BulkStore { dst, src, bytes });
     }
 
-    /// Adds `bytes` contiguous bytes of float32 to global memory.
+    /// Adds `bytes` contiguous bytes of numbers `T` to global memory.
     #[track_caller]
-    pub fn bulk_reduce_add(
+    pub fn bulk_reduce_add<T: Scalar>(
         &self,
         dst: impl AddressOf<u64>,
         src: impl AddressOf<u32>,
@@ -111,7 +111,7 @@ impl Builder {
     ) {
         let (dst, src, bytes) = (dst.address(), src.address(), bytes.operand());
         self.emit(Op::BulkReduceAdd {
-            ty: Ty::F32,
+            ty: T::TY,
             dst,
             src,
             bytes,

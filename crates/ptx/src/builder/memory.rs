@@ -251,6 +251,20 @@ impl Builder {
         })
     }
 
+    /// Leaves the larger of a word and `value` in memory. Atomic for the whole device, orders nothing
+    /// else.
+    #[track_caller]
+    pub fn reduce_max_global(&self, address: impl AddressOf<u64>, value: impl Value<u32>) {
+        self.emit(Op::Reduce {
+            op: AtomicOp::Max,
+            scope: Scope::Gpu,
+            space: Space::Global,
+            ty: Ty::U32,
+            address: address.address(),
+            src: vec![value.operand()],
+        });
+    }
+
     /// Adds float32 neighbours (1, 2 or 4) to memory, each atomically, in any order.
     #[track_caller]
     pub fn reduce_add_global<const N: usize>(

@@ -280,6 +280,18 @@ impl<'k> Reg<'k, f32> {
         self.unary(Unary::ReciprocalSqrt, Ty::F32)
     }
 
+    /// The nearest integer, at most those at the ends of the range; 0 for NaN.
+    #[track_caller]
+    pub fn to_i32(self) -> Reg<'k, i32> {
+        self.convert()
+    }
+
+    /// The square root, approximated.
+    #[track_caller]
+    pub fn sqrt(self) -> Self {
+        self.unary(Unary::Sqrt, Ty::F32)
+    }
+
     /// Without its sign.
     #[track_caller]
     pub fn abs(self) -> Self {
@@ -477,6 +489,12 @@ impl<'k> Reg<'k, i32> {
             dst,
             src,
         })
+    }
+
+    /// The nearest float32.
+    #[track_caller]
+    pub fn to_f32(self) -> Reg<'k, f32> {
+        self.convert()
     }
 
     /// The same number in 64 bits: signs above.

@@ -259,7 +259,7 @@ fn rounding(to: Ty, from: Ty) -> &'static str {
     match (to, from) {
         (Ty::F32, Ty::F16) => "",
         (Ty::F32 | Ty::F16, _) => ".rn",
-        (_, Ty::F32 | Ty::F16) => ".rzi",
+        (_, Ty::F32 | Ty::F16) => ".rni",
         _ => "",
     }
 }

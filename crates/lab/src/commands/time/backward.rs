@@ -1,14 +1,15 @@
-//! The backward pass on a mask: all of it, and its main kernel alone in each order, deterministic, too.
+//! The backward pass on a mask: all of it, deterministic, too, and its main kernel alone, with thread
+//! blocks that start here and there.
 
 use flex_block_attn::{Extents, Plan, builders};
-use flex_block_attn_kernels::backward::{self, Config, Order, Workspace, finish, prepare};
+use flex_block_attn_kernels::backward::{self, Config, WINDOW, Workspace, bounds, finish, prepare};
 use flex_block_attn_kernels::{Element, Strides, forward};
 use flex_block_attn_lab::gpu::Gpu;
 
-use super::{Mask, Measured, Result, numbers};
+use super::{Mask, Measured, ROUNDS, Result, numbers};
 
-/// Rounds in which all are timed, one after the other: a GPU gets warm.
-const ROUNDS: usize = 2;
+/// Queries among which thread blocks start that walk all.
+const WINDOWS: [u32; 5] = [0, 2048, WINDOW, 16_384, 1 << 20];
 
 /// Times of one mask, with what was timed. The forward pass comes first, for its output and lse.
 pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measured)>> {
@@ -54,8 +55,16 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let workspace = Workspace::new(tokens);
     let line = 4 * heads as usize * workspace.line;
     let sums = heads as usize * workspace.units * 64 * head_dim as usize;
-    let tickets = workspace.tickets(heads as usize, head_dim as usize);
+    let bound_words = heads as usize * bounds::WORDS;
     let q_len = tokens as u32;
+    let bounding = bounds::Args {
+        k: before.k,
+        v: before.v,
+        bounds: gpu.alloc(4 * bound_words)?,
+        batch: 1,
+        heads,
+        len: tokens as u32,
+    };
     let first = prepare::Args {
         out: before.out,
         dout: tensor(gpu.alloc_with(&numbers(4, count))?),
@@ -63,8 +72,11 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         dlse: 0,
         log2: gpu.alloc(line)?,
         delta: gpu.alloc(line)?,
+        steps: gpu.alloc(line)?,
+        bounds: bounding.bounds,
         batch: 1,
         heads,
+        kv_heads: heads,
         q_len,
         canvas: None,
     };
@@ -78,7 +90,8 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         lse: first.log2,
         delta: first.delta,
         dq: gpu.alloc(4 * sums)?,
-        tickets: gpu.alloc(4 * tickets)?,
+        steps: first.steps,
+        window: WINDOW,
         plan: before.plan,
         layout: before.layout,
         batch: 1,
@@ -90,6 +103,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     };
     let last = finish::Args {
         sums: main.dq,
+        steps: first.steps,
         dq: tensor(gpu.alloc(2 * count)?),
         batch: 1,
         heads,
@@ -98,70 +112,77 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         canvas: None,
     };
 
-    let chosen = Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
-    let (prepare, finish) = (
-        prepare::Config {
-            element,
-            head_dim,
-            boxes: None,
-        },
-        finish::Config {
-            element,
-            head_dim,
-            boxes: None,
-        },
-    );
-    let all = [
-        (gpu.load(&prepare.kernel())?, prepare.launch(&first)),
-        (gpu.load(&chosen.kernel())?, chosen.launch(&main)),
-        (gpu.load(&finish.kernel())?, finish.launch(&last)),
-    ];
-    let mut variants = Vec::new();
-    for order in Order::all() {
-        let config = Config { order, ..chosen };
-        if Config::all().contains(&config)
-            || order
-                == (Order {
-                    spread: false,
-                    ..chosen.order
-                })
-        {
-            let name = match order {
-                Order { settled: false, .. } => "main unsettled",
-                Order { outgoing: 2, .. } => "main out2",
-                Order { spread: false, .. } => "main sorted",
-                _ => "main",
-            };
-            variants.push((name, gpu.load(&config.kernel())?, config.launch(&main)));
-        }
-    }
-    let repeating = Config {
-        deterministic: true,
-        ..chosen
+    let choose = |deterministic| {
+        Config::choose(element, head_dim, block, block, None, deterministic).ok_or(unsupported)
     };
-    let (ordered, ordered_launch) = (gpu.load(&repeating.kernel())?, repeating.launch(&main));
+    let mut passes = Vec::new();
+    for deterministic in [false, true] {
+        let bounds = bounds::Config { element, head_dim };
+        let prepare = prepare::Config {
+            element,
+            head_dim,
+            deterministic,
+            boxes: None,
+        };
+        let chosen = choose(deterministic)?;
+        let finish = finish::Config {
+            element,
+            head_dim,
+            deterministic,
+            boxes: None,
+        };
+        let mut all = vec![
+            (gpu.load(&prepare.kernel())?, prepare.launch(&first)),
+            (gpu.load(&chosen.kernel())?, chosen.launch(&main)),
+            (gpu.load(&finish.kernel())?, finish.launch(&last)),
+        ];
+        if deterministic {
+            all.insert(0, (gpu.load(&bounds.kernel())?, bounds.launch(&bounding)));
+        }
+        passes.push((
+            if deterministic {
+                "deterministic"
+            } else {
+                "whole"
+            },
+            all,
+        ));
+    }
+    let mut mains = Vec::new();
+    let chosen = choose(false)?;
+    let like = |config: &Config| {
+        (config.element, config.head_dim, config.deterministic) == (element, head_dim, false)
+            && (config.piece == 64 || *config == chosen)
+            && block.is_multiple_of(config.piece)
+    };
+    for config in Config::all().into_iter().filter(like) {
+        mains.push((config, gpu.load(&config.kernel())?));
+    }
 
     let pairs = (tokens as f64).powi(2) * mask.density();
     let work = 10.0 * pairs * f64::from(head_dim * heads);
     let mut results = Vec::new();
     for _ in 0..ROUNDS {
-        let times = gpu.time(1, 10, || {
-            gpu.zero_words(main.dq, sums)?;
-            let mut each = all.iter();
-            each.try_for_each(|(function, launch)| gpu.launch(function, launch))
-        })?;
-        results.push(("whole".to_owned(), Measured { times, work }));
-        for (name, function, launch) in &variants {
-            gpu.zero_words(main.dq, sums)?;
-            let times = gpu.time(1, 10, || gpu.launch(function, launch))?;
+        for (name, all) in &passes {
+            let times = gpu.time(1, 10, || {
+                gpu.zero_words(main.dq, sums)?;
+                gpu.zero_words(bounding.bounds, bound_words)?;
+                let mut each = all.iter();
+                each.try_for_each(|(function, launch)| gpu.launch(function, launch))
+            })?;
             results.push(((*name).to_owned(), Measured { times, work }));
         }
-        gpu.zero_words(main.dq, sums)?;
-        let times = gpu.time(1, 10, || {
-            gpu.zero_words(main.tickets, tickets)?;
-            gpu.launch(ordered, &ordered_launch)
-        })?;
-        results.push(("main deterministic".to_owned(), Measured { times, work }));
+        for (config, function) in &mains {
+            // What depends on where lists of all queries are started.
+            for window in WINDOWS.iter().filter(|&&w| density == 1.0 || w == WINDOW) {
+                let window = *window;
+                gpu.zero_words(main.dq, sums)?;
+                let launch = config.launch(&backward::Args { window, ..main });
+                let times = gpu.time(1, 10, || gpu.launch(function, &launch))?;
+                let name = format!("{}, window {window}", config.kernel().name);
+                results.push((name, Measured { times, work }));
+            }
+        }
     }
     Ok(results)
 }

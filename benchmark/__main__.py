@@ -1,0 +1,192 @@
+"""Measures suites of cases, ours beside the peers, into CSV files: ``python -m benchmark``.
+
+In: options (``--help``). Out: rows of ``results/<device>/results.csv`` as they come, a line for
+each case. Called by ``make bench``. :mod:`benchmark.report` makes pages and plots of the files.
+
+A restart goes on where the last run of the same commit ended. Statuses: 0, 1 if ours was wrong or
+failed somewhere, 2 for options that make no sense.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .machine import Machine, describe
+from .measure import PASSES, Broken, Measured, measure
+from .peers import PEERS
+from .problem import Problem
+from .results import DEFAULT_FOLDER, WAITS, Damaged, Results, Unit
+from .suites import SUITES, Case
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+class Job(NamedTuple):
+    """A pass of a case, and the peers whose figures are wanted."""
+
+    suite: str
+    case: Case
+    passed: str
+    peers: list[str]
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default=_default_device(), help="where to compute")
+    add("--suite", nargs="+", choices=list(SUITES), help="all that are for the device, if none")
+    add("--case", nargs="+", help="names or patterns, as 'random 0.2*'; all, if none")
+    add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="beside ours")
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of each case")
+    add("--rounds", type=int, default=5, help="how often implementations take turns")
+    add("--turn", type=float, default=100.0, help="milliseconds of a turn")
+    add("--budget", type=float, metavar="SECONDS", help="no case begins that would end after it")
+    add("--results", type=Path, default=DEFAULT_FOLDER, help="folder of results")
+    add("--commit", help="what is measured, where git does not know")
+    add("--retry", action="store_true", help="who was absent or failed before, once more")
+    add("--list", action="store_true", help="print what would be measured, and end")
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be positive, got {args.rounds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    for suite in args.suite or ():
+        if args.device not in SUITES[suite].devices:
+            parser.error(f"--suite {suite} is for {' and '.join(SUITES[suite].devices)}")
+    if not chosen(args):
+        parser.error(f"--case {' '.join(args.case)}: there is none in these suites")
+    return args
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen(args: argparse.Namespace) -> list[Job]:
+    """What is asked for, the most important first."""
+    suites = args.suite or [
+        name
+        for name, suite in SUITES.items()
+        if args.device in suite.devices and not suite.on_request
+    ]
+    cases = [
+        (name, each)
+        for name in suites
+        for each in SUITES[name].cases
+        if not args.case or any(fnmatchcase(each.name, pattern) for pattern in args.case)
+    ]
+    cases.sort(key=lambda pair: pair[1].importance)
+    return [Job(*pair, passed, args.peers) for pair in cases for passed in args.passes]
+
+
+def remaining(jobs: list[Job], done: set[Unit]) -> list[Job]:
+    """Without what is there. Ours is measured again beside a peer that is not."""
+    left = []
+    for job in jobs:
+        units = {
+            name: Unit(job.suite, job.case.name, job.passed, name) for name in ("ours", *job.peers)
+        }
+        missing = [name for name, unit in units.items() if unit not in done]
+        if missing:
+            left.append(job._replace(peers=[name for name in missing if name != "ours"]))
+    return left
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = options(arguments)
+    try:
+        machine = describe(torch.device(args.device), args.commit)
+        results = Results(args.results / machine.folder)
+        left = remaining(chosen(args), results.finished(machine, args.retry))
+    except (ValueError, Damaged) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        for job in left:
+            print(f"{job.suite}: {job.case.name}, {job.passed}: ours {' '.join(job.peers)}")
+        return 0
+    print(f"{machine.device} ({machine.driver}), torch {machine.torch}, {machine.commit}")
+    return run(left, results, machine, args)
+
+
+def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Namespace) -> int:
+    """Measures all, or what the budget allows."""
+    start, status = time.monotonic(), 0
+    missing: set[str] = set()
+    bar = tqdm(total=len(jobs), unit="pass", disable=None) if tqdm else None
+    say = bar.write if bar is not None else print
+    for finished, job in enumerate(jobs):
+        elapsed = time.monotonic() - start
+        # A pass takes as long as those before it did.
+        if args.budget and elapsed * (finished + 1) / max(finished, 1) > args.budget:
+            say(f"the budget ends here: {finished} of {len(jobs)} measured")
+            break
+        name = f"{job.suite}: {job.case.name}, {job.passed}"
+        try:
+            problem = Problem.of(job.case, torch.device(args.device))
+            measured = measure(problem, job.peers, job.passed == "backward", args.rounds, args.turn)
+        except Broken as broken:
+            unit = Unit(job.suite, job.case.name, job.passed, broken.name)
+            results.add_absent(unit, broken.reason, machine)
+            say(f"{name}: {broken}. Start again: it goes on behind.")
+            return 1
+        keep(job, problem, measured, results, machine)
+        # For those who see no bar.
+        left = (time.monotonic() - start) / (finished + 1) * (len(jobs) - finished - 1)
+        say(f"{name}: {in_words(measured)} [{finished + 1}/{len(jobs)}, {left:.0f} s left]")
+        status |= "ours" in measured.failed
+        missing |= {f"{each} {reason}" for each, reason in measured.absent.items()}
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    for each in sorted(missing):
+        print(f"absent: {each}")
+    return status
+
+
+def keep(
+    job: Job, problem: Problem, measured: Measured, results: Results, machine: Machine
+) -> None:
+    """Into the files."""
+    if measured.figures:
+        results.add(job.suite, job.passed, problem, measured.figures, machine)
+    for name, reason in (measured.absent | measured.failed).items():
+        unit = Unit(job.suite, job.case.name, job.passed, name)
+        results.add_absent(unit, reason, machine)
+    if not measured.figures:
+        # Without ours, nobody was tried.
+        for name in job.peers:
+            unit = Unit(job.suite, job.case.name, job.passed, name)
+            results.add_absent(unit, WAITS, machine)
+
+
+def in_words(measured: Measured) -> str:
+    """For the terminal: milliseconds, and our speed beside each peer's."""
+    if "ours" in measured.absent:
+        return f"absent: flex_block_attn {measured.absent['ours']}"
+    parts = []
+    for name, figures in measured.figures.items():
+        ratio = figures.ms / measured.figures["ours"].ms
+        parts.append(f"{name} {figures.ms:.3f} ms" + f" ({ratio:.2f}x)" * (name != "ours"))
+    return ", ".join(parts + [f"{name} {reason}" for name, reason in measured.failed.items()])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("benchmark: stopped; what is finished is kept")

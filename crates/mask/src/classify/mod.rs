@@ -1,0 +1,295 @@
+//! Which blocks an expression wants, and which of them whole. In: lengths, block sizes, an
+//! [`Expression`]. Out: a [`BlockMask`] with its partial blocks.
+//!
+//! All blocks together are a rectangle. The expression is evaluated on it with ranges of numbers instead
+//! of numbers; if that does not say that all pairs count, or none, the rectangle is quartered. So wide
+//! areas cost nothing, and a mask costs as much as its border has blocks. A single block that ranges do
+//! not decide is partial if a few of its pairs differ; if they do not, it is quartered too, down to
+//! tiles that are evaluated pair by pair, until one pair counts and another does not, or all are known
+//! to be alike. The result is exact: it is what evaluating every pair would give.
+//!
+//! - `interval`: ranges of numbers. `extremes`: those of tables.
+//! - `program`: a formula, as far as ranges go. `axis`: queries and keys in halves.
+
+mod axis;
+mod extremes;
+mod interval;
+mod program;
+
+use std::sync::Arc;
+
+use axis::{Axis, SAMPLES, Side};
+use interval::Interval;
+use program::{Program, Region};
+
+use crate::block_mask::Strip;
+use crate::expression::{Evaluator, Expression};
+use crate::{BlockMask, Extents, MaskError, parallel};
+
+impl BlockMask {
+    /// The blocks with a pair that counts by an expression; those are partial that have others too.
+    ///
+    /// The mask has as many batches and heads as the expression tells apart of those given.
+    ///
+    /// # Errors
+    /// An expression that leaves int32, may divide by 0, or looks behind a table's end.
+    pub fn from_expression(
+        extents: Extents,
+        batch: usize,
+        heads: usize,
+        expression: &Expression,
+    ) -> Result<Self, MaskError> {
+        let program = Program::new(expression);
+        check(extents, [batch, heads], expression, &program)?;
+        let formula = expression.formula();
+        let batch = if formula.depends_on_batch() {
+            batch
+        } else {
+            batch.min(1)
+        };
+        let heads = if formula.depends_on_head() {
+            heads
+        } else {
+            heads.min(1)
+        };
+        let mut mask = Self::partly_empty(extents, batch, heads, Arc::new(expression.clone()));
+        let (q_len, kv_len) = (extents.q_len(), extents.kv_len());
+        if q_len == 0 || kv_len == 0 {
+            return Ok(mask);
+        }
+        let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
+        let blocks = batch * heads * rows * columns;
+        // Strips for one thread are whole matrices; several find more even shares in smaller ones.
+        let strip = match parallel::threads(blocks) {
+            1 => rows,
+            threads => rows.div_ceil(4 * threads).next_multiple_of(8),
+        };
+        let strips = mask.strips(strip);
+        let search = || Search {
+            queries: Axis::new(Side::Queries, q_len, extents.q_block(), &program),
+            keys: Axis::new(Side::Keys, kv_len, extents.kv_block(), &program),
+            known: vec![Interval::EITHER; program.nodes.len()],
+            region: everywhere(extents, [1, 1]),
+            evaluator: Evaluator::new(expression),
+            program: &program,
+            line: None,
+        };
+        parallel::consume_with(blocks, strips, search, |search, mut strip| {
+            search.strip(&mut strip, columns as u32);
+        });
+        Ok(mask)
+    }
+}
+
+/// Whether an expression can be evaluated everywhere.
+pub(crate) fn check_expression(
+    extents: Extents,
+    lines: [usize; 2],
+    expression: &Expression,
+) -> Result<(), MaskError> {
+    check(extents, lines, expression, &Program::new(expression))
+}
+
+fn check(
+    extents: Extents,
+    lines: [usize; 2],
+    expression: &Expression,
+    program: &Program<'_>,
+) -> Result<(), MaskError> {
+    if extents.q_len() == 0 || extents.kv_len() == 0 || lines.contains(&0) {
+        return Ok(());
+    }
+    let everywhere = everywhere(extents, lines);
+    program::check(expression, program, &everywhere).map_err(|reason| MaskError::Formula {
+        text: expression.to_string(),
+        reason,
+    })
+}
+
+fn everywhere(extents: Extents, [batch, heads]: [usize; 2]) -> Region {
+    let below = |n: usize| Interval::new(0, n as i64 - 1);
+    Region {
+        batch: below(batch),
+        head: below(heads),
+        query: below(extents.q_len()),
+        key: below(extents.kv_len()),
+    }
+}
+
+struct Search<'a> {
+    program: &'a Program<'a>,
+    queries: Axis,
+    keys: Axis,
+    /// Ranges of the nodes, in the region that was looked at last.
+    known: Vec<Interval>,
+    /// Its batch and head.
+    region: Region,
+    /// None if the host lacks numbers of tables.
+    evaluator: Option<Evaluator<'a>>,
+    /// The batch and the head that it is at.
+    line: Option<(usize, usize)>,
+}
+
+/// Whether a pair has been found that does not count, and one that does.
+type Found = [bool; 2];
+
+impl Search<'_> {
+    /// Finds the blocks of some rows.
+    fn strip(&mut self, strip: &mut Strip<'_>, columns: u32) {
+        self.go_to(strip.batch, strip.head);
+        let rows = (strip.rows.start as u32, strip.rows.end as u32);
+        let rows = self.queries.blocks(rows.0, rows.1);
+        let columns = self.keys.blocks(0, columns);
+        self.rectangle(rows, columns, strip);
+    }
+
+    fn go_to(&mut self, batch: usize, head: usize) {
+        if self.line == Some((batch, head)) {
+            return;
+        }
+        self.line = Some((batch, head));
+        self.region.batch = Interval::one(batch as i64);
+        self.region.head = Interval::one(head as i64);
+        self.queries.reset();
+        self.keys.reset();
+        for node in 0..self.program.nodes.len() {
+            if self.program.on_no_axis(node) {
+                self.known[node] = self.program.range(node, &self.known, &self.region);
+            }
+        }
+    }
+
+    fn place(&self) -> (usize, usize) {
+        self.line.unwrap_or_default()
+    }
+
+    /// Whether the pairs of some queries and keys count.
+    #[inline]
+    fn verdict(&mut self, rows: u32, columns: u32) -> Interval {
+        let (program, known) = (self.program, &mut self.known[..]);
+        self.queries.load(rows, program, known, &self.region);
+        self.keys.load(columns, program, known, &self.region);
+        for &(node, decides) in &program.mixed {
+            let range = program.range(node, known, &self.region);
+            if decides == Some(range) {
+                return range;
+            }
+            known[node] = range;
+        }
+        known[program.root]
+    }
+
+    fn rectangle(&mut self, rows: u32, columns: u32, strip: &mut Strip<'_>) {
+        let verdict = self.verdict(rows, columns);
+        if verdict == Interval::FALSE {
+            return;
+        }
+        let (r, c) = (self.queries.piece(rows), self.keys.piece(columns));
+        if verdict == Interval::TRUE {
+            let blocks = |first: u32, end: u32| first as usize..end as usize;
+            let (r, c) = (
+                blocks(r.first_block, r.end_block),
+                blocks(c.first_block, c.end_block),
+            );
+            strip.insert_all(r, c);
+            return;
+        }
+        if r.is_block() && c.is_block() {
+            let (row, column) = (r.first_block as usize, c.first_block as usize);
+            let [outside, inside] = self.block(rows, columns);
+            if inside {
+                strip.insert(row, column, outside);
+            }
+            return;
+        }
+        // What is much longer than wide is halved, all else quartered.
+        let halves = |axis: &mut Axis, at: u32, alone: bool| match alone {
+            true => [Some(at), None],
+            false => axis.halves(at).map_or([Some(at), None], |x| x.map(Some)),
+        };
+        let rows_stay = r.is_block() || !c.is_block() && c.len() > 2 * r.len();
+        let columns_stay = c.is_block() || !r.is_block() && r.len() > 2 * c.len();
+        let all_rows = halves(&mut self.queries, rows, rows_stay);
+        let all_columns = halves(&mut self.keys, columns, columns_stay);
+        for rows in all_rows.into_iter().flatten() {
+            for columns in all_columns.into_iter().flatten() {
+                self.rectangle(rows, columns, strip);
+            }
+        }
+    }
+
+    /// Looks into a block that is not decided.
+    fn block(&mut self, rows: u32, columns: u32) -> Found {
+        let mut found = [false; 2];
+        if self.evaluator.is_none() {
+            return [true; 2];
+        }
+        if !self.samples(rows, columns, &mut found) {
+            self.quarters(rows, columns, &mut found);
+        }
+        found
+    }
+
+    /// Looks at a few pairs. Gives whether both have been found.
+    fn samples(&mut self, rows: u32, columns: u32, found: &mut Found) -> bool {
+        let (some_rows, some_columns) = (self.queries.samples(rows), self.keys.samples(columns));
+        // The corners and the middle.
+        const PAIRS: [(usize, usize); 5] = [(0, 0), (1, 0), (1, 1), (0, 1), (2, 2)];
+        const { assert!(SAMPLES == 3) };
+        for (row, column) in PAIRS {
+            match self.verdict(some_rows[row], some_columns[column]) {
+                Interval::FALSE => found[0] = true,
+                Interval::TRUE => found[1] = true,
+                _ => {}
+            }
+            if *found == [true; 2] {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Looks into the quarters of a rectangle that is not decided, until both have been found.
+    fn quarters(&mut self, rows: u32, columns: u32, found: &mut Found) {
+        let (row_halves, column_halves) = (self.queries.halves(rows), self.keys.halves(columns));
+        if row_halves.is_none() && column_halves.is_none() {
+            if !self.samples(rows, columns, found) {
+                self.pairs(rows, columns, found);
+            }
+            return;
+        }
+        let all =
+            |at: u32, halves: Option<[u32; 2]>| halves.map_or([Some(at), None], |x| x.map(Some));
+        for rows in all(rows, row_halves).into_iter().flatten() {
+            for columns in all(columns, column_halves).into_iter().flatten() {
+                match self.verdict(rows, columns) {
+                    Interval::FALSE => found[0] = true,
+                    Interval::TRUE => found[1] = true,
+                    _ => self.quarters(rows, columns, found),
+                }
+                if *found == [true; 2] {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Evaluates all pairs of a small rectangle.
+    fn pairs(&mut self, rows: u32, columns: u32, found: &mut Found) {
+        let (batch, head) = self.place();
+        let (rows, columns) = (self.queries.piece(rows), self.keys.piece(columns));
+        let Some(evaluator) = &mut self.evaluator else {
+            return;
+        };
+        let keys = columns.start as usize..columns.end as usize;
+        evaluator.tile(batch, head, keys);
+        for query in rows.start..rows.end {
+            let row = evaluator.row(query as usize);
+            found[0] |= row.contains(&0);
+            found[1] |= row.iter().any(|&counts| counts != 0);
+            if *found == [true; 2] {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,58 @@
+"""CUDA tensors to the library's kernels. In: tensors that kernels take as they are. Out: new
+tensors, which torch allocates here and the kernels fill, on the current stream of their device.
+
+Called by :mod:`.direct` and by the operators of :mod:`.ops`: where both ways of a call meet again.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+# A mask's expression: its text, and its tables.
+Exact = tuple[str, list[Tensor]]
+
+# Numbers of memory that the forward kernel needs behind the lse.
+WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
+
+
+def plan(blocks: Tensor, sizes: tuple[int, int, int, int], shape: tuple[int, int, int]) -> Tensor:
+    """Of a bool mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block and kv_block,
+    ``shape`` is the plan's."""
+    result = blocks.new_empty(shape, dtype=torch.int32)
+    _native.plan_cuda(blocks, sizes, result)
+    return result
+
+
+def plan_of_bits(bits: Tensor, lines: tuple[int, int], sizes: tuple[int, int, int, int]) -> Tensor:
+    """Of a mask of so many batches and heads that the host has made, from its bits."""
+    result = bits.new_empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
+    _native.plan_bits_cuda(bits, lines, sizes, result)
+    return result
+
+
+def numbers_of(q: Tensor) -> int:
+    """How many :func:`forward` needs besides its output: the lse and the kernel's workspace."""
+    return q.shape[:3].numel() + WORKSPACE
+
+
+def forward(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    plan: tuple[Tensor, int, int],
+    scale: float | None,
+    numbers: int,
+    exact: Exact | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and memory that starts with the lse, see :func:`lse_in`. A plan comes with its
+    q_block and kv_block; the scale is not negative."""
+    q = inputs[0]
+    out = torch.empty_like(q)
+    # One piece of memory for two: each costs the host as much as a launch.
+    rows = q.new_empty(numbers, dtype=torch.float32)
+    _native.forward_cuda(inputs, plan, scale, out, rows, exact)
+    return out, rows
+
+
+def lse_in(rows: Tensor, q: Tensor) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    return rows.as_strided((batch, heads, tokens), (heads * tokens, tokens, 1))

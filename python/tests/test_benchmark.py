@@ -1,0 +1,575 @@
+"""The benchmark from cases to the README's figures, in small. Against: float64 attention, and what
+the columns of its files say of one another."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from reference import attention, relative_error, token_mask
+from torch.nn.functional import scaled_dot_product_attention
+
+import flex_block_attn as package
+from benchmark import machine, peers
+from benchmark import measure as measuring
+from benchmark.__main__ import chosen, main, options
+from benchmark.attention import Attention, Prepared
+from benchmark.clock import peak_mib
+from benchmark.measure import Broken, measure
+from benchmark.problem import Problem
+from benchmark.report.__main__ import main as report
+from benchmark.report.load import devices
+from benchmark.report.plots import text_of_png
+from benchmark.report.tables import number
+from benchmark.results import COLUMNS
+from benchmark.suites import LENGTHS, MASKS, RATES, SUITES
+
+CPU = torch.device("cpu")
+SMOKE = {case.name: case for case in SUITES["smoke"].cases}
+# Those of which ours is there whatever else the package has.
+PRESENT = [name for name, case in SMOKE.items() if case.mask != "causal"]
+
+COLUMNS_AS_PUBLISHED = (
+    "suite case impl pass batch heads q_len kv_len head_dim dtype q_block kv_block density "
+    "ms_median ms_min ms_max tflops peak_mib mask_ms device driver torch commit"
+)
+
+
+def run(results, *more, peers=("SDPA",), commit="first"):
+    """`python -m benchmark`, as fast as it goes."""
+    return main(
+        ["--device", "cpu", "--suite", "smoke", "--rounds", "2", "--turn", "0.1"]
+        + ["--results", str(results), "--commit", commit, "--peers", *peers, *more]
+    )
+
+
+def rows(results, name="results.csv"):
+    (path,) = results.glob(f"*/{name}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Cases are so small that others only disturb."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Results of all tiny cases."""
+    results = tmp_path_factory.mktemp("results")
+    assert run(results) == 0
+    return results
+
+
+@pytest.fixture
+def results(finished, tmp_path):
+    """A copy that may be changed."""
+    (folder,) = (path.parent for path in finished.glob("*/results.csv"))
+    (tmp_path / folder.name).mkdir()
+    for path in folder.glob("*.csv"):
+        (tmp_path / folder.name / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def test_cases_are_told_apart_by_name_and_have_masks_that_exist():
+    for suite in SUITES.values():
+        names = [case.name for case in suite.cases]
+        assert len(set(names)) == len(names), suite.name
+        assert {case.mask for case in suite.cases} <= set(MASKS)
+
+
+@pytest.mark.parametrize("mask", ["window", "random"])
+@pytest.mark.parametrize("heads", [1, 24])
+def test_the_references_suites_are_whole(mask, heads):
+    cases = SUITES[f"{mask}-h{heads}"].cases
+    assert {(case.q_len, case.rate) for case in cases} == {(n, r) for n in LENGTHS for r in RATES}
+    for case in cases:
+        assert (case.heads, case.head_dim, case.q_block, case.kv_block) == (heads, 128, 384, 384)
+        assert case.q_len % 384 == 0
+
+
+def test_the_videos_have_the_lengths_of_their_padded_tiles():
+    # 361 tiles and a block of text, of 384 tokens each; 168 and one.
+    assert [case.q_len for case in SUITES["ssta"].cases] == [138624, 64896]
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_exact_attention_is_that_of_the_tests(name):
+    case = SMOKE[name]
+    problem = Problem.of(case, CPU)
+    exact = problem.exact()
+    q, k, v, dout, blocks = problem.q, problem.k, problem.v, problem.dout, problem.blocks
+    if case.video:
+        q, k, v, dout = problem.tiled(q, k, v, dout)
+        blocks = problem.choose(q, k)
+    if blocks is None:
+        blocks = torch.ones(1, 1, -(-case.q_len // 64), -(-case.kv_len // 64), dtype=torch.bool)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, _ = attention(*leaves, blocks, case.q_block, case.kv_block)
+    gradients = torch.autograd.grad(out, leaves, dout.double())
+    if case.video:
+        # Gradients of keys would be those of padded ones, too.
+        out, gradients = problem.untiled(out), [problem.untiled(gradients[0])]
+    results = [out.detach(), *gradients]
+    assert len(exact.gradients) == len(gradients)
+    assert exact.error(results) < 1e-12
+    assert exact.error([x + 0.1 for x in results]) > 0.01
+
+    mask = token_mask(blocks, case.q_len, case.kv_len, case.q_block, case.kv_block)
+    assert problem.density == pytest.approx(mask.double().mean().item())
+
+
+def test_long_cases_are_checked_by_some_rows():
+    case = replace(SMOKE["window s200"], q_len=2100, kv_len=2100)
+    problem = Problem.of(case, CPU)
+    exact = problem.exact()
+    assert len(exact.tokens) == 128 and len(exact.gradients) == 1
+    results = Prepared(peers.ours(problem), problem, True).once()
+    assert exact.error(results) < 2e-2
+    results[1][:, :, exact.tokens[3]] += 1
+    assert exact.error(results) > 2e-2
+
+
+def test_a_case_has_the_same_numbers_in_every_run():
+    one, other = (Problem.of(SMOKE["random s200"], CPU) for _ in range(2))
+    assert torch.equal(one.q, other.q) and torch.equal(one.blocks, other.blocks)
+    assert not torch.equal(one.k, Problem.of(SMOKE["window s200"], CPU).k)
+
+
+def test_memory_is_that_of_the_call():
+    floats = 2**23
+    mib = peak_mib(lambda: torch.ones(floats).sum(), CPU)
+    assert mib is None or 31 < mib < 40
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def test_columns_agree_with_one_another(finished):
+    table = rows(finished)
+    assert list(table[0]) == list(COLUMNS) == COLUMNS_AS_PUBLISHED.split()
+    assert {(r["case"], r["impl"], r["pass"]) for r in table} >= {
+        (name, impl, which)
+        for name in PRESENT
+        for impl in ("ours", "SDPA")
+        for which in ("forward", "backward")
+    }
+    for r in table:
+        least, median, most = (float(r[f"ms_{name}"]) for name in ("min", "median", "max"))
+        assert 0 < least <= median <= most
+        pairs = int(r["q_len"]) * int(r["kv_len"]) * float(r["density"])
+        products = 2 if r["pass"] == "forward" else 5
+        operations = 2 * products * pairs * int(r["head_dim"]) * int(r["heads"])
+        assert float(r["tflops"]) == pytest.approx(operations / median / 1e9, rel=0.01)
+        has_mask = r["case"].split()[0] not in ("dense", "causal") or r["impl"] == "ours"
+        if r["case"].startswith("dense"):
+            assert r["mask_ms"] == ""
+        elif has_mask:
+            assert float(r["mask_ms"]) > 0
+    # Ours begins a run.
+    assert [r["impl"] for r in table[:4]] == ["ours", "SDPA", "ours", "SDPA"]
+
+
+def test_a_restart_measures_what_is_missing(results, capsys):
+    (path,) = results.glob("*/results.csv")
+    text = path.read_text()
+    assert run(results) == 0
+    assert path.read_text() == text
+
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]) + lines[-2][:30])
+    capsys.readouterr()
+    assert run(results) == 0
+    assert capsys.readouterr().out.count("smoke: ") == 1
+    assert [list(r.values())[:4] for r in rows(results)] == [
+        line.split(",")[:4] for line in lines[1:]
+    ]
+
+
+def test_a_peer_that_comes_later_has_ours_beside_it(results, monkeypatch):
+    before = rows(results)
+    monkeypatch.setitem(peers.PEERS, "FA2", peers.sdpa)
+    assert run(results, "--case", "window s200", peers=("SDPA", "FA2")) == 0
+    after = rows(results)
+    assert after[: len(before)] == before
+    new = [(r["impl"], r["pass"]) for r in after[len(before) :]]
+    assert new == [(impl, which) for which in ("forward", "backward") for impl in ("ours", "FA2")]
+
+
+def test_ratios_are_those_of_one_run(results, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "FA2", peers.sdpa)
+    assert run(results, "--case", "window s200", peers=("FA2",)) == 0
+    found = [r for r in rows(results) if (r["case"], r["pass"]) == ("window s200", "forward")]
+    ours, sdpa, ours_again, flash = (float(r["ms_median"]) for r in found)
+    (device,) = devices(results)
+    entry = next(x for x in device.entries["smoke", "forward"] if x.ours.case == "window s200")
+    assert entry.ours.ms == ours_again
+    assert entry.ratios == {"FA2": flash / ours_again, "SDPA": sdpa / ours}
+    assert entry.best == min(entry.ratios, key=entry.ratios.get)
+
+
+def test_the_commit_is_that_of_what_figures_depend_on(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout
+
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    with pytest.raises(ValueError, match="name it by --commit"):
+        machine.describe(CPU, None)
+    (tmp_path / "crates").mkdir()
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    (tmp_path / "crates" / "lib.rs").write_text("one")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    first = git("rev-parse", "HEAD").decode()[:10]
+    # Results are not what they depend on.
+    (tmp_path / "benchmark" / "results" / "a.csv").write_text("a")
+    git("add", "-A")
+    git("commit", "-qm", "two")
+    assert machine.describe(CPU, None).commit == first
+    (tmp_path / "crates" / "lib.rs").write_text("two")
+    assert machine.describe(CPU, None).commit == first + "+"
+    assert machine.describe(CPU, "named").commit == "named"
+
+
+def test_another_commit_is_measured_again(results):
+    count = len(rows(results))
+    assert run(results, "--case", "dense*", "--passes", "forward", commit="second") == 0
+    assert {r["commit"] for r in rows(results)[count:]} == {"second"}
+
+
+def test_the_budget_ends_a_run(tmp_path, capsys):
+    assert run(tmp_path, "--budget", "0.001", peers=()) == 0
+    assert len(rows(tmp_path)) == 1
+    assert "the budget ends here: 1 of" in capsys.readouterr().out
+
+
+def test_the_most_important_cases_come_first():
+    args = options(["--device", "cpu", "--passes", "forward"])
+    importance = [job.case.importance for job in chosen(args)]
+    assert importance == sorted(importance) and len(set(importance)) > 1
+    # Tiny cases are no figures.
+    assert {job.suite for job in chosen(args)} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--case", "nothing*"], "there is none"),
+        (["--rounds", "0"], "--rounds must be positive, got 0"),
+        (["--suite", "full-h1"], "is for cuda"),
+    ],
+)
+def test_options_without_sense_are_refused(more, said, capsys):
+    with pytest.raises(SystemExit):
+        options(["--device", "cpu", *more])
+    assert said in capsys.readouterr().err
+
+
+def test_who_is_absent_is_named_with_the_reason(finished):
+    if not hasattr(package, "create_block_mask"):
+        absent = {(r["impl"], r["case"]): r["reason"] for r in rows(finished, "absent.csv")}
+        assert absent["ours", "causal s200"] == "has no create_block_mask"
+    # All but the one that would be compiled.
+    names = [name for name in peers.PEERS if name != "Flex"]
+    measured = measure(Problem.of(SMOKE["dense s200"], CPU), names, False, 1, 0.1)
+    assert set(measured.figures) | set(measured.absent) == {"ours", *names}
+    assert measured.absent["cuDNN"] == "is for GPUs"
+    assert measured.absent["FA3"].startswith("is ")
+
+
+def test_wrong_results_are_not_timed(tmp_path, monkeypatch):
+    wrong = Attention(lambda q, k, v, _: 1.1 * scaled_dot_product_attention(q, k, v))
+    monkeypatch.setitem(peers.PEERS, "SDPA", lambda problem: wrong)
+    case = ["--case", "dense s200", "--passes", "forward"]
+    assert run(tmp_path, *case) == 0
+    assert [r["impl"] for r in rows(tmp_path)] == ["ours"]
+    (absent,) = rows(tmp_path, "absent.csv")
+    assert absent["impl"] == "SDPA" and "differs from ours by 1.0e-01" in absent["reason"]
+
+    # Not tried again, unless that is asked for.
+    monkeypatch.setitem(peers.PEERS, "SDPA", peers.sdpa)
+    assert run(tmp_path, *case) == 0
+    assert len(rows(tmp_path)) == 1
+    assert run(tmp_path, *case, "--retry") == 0
+    assert [r["impl"] for r in rows(tmp_path)] == ["ours", "ours", "SDPA"]
+
+    monkeypatch.setattr(peers, "ours", lambda problem: wrong)
+    assert run(tmp_path, *case, commit="second") == 1
+    assert {r["commit"] for r in rows(tmp_path)} == {"first"}
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch):
+    def run(q, k, v, _):
+        return scaled_dot_product_attention(q, k, 0.9 * v.detach() + 0.1 * v)
+
+    monkeypatch.setitem(peers.PEERS, "SDPA", lambda problem: Attention(run))
+    measured = measure(Problem.of(SMOKE["dense s200"], CPU), ["SDPA"], True, 1, 0.1)
+    assert "differs from ours" in measured.failed["SDPA"]
+    assert list(measured.figures) == ["ours"]
+
+
+def test_a_failure_that_ends_the_process_is_kept(tmp_path, monkeypatch, capsys):
+    def breaks(problem):
+        raise RuntimeError("an illegal\nmemory access")
+
+    monkeypatch.setitem(peers.PEERS, "VSA", breaks)
+    monkeypatch.setattr(
+        measuring, "_failure", lambda name, error, _: (_ for _ in ()).throw(Broken(name, "breaks"))
+    )
+    case = ["--case", "dense s200", "--passes", "forward"]
+    assert run(tmp_path, *case, peers=("VSA",)) == 1
+    assert "Start again" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(tmp_path, *case, peers=("VSA",)) == 0
+    assert [r["impl"] for r in rows(tmp_path)] == ["ours"]
+    assert [r["reason"] for r in rows(tmp_path, "absent.csv")] == ["breaks"]
+
+
+def test_a_gpu_that_no_longer_answers_is_told_from_a_failure(monkeypatch):
+    error = RuntimeError("an illegal\nmemory access")
+    reason = measuring._failure("VSA", error, CPU)
+    assert reason == "fails: RuntimeError: an illegal memory access"
+
+    def synchronize():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(Broken, match="VSA fails: RuntimeError"):
+        measuring._failure("VSA", error, torch.device("cuda"))
+
+
+def test_mask_expressions_are_measured_once_the_package_has_them(tmp_path, monkeypatch):
+    def create_block_mask(rule, batch, heads, q_len, kv_len, device, BLOCK_SIZE):
+        query, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
+        return rule(0, 0, query, key)
+
+    def attend(q, k, v, mask):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    monkeypatch.setattr(package, "create_block_mask", create_block_mask, raising=False)
+    monkeypatch.setattr(package, "flex_block_attn", attend)
+    assert run(tmp_path, "--case", "causal s200") == 0
+    found = rows(tmp_path)
+    assert [r["impl"] for r in found] == ["ours", "SDPA"] * 2
+    assert float(found[0]["density"]) == pytest.approx(201 / 400, abs=1e-4)
+    assert float(found[0]["mask_ms"]) > 0
+
+
+# --- peers that need a GPU, over lists that are read here ----------------------------------------
+
+
+def kept_by(counts, columns, size, tokens):
+    """The pairs of tokens that lists keep."""
+    blocks = torch.zeros(*columns.shape[:3], columns.shape[3], dtype=torch.bool)
+    used = torch.arange(columns.shape[3]) < counts[..., None]
+    blocks.scatter_(3, columns.long(), used)
+    return token_mask(blocks, tokens, tokens, size, size)
+
+
+def install(monkeypatch, name, **contents):
+    """A module of this name, and the packages that it is in."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        module = ModuleType(".".join(parts[:i]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.__dict__.update(contents)
+
+
+def flash4_stand_in(monkeypatch):
+    def flash_attn_func(q, k, v, block_sparse_tensors=None, block_sparse_tensors_bwd=None):
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        tokens = q.shape[1]
+        keep = kept_by(
+            block_sparse_tensors.full_block_cnt, block_sparse_tensors.full_block_idx, 128, tokens
+        )
+        assert (block_sparse_tensors_bwd is not None) == q.requires_grad
+        if block_sparse_tensors_bwd is not None:
+            lists = block_sparse_tensors_bwd
+            backward = kept_by(lists.full_block_cnt, lists.full_block_idx, 128, tokens)
+            assert torch.equal(backward.mT, keep)
+        assert not block_sparse_tensors.mask_block_cnt.any()
+        return scaled_dot_product_attention(*heads_first, attn_mask=keep).transpose(1, 2)
+
+    install(monkeypatch, "flash_attn.cute.interface", flash_attn_func=flash_attn_func)
+    lists = {"BlockSparseTensorsTorch": SimpleNamespace}
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.block_sparsity", SimpleNamespace(**lists))
+
+
+def vsa_stand_in(monkeypatch):
+    def attend(q, k, v, columns, counts, sizes):
+        assert columns.shape[:2] == q.shape[:2] and columns.is_contiguous()
+        assert counts.dtype == columns.dtype == sizes.dtype == torch.int32
+        assert sizes.sum() == k.shape[2]
+        keep = kept_by(counts, columns, 64, q.shape[2])
+        return scaled_dot_product_attention(q, k, v, attn_mask=keep), None
+
+    install(
+        monkeypatch,
+        "fastvideo_kernel.block_sparse_attn",
+        block_sparse_attn_from_indices=attend,
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", ["window s200", "random s200", "ssta 3x6x8 h2"])
+@pytest.mark.parametrize("name, stand_in", [("FA4", flash4_stand_in), ("VSA", vsa_stand_in)])
+def test_lists_of_peers_keep_the_blocks_of_the_mask(name, stand_in, kind, backward, monkeypatch):
+    stand_in(monkeypatch)
+    monkeypatch.setattr(peers, "_only_on_gpus", lambda problem: None)
+    case = SMOKE[kind]
+    if case.video:
+        tiles = replace(case.video, tile=(2, 8, 8), text=128)
+        case = replace(case, video=tiles, q_block=128, kv_block=128)
+        case = replace(case, q_len=tiles.padded, kv_len=tiles.padded)
+    else:
+        case = replace(case, q_len=256, kv_len=256, q_block=128, kv_block=128)
+    measured = measure(Problem.of(case, CPU), [name], backward, 1, 0.1)
+    assert list(measured.figures) == ["ours", name], measured
+
+
+def test_blocks_that_a_peer_has_not_are_said(monkeypatch):
+    flash4_stand_in(monkeypatch)
+    monkeypatch.setattr(peers, "_only_on_gpus", lambda problem: None)
+    measured = measure(Problem.of(SMOKE["random s200"], CPU), ["FA4"], False, 1, 0.1)
+    assert measured.absent == {"FA4": "has blocks of 128, here they are of 64 x 64"}
+
+
+# --- report --------------------------------------------------------------------------------------
+
+PAGE = """# A page
+
+<!-- bench:summary -->
+<!-- /bench -->
+
+Between.
+
+<!-- bench:{folder}/smoke -->
+old figures
+<!-- /bench -->
+"""
+
+
+@pytest.fixture
+def reported(results):
+    """Results with their pages, and a page with blocks of figures."""
+    (folder,) = (path.parent for path in results.glob("*/results.csv"))
+    page = results / "page.md"
+    page.write_text(PAGE.format(folder=folder.name))
+    assert report(["--results", str(results), "--readme", str(page)]) == 0
+    return results, folder, page
+
+
+def is_current(results, page):
+    return report(["--results", str(results), "--readme", str(page), "--check"]) == 0
+
+
+def test_figures_of_pages_are_those_of_the_files(reported):
+    results, folder, page = reported
+    found = {(r["case"], r["impl"], r["pass"]): r for r in rows(results)}
+    ours, theirs = (found["window s200", impl, "forward"] for impl in ("ours", "SDPA"))
+    ratio = float(theirs["ms_median"]) / float(ours["ms_median"])
+    for text in ((folder / "README.md").read_text(), page.read_text()):
+        line = next(x for x in text.splitlines() if x.startswith("| window s200 |"))
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        density, ms, speed, their_speed, ratio_cell = map(float, cells[1:])
+        assert density == pytest.approx(float(ours["density"]), rel=0.01)
+        assert ms == pytest.approx(float(ours["ms_median"]), rel=0.01)
+        assert speed == pytest.approx(float(ours["tflops"]) * 1e3, rel=0.01)
+        assert their_speed == pytest.approx(float(theirs["tflops"]) * 1e3, rel=0.01)
+        assert ratio_cell == pytest.approx(ratio, rel=0.01)
+    text = page.read_text()
+    assert "Between." in text and "old figures" not in text
+    assert f"]({folder.name}/speed-up.png)" in text and (folder / "speed-up.png").exists()
+
+
+def test_a_report_is_the_same_each_time(reported):
+    results, folder, page = reported
+    files = [page, *sorted(folder.iterdir())]
+    assert {path.name for path in files} >= {"speed-up.png", "speed-smoke.png", "memory-smoke.png"}
+    before = [path.read_bytes() for path in files]
+    assert report(["--results", str(results), "--readme", str(page)]) == 0
+    assert [path.read_bytes() for path in files] == before
+    assert is_current(results, page)
+
+
+def test_drift_is_found(reported, capsys):
+    results, folder, page = reported
+
+    def names():
+        capsys.readouterr()
+        assert not is_current(results, page)
+        lines = capsys.readouterr().out.splitlines()[:-1]
+        return {line.split(" is not ")[0].rsplit("/", 1)[1] for line in lines}
+
+    text = page.read_text()
+    page.write_text(text.replace("| window s200 |", "| window s201 |"))
+    assert names() == {"page.md"}
+    page.write_text(text)
+    (folder / "old.png").write_bytes(b"")
+    assert names() == {"old.png"}
+    (folder / "old.png").unlink()
+    table = folder / "results.csv"
+    # A run in which ours was slower.
+    last = table.read_text().splitlines(keepends=True)[-2].split(",")
+    last[13] = "9999"
+    with table.open("a") as file:
+        file.write(",".join(last))
+    assert names() >= {"README.md", "page.md"}
+    table.write_text("suite,case\n")
+    assert report(["--results", str(results), "--check"]) == 2
+
+
+def test_figures_that_nobody_measured_are_refused(reported, capsys):
+    results, _, page = reported
+    page.write_text("<!-- bench:another-card/full-h1 -->\n<!-- /bench -->\n")
+    assert report(["--results", str(results), "--readme", str(page)]) == 2
+    assert "bench:another-card/full-h1: there are results of" in capsys.readouterr().err
+
+
+def test_the_newest_commit_counts(reported):
+    results, folder, page = reported
+    case = ["--case", "window s200", "--passes", "forward"]
+    assert run(results, *case, peers=(), commit="second") == 0
+    assert report(["--results", str(results)]) == 0
+    lines = (folder / "README.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| window s200 |"))
+    # Nobody was beside us in it.
+    assert row.endswith("|  |  |")
+    assert "commit first, second." in "\n".join(lines)
+
+
+def test_numbers_have_three_digits():
+    numbers = [0.0, 0.00123, 0.04, 0.9999, 1.0, 12.34, 123.4, 999.6, 12345.6]
+    texts = ["0", "0.00123", "0.0400", "1.00", "1.00", "12.3", "123", "1000", "12346"]
+    assert [number(x) for x in numbers] == texts
+    assert number(None) == ""
+
+
+def test_a_plot_says_what_it_shows(reported):
+    _, folder, _ = reported
+    words = text_of_png((folder / "speed-up.png").read_bytes())
+    assert list(words) == ["Shows"] and len(words["Shows"]) == 64
+
+
+def test_the_repositorys_pages_are_those_of_its_results():
+    assert report(["--check"]) == 0
+
+
+def test_relative_errors_are_what_they_say():
+    x = torch.randn(100)
+    assert measuring.relative(1.5 * x, x) == pytest.approx(0.5, rel=1e-5)
+    assert measuring.relative(x, x) == relative_error(x, x) == 0
