@@ -5,7 +5,9 @@ Out: attention, or masks for :func:`flex_block_attn_func`.
 
 Called by users; :func:`ssta_3d_attention` is what HunyuanVideo-1.5 calls. The video is padded to
 whole tiles, tokens are put tile by tile, so that a tile is a block, and text is padded to whole
-blocks. As the released checkpoints were trained so, padding is attended like any token.
+blocks; on a GPU only in effect: kernels read and write tokens where they are (:mod:`.video`). As
+the released checkpoints were trained so, padding is attended like any token, unless a caller wants
+none.
 
 Sources: STA, arXiv 2502.04507; MoBA, arXiv 2502.13189; SSTA, the technical report of
 HunyuanVideo-1.5, arXiv 2511.18870.
@@ -18,10 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import as_inputs, flex_block_attn, flex_block_attn_func
+from . import video
+from .api import as_inputs, default_scale, flex_block_attn, flex_block_attn_func, is_deterministic
 from .masks import BlockMask, as_size, as_triple
 from .selection import block_means, importance, keep_mass, keep_top, similarity, tile_means
-from .tiles import Canvas, FromTiles, ToTiles, Triple, check_tokens, kept, places_of, tile, untile
+from .tiles import (
+    Canvas,
+    FromTiles,
+    ToTiles,
+    Triple,
+    check_tokens,
+    kept,
+    means_of_tiles,
+    places_of,
+    tile,
+    untile,
+)
 
 __all__ = [
     "create_moba_3d_mask",
@@ -34,7 +48,7 @@ __all__ = [
 
 SPARSE_TYPES = ("sta", "block_attn", "ssta")
 SAMPLING_TYPES = ("similarity", "importance")
-PAD_TYPES = ("zero", "repeat")
+PAD_TYPES = ("zero", "repeat", "exact")
 
 MASS_CELLS = (2, 2, 2)
 """Cells of a tile in the selection by threshold, whatever ``adaptive_pool`` says."""
@@ -119,7 +133,7 @@ def create_moba_3d_mask(
         topk, threshold, lambda_, mask_share_within_head, sampling_type, adaptive_pool
     )
     _check_tiles(q, k, canvas)
-    return _choose(q, k, canvas, choice, _text(canvas, q.device))
+    return _choose(*_pooled(q, k, canvas, choice), canvas, choice, _text(canvas, q.device))
 
 
 def create_ssta_3d_mask(
@@ -155,7 +169,8 @@ def create_ssta_3d_mask(
     )
     _check_tiles(q, k, canvas)
     _check_text_mask(text_mask, q, canvas)
-    mask = _choose(q, k, canvas, choice, _sta(canvas, q.device).blocks)
+    pooled = _pooled(q, k, canvas, choice)
+    mask = _choose(*pooled, canvas, choice, _sta(canvas, q.device).blocks)
     return _without_padded_text(mask, text_mask, canvas)
 
 
@@ -278,17 +293,34 @@ def _text(canvas: Canvas, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
+def _pooled(q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice) -> list[Tensor]:
+    """What tiles are compared by, of tokens in tile order."""
+    tiles = (x.narrow(2, 0, canvas.video_blocks * canvas.block) for x in (q, k))
+    if choice.cells is None:
+        return [block_means(x, canvas.block) for x in tiles]
+    return [tile_means(x, canvas.tile, choice.cells) for x in tiles]
+
+
+@torch.no_grad()
+def _pooled_in_place(
+    q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice, padding: str
+) -> list[Tensor]:
+    """The same of tokens as they lie."""
+    if choice.cells is None:
+        return [means_of_tiles(x, canvas, padding) for x in (q, k)]
+    places = places_of(canvas, "zero", q.device)
+    # Cells are means of padding, too: one that is half empty counts half.
+    return _pooled(*(ToTiles.apply(x, *places) for x in (q, k)), canvas, choice)
+
+
+@torch.no_grad()
 def _choose(q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice, base: Tensor) -> Tensor:
-    """A mask of its own for each batch and head: the tiles that are chosen, and those of `base`.
+    """A mask of its own for each batch and head: the tiles that are chosen by what their tokens are
+    pooled to, and those of `base`.
 
     The base is copied once, and chosen tiles are written over it: a union costs nothing.
     """
     n = canvas.video_blocks
-    q, k = (x.narrow(2, 0, n * canvas.block) for x in (q, k))
-    if choice.cells is None:
-        q, k = block_means(q, canvas.block), block_means(k, canvas.block)
-    else:
-        q, k = (tile_means(x, canvas.tile, choice.cells) for x in (q, k))
     if choice.share:
         q, k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
     scores = similarity(q, k) if choice.lambda_ is None else importance(q, k, choice.lambda_)
@@ -352,7 +384,9 @@ def ssta_3d_attention(
         threshold, lambda_, mask_share_within_head, sampling_type, adaptive_pool: how tiles are
             chosen, see :func:`create_moba_3d_mask`; "sta" does not look at them.
         pad_type: what fills up the tiles at the borders, and is attended: "zero", or "repeat" for
-            the token nearest to it. Text is filled up with its last token in both cases.
+            the token nearest to it; text is filled up with its last token in both cases. Or
+            "exact": nothing is, and attention is over the tokens that there are, which is not what
+            released checkpoints were trained with, and faster.
         text_mask: as for :func:`create_ssta_3d_mask`; "block_attn" does not look at it, as models
             expect that were trained with it.
 
@@ -383,20 +417,41 @@ def ssta_3d_attention(
     _check_pair(q, k)
     _check_text_mask(text_mask, q, canvas)
 
-    places = places_of(canvas, pad_type, q.device)
-    tiled = [ToTiles.apply(x, *places) for x in (q, k, v)]
-    if sparse_type == "sta" and text_mask is None:
-        # Known from sizes alone, and planned once.
-        mask = _sta(canvas, q.device)
-        blocks, out = mask.blocks, flex_block_attn(*tiled, mask)
+    if pad_type == "exact" or pad_type == "zero" and q.is_cuda and video.is_native(q, canvas):
+        # Tokens stay where they are.
+        pooled = choice and _pooled_in_place(q, k, canvas, choice, pad_type)
+        mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
+        plan = mask.plan if isinstance(mask, BlockMask) else video.plan_of(mask, q, canvas)
+        settings = default_scale(q), is_deterministic(False)
+        out = video.attend(q, k, v, plan, canvas, pad_type, *settings)
     else:
-        if sparse_type == "block_attn":
-            blocks = _choose(*tiled[:2], canvas, choice, _text(canvas, q.device))
+        places = places_of(canvas, pad_type, q.device)
+        tiled = [ToTiles.apply(x, *places) for x in (q, k, v)]
+        pooled = choice and _pooled(*tiled[:2], canvas, choice)
+        mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
+        if isinstance(mask, BlockMask):
+            out = flex_block_attn(*tiled, mask)
         else:
-            blocks = _sta(canvas, q.device).blocks
-            if choice is not None:
-                blocks = _choose(*tiled[:2], canvas, choice, blocks)
-            blocks = _without_padded_text(blocks, text_mask, canvas)
-        out = flex_block_attn_func(*tiled, canvas.block, canvas.block, blocks)
-    del tiled  # Three padded copies, which the next need not be added to.
-    return FromTiles.apply(out, *places), blocks.mean(dtype=torch.float32)
+            out = flex_block_attn_func(*tiled, canvas.block, canvas.block, mask)
+        del tiled  # Three padded copies, which the next need not be added to.
+        out = FromTiles.apply(out, *places)
+    blocks = mask.blocks if isinstance(mask, BlockMask) else mask
+    return out, blocks.mean(dtype=torch.float32)
+
+
+def _mask(
+    pooled: list[Tensor] | None,
+    canvas: Canvas,
+    choice: _Choice | None,
+    sparse_type: str,
+    text_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor | BlockMask:
+    """The mask of a call; one that is known from sizes alone is planned once."""
+    if sparse_type == "block_attn":
+        return _choose(*pooled, canvas, choice, _text(canvas, device))
+    sliding = _sta(canvas, device)
+    if choice is None and text_mask is None:
+        return sliding
+    blocks = sliding.blocks if choice is None else _choose(*pooled, canvas, choice, sliding.blocks)
+    return _without_padded_text(blocks, text_mask, canvas)

@@ -1,7 +1,7 @@
 """Videos as tiles of tokens: sizes, and moving tokens to tiles and back. In: tensors in (time,
 height, width) order, sizes. Out: tensors in tile order, where a tile is a block of attention.
 
-Called by :mod:`.ssta_attention`.
+Called by :mod:`.ssta_attention` and :mod:`.video`.
 """
 
 from collections.abc import Callable
@@ -186,6 +186,36 @@ class Places(NamedTuple):
     """Tokens, among them all that are copied."""
     copied_from: Tensor
     """For each of `copies`, the index in `copied` of its token."""
+
+
+def means_of_tiles(x: Tensor, canvas: Canvas, padding: str) -> Tensor:
+    """The mean token of each tile, (batch, heads, tiles, head_dim), of tokens as they lie; of a
+    tile at a border that of its tokens alone ("exact"), or of them and zeros ("zero"). Float32,
+    rounded to x's dtype before; x is read once."""
+    sums = x[:, :, : prod(canvas.thw)].unflatten(2, canvas.thw)
+    counts = torch.ones(1, device=x.device)
+    # From the last axis, whose sums are the most.
+    for axis in (2, 1, 0):
+        n, side = canvas.thw[axis], canvas.tile[axis]
+        sums = _sums(sums, 2 + axis, side)
+        first = torch.arange(canvas.tiles[axis], device=x.device) * side
+        along = (n - first).clamp(max=side)
+        counts = (along[:, None] * counts).flatten()
+    counts = canvas.block if padding == "zero" else counts[:, None]
+    return (sums.flatten(2, 4) / counts).to(x.dtype).float()
+
+
+def _sums(x: Tensor, dim: int, side: int) -> Tensor:
+    """Sums of each ``side`` neighbours along a dimension, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rest = x.shape[dim] % side
+    whole = (
+        x.narrow(dim, 0, x.shape[dim] - rest).unflatten(dim, (-1, side)).sum(dim + 1, dtype=dtype)
+    )
+    if not rest:
+        return whole
+    last = x.narrow(dim, x.shape[dim] - rest, rest).sum(dim, keepdim=True, dtype=dtype)
+    return torch.cat([whole, last], dim)
 
 
 @kept

@@ -1,10 +1,10 @@
-"""Attention over a video whose tokens stay where they are: :func:`video_attention`, and its operators.
+"""Attention over a video whose tokens stay where they are: :func:`video_attention`, its operators.
 
 In: q, k and v in (time, height, width) order with text behind, and which tiles see which. Out: the
-output in the same order. On a GPU tiles are fetched from and written to the tensors in place; what a
-tile has beside the video is neither read nor computed.
+output in the same order. On a GPU tiles are fetched from and written to the tensors in place; what
+a tile has beside the video is neither read nor computed.
 
-Called by users, and by :mod:`.ssta_attention` on GPUs.
+Called by users, and by :mod:`.ssta_attention`.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def video_attention(
     scale: float | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """Attention over the tiles of a video, in and out in (time, height, width) order, differentiable.
+    """Attention over the tiles of a video, in and out in (time, height, width) order.
 
     Args:
         q, k, v: (batch, heads, sequence, head_dim), T * H * W tokens of video, then ``text_len`` of
@@ -63,19 +63,19 @@ def video_attention(
             heads.
         canvas_thw: T, H and W. Tiles at the borders may stick out.
         tile_thw: tokens of a tile along each axis; in all a multiple of 16, on a GPU of 128.
-        mask: which tiles see which: bool (blocks, blocks), (heads, blocks, blocks) or (batch, heads,
-            blocks, blocks), in which heads and batch may be 1, tiles first in (t, h, w) order, then
-            text in blocks of as many tokens; or a :class:`BlockMask` of such blocks, which is planned
-            once, as those of :func:`create_sta_3d_mask` may be.
+        mask: which tiles see which: bool (blocks, blocks), (heads, blocks, blocks) or (batch,
+            heads, blocks, blocks), in which heads and batch may be 1, tiles first in (t, h, w)
+            order, then text in blocks of as many tokens; or a :class:`BlockMask` of such blocks,
+            which is planned once, as those of :func:`create_sta_3d_mask` may be.
         text_len: tokens of text.
-        padding: "exact", attention over the tokens that there are; or "zero", as models were trained
-            whose tiles were padded with zeros, and text with its last token, all of which are
-            attended.
+        padding: "exact", attention over the tokens that there are; or "zero", as models were
+            trained whose tiles were padded with zeros, and text with its last token, all of which
+            are attended.
         scale: factor of ``q k^T``; ``1 / sqrt(head_dim)`` if not given.
         deterministic: as for :func:`flex_block_attn_func`.
 
     Returns:
-        The output, of q's shape and dtype. A token that sees no block gets 0.
+        The output, of q's shape and dtype, differentiable. A token that sees no block gets 0.
 
     >>> q = k = v = torch.randn(1, 2, 3 * 5 * 9 + 20, 64)  # 2 x 1 x 2 tiles, and a block of text
     >>> mask = torch.ones(5, 5, dtype=torch.bool)
@@ -142,7 +142,11 @@ def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
                 f"x {needed[1]}"
             )
         return mask.plan
-    blocks = as_blocks(mask)
+    return plan_of(as_blocks(mask), q, canvas)
+
+
+def plan_of(blocks: Tensor, q: Tensor, canvas: Canvas) -> Tensor:
+    """The plan of a mask of tiles and blocks of text."""
     same_device("mask", blocks, q)
     sizes = canvas.places, canvas.places, canvas.block, canvas.block
     plan = direct.plan(blocks, sizes)
@@ -163,7 +167,7 @@ def _places(sizes: Sequence[int]) -> int:
 
 
 def _in_lines(x: Tensor) -> Tensor:
-    """The tensor as kernels take a video's: besides, heads of all batches are so many lines apart."""
+    """The tensor as kernels take a video's: batches are whole heads apart, too."""
     x = ops.for_copies(x)
     batch, heads, _, _ = x.shape
     if batch > 1 and heads > 1 and x.stride(0) % x.stride(1):

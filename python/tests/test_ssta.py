@@ -550,7 +550,7 @@ BAD = [
     (lambda: attend(sampling_type=None), ValueError,
      'sampling_type must be one of "similarity", "importance", got None'),
     (lambda: attend(pad_type="mean"), ValueError,
-     'pad_type must be one of "zero", "repeat", got \'mean\''),
+     'pad_type must be one of "zero", "repeat", "exact", got \'mean\''),
     (lambda: attend(lambda_=0.7), ValueError,
      'lambda_ must be None where sampling_type is "similarity", got 0.7'),
     (lambda: attend(sampling_type="importance"), ValueError,

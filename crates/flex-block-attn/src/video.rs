@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use flex_block_attn_cpu as cpu;
 use flex_block_attn_mask::{PlanLayout, PlanView};
 
-use crate::attention::{setting, view, view_mut};
+use crate::attention::{self, view, view_mut};
 use crate::{Error, Gradients, Options, Result, Saved, Tensor, TensorMut};
 
 /// A video in tiles, with text behind.
@@ -132,15 +132,14 @@ impl Video {
         order
     }
 
-    /// What is added to the scores of the keys in a place, less the factor.
+    /// What is added to the scores of the keys in a place, before the factor, which is not 0.
     fn bias(&self, place: usize, token: Option<usize>, scale: f64) -> f64 {
-        let least = scale.abs().max(LEAST_SCALE).copysign(scale);
         match self.padding {
             // As good as -inf, and a number still.
-            Padding::Exact if token.is_none() => (-1e37 / least).clamp(-1e38, 1e38),
+            Padding::Exact if token.is_none() => (-1e37 / scale).clamp(-1e38, 1e38),
             Padding::Zero if self.text_len > 0 && place + 1 == self.places() => {
                 let copies = self.text_len.next_multiple_of(self.block()) - self.text_len;
-                (copies as f64).ln_1p() / least
+                (copies as f64).ln_1p() / scale
             }
             _ => 0.0,
         }
@@ -155,8 +154,18 @@ fn refused(argument: &'static str, got: String, allowed: &'static str) -> Error 
     }
 }
 
-/// A factor that is 0, for which all tokens weigh the same, is this one.
-const LEAST_SCALE: f64 = 1e-30;
+/// As [`crate::attention`] has it, but for a factor near 0, for which all tokens weigh the same: what is
+/// added to scores before they are multiplied must be a number. It is larger than what the backend
+/// takes for 0.
+fn setting(options: &Options, head_dim: usize) -> cpu::Setting {
+    const LEAST_SCALE: f64 = 1e-29;
+    let setting = attention::setting(options, head_dim);
+    let scale = setting.scale;
+    cpu::Setting {
+        scale: scale.abs().max(LEAST_SCALE).copysign(scale),
+        ..setting
+    }
+}
 
 /// [`crate::forward`] of a video, whose arguments go together.
 pub(crate) fn forward<T>(
