@@ -25,9 +25,11 @@ from flex_block_attn import (
     flex_block_attn,
     flex_block_attn_func,
     ops,
+    video_attention,
 )
 from flex_block_attn.moba import moba_attention
 from flex_block_attn.ssta_attention import ssta_3d_attention
+from flex_block_attn.tiles import Canvas
 
 
 def _why_not() -> str | None:
@@ -471,6 +473,79 @@ def test_video_attention_is_that_of_the_cpu_and_waits_for_nothing(sparse_type, c
     assert relative_error(out.cpu(), expected) < (0.01 if sparse_type == "sta" else 0.05)
     for one, other in zip(gradients, wanted, strict=True):
         assert relative_error(one.cpu(), other) < (0.02 if sparse_type == "sta" else 0.05)
+
+
+@pytest.mark.parametrize("padding", ["exact", "zero"])
+@pytest.mark.parametrize(
+    "thw, tile, text_len, head_dim, dtype",
+    [
+        ((7, 13, 20), (6, 8, 8), 100, 128, torch.bfloat16),
+        ((3, 9, 8), (2, 8, 8), 0, 64, torch.float16),
+        ((5, 6, 31), (2, 4, 16), 130, 128, torch.float16),
+        ((1, 33, 50), (1, 16, 24), 20, 64, torch.bfloat16),
+        ((6, 16, 16), (6, 8, 8), 384, 128, torch.bfloat16),
+        # Tiles that kernels do not take as they lie, with zeros.
+        ((3, 5, 9), (2, 4, 8), 20, 64, torch.bfloat16),
+    ],
+)
+def test_videos(thw, tile, text_len, head_dim, dtype, padding):
+    """Output and gradients, of several layouts, as on the CPU, where they are tested in float64."""
+    canvas = Canvas.of_tiles(thw, tile, text_len)
+    generator = torch.Generator("cuda").manual_seed(1)
+    mask = torch.rand(2, 4, canvas.blocks, canvas.blocks, device="cuda", generator=generator) < 0.6
+    mask[:, :, 0] = False
+    settings = {"text_len": text_len, "padding": padding}
+    if padding == "exact" and canvas.block % 128:
+        q, k, v = (tensor((1, 4, canvas.tokens, 64), "heads first", dtype, generator),) * 3
+        with pytest.raises(ValueError, match="multiple of 128 tokens"):
+            video_attention(q, k, v, thw, tile, mask[:1], **settings)
+        return
+    for layout in ("heads first", "tokens first", "together"):
+        q, k, v, dout = (
+            tensor((2, heads, canvas.tokens, head_dim), layout, dtype, generator)
+            for heads in (4, 2, 2, 4)
+        )
+        for scale, deterministic in ((None, False), (-0.1, True)):
+            results = []
+            for device, to in (("cuda", dtype), ("cpu", torch.float32)):
+                leaves = [x.detach().to(device, to).requires_grad_() for x in (q, k, v)]
+                options = {**settings, "scale": scale, "deterministic": deterministic}
+                out = video_attention(*leaves, thw, tile, mask.to(device), **options)
+                gradients = torch.autograd.grad(out, leaves, dout.to(device, to))
+                results.append((out.detach(), *gradients))
+            for got, expected in zip(*results, strict=True):
+                assert relative_error(got.cpu(), expected) < 1e-2
+
+
+def test_videos_repeat_wait_for_nothing_and_replay():
+    thw, tile, text_len = (7, 13, 20), (6, 8, 8), 100
+    canvas = Canvas.of_tiles(thw, tile, text_len)
+    mask = torch.rand(canvas.blocks, canvas.blocks, device="cuda") < 0.7
+    shape = 4, 1, 4, canvas.tokens, 128
+    q, k, v, dout = torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def run():
+        out = video_attention(*leaves, thw, tile, mask, text_len=text_len, deterministic=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("sparse_type", ["sta", "block_attn", "ssta"])
+def test_videos_without_padding(sparse_type):
+    options = {**VIDEO, **CHOICES[2], "sparse_type": sparse_type, "topk": 9, "pad_type": "exact"}
+    q, k, v = video()
+    out, density = ssta_3d_attention(q, k, v, **options)
+    expected, wanted = ssta_3d_attention(*(x.cpu().float() for x in (q, k, v)), **options)
+    assert abs(float(density) - float(wanted)) < 1e-3
+    assert relative_error(out.cpu(), expected) < (0.01 if sparse_type == "sta" else 0.05)
 
 
 def test_a_choice_is_replayed_with_a_graph():

@@ -31,6 +31,7 @@ def test_the_python_examples_run(page, printed, capsys):
         "benchmark.distributed",
         "benchmark.masks",
         "benchmark.report",
+        "benchmark.video",
     ],
 )
 def test_programs_say_what_they_do(program):

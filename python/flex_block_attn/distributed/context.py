@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..api import _default_scale, as_inputs, flex_block_attn
+from ..api import as_inputs, default_scale, flex_block_attn
 from ..masks import BlockMask
 from .cut import check_extents
 from .dynamic import DynamicPlan
@@ -75,7 +75,7 @@ def context_attention(
             f"k has shape {tuple(k.shape)}, which does not go with {tuple(q.shape)} of q: batch "
             "and head_dim must be equal, and k's heads divide q's"
         )
-    scale = _default_scale(q) if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     of_rank = plan.of_rank(rank, q.device, k.shape[1])
     out, lse = _ContextAttention.apply(q, k, v, of_rank, group, scale)
     return (out, lse) if return_lse else out

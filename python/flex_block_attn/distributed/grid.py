@@ -12,7 +12,7 @@ the first belongs between GPUs of one host, the second between hosts.
 import torch.distributed as dist
 from torch import Tensor
 
-from ..api import _default_scale, as_inputs
+from ..api import as_inputs, default_scale
 from .context import check_plan, context_attention
 from .cut import check_extents
 from .dynamic import DynamicPlan
@@ -53,7 +53,7 @@ def grid_attention(
     check_extents(plan.blocks, q.shape[0], q.shape[1])
     lengths = _lengths(plan.layout, context_group, heads_group)
     kv_lengths = _lengths(plan.layout, context_group, heads_group, keys=True)
-    scale = _default_scale(q) if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: range) -> tuple[Tensor, Tensor]:
         part = plan.of_heads(heads)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..api import _default_scale, as_inputs, flex_block_attn
+from ..api import as_inputs, default_scale, flex_block_attn
 from ..masks import BlockMask, as_size
 from .cut import check_extents, mask_of_heads
 from .exchange import exchanged, place_in
@@ -99,7 +99,7 @@ def ulysses_attention(
             "lengths must be given where mask is a function: nothing else says how many tokens "
             "the other ranks have"
         )
-    scale = _default_scale(q) if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: range) -> tuple[Tensor, Tensor]:
         made = mask_of_heads(mask, heads) if isinstance(mask, BlockMask) else mask(q, k, heads)
