@@ -182,7 +182,7 @@ where
     let setting = setting(options, q.shape[3]);
     let order = video.order();
     let tiled = Tiled::<T>::new(&order, q.shape[3])?;
-    let (q, k, v) = tiled.inputs([q, k, v], video, setting.scale);
+    let [q, k, v] = tiled.inputs([q, k, v], video, setting.scale);
     let mut result = q.like();
     cpu::forward(&cpu::Forward::<T::Real> {
         q: view(q.read()?),
@@ -212,7 +212,7 @@ where
     let setting = setting(options, saved.q.shape[3]);
     let order = video.order();
     let tiled = Tiled::<T>::new(&order, saved.q.shape[3])?;
-    let (q, k, v) = tiled.inputs([saved.q, saved.k, saved.v], video, setting.scale);
+    let [q, k, v] = tiled.inputs([saved.q, saved.k, saved.v], video, setting.scale);
     let [out, dout] = [saved.out, dout].map(|x| tiled.of(x, |_| 0.0));
     let (mut dq, mut dk, mut dv) = (q.like(), k.like(), v.like());
     cpu::backward(&cpu::Backward::<T::Real> {
@@ -286,14 +286,9 @@ where
         })
     }
 
-    fn inputs(
-        &self,
-        [q, k, v]: [Tensor<'_>; 3],
-        video: &Video,
-        scale: f64,
-    ) -> (Rows<T::Real>, Rows<T::Real>, Rows<T::Real>) {
+    fn inputs(&self, [q, k, v]: [Tensor<'_>; 3], video: &Video, scale: f64) -> [Rows<T::Real>; 3] {
         let bias = |place: usize| video.bias(place, self.order[place], scale);
-        (self.of(q, |_| 1.0), self.of(k, bias), self.of(v, |_| 0.0))
+        [self.of(q, |_| 1.0), self.of(k, bias), self.of(v, |_| 0.0)]
     }
 
     /// A tensor's rows, with a column behind.

@@ -1,5 +1,5 @@
 //! Tokens of a video as they lie, in (time, height, width) order with text behind, read and written as
-//! if they were put tile by tile: [`Canvas`] for launches, [`Grid`] and [`Source`] for kernels.
+//! if they were put tile by tile: [`Canvas`] for launches, `Grid` and `Source` for kernels.
 //!
 //! Kernels count tokens in the order of tiles: a tile is a block of the mask, padded to its full size;
 //! text follows. A tile is cut into boxes, which are a kernel's pieces: a copy moves one straight
@@ -207,7 +207,7 @@ impl Canvas {
         ]
     }
 
-    /// Whether [`Canvas::source`] takes a tensor.
+    /// Whether kernels can be given a tensor.
     pub fn takes(tensor: Tensor, heads: u32, batch: u32) -> bool {
         let strides = tensor.strides;
         heads == 1 || batch == 1 || strides.batch.is_multiple_of(strides.head)
@@ -571,7 +571,7 @@ impl<'k> Grid<'k> {
         let first = |tokens: Reg<'k, u32>, most: Reg<'k, u32>, times: Reg<'k, u64>| {
             k.if_(tokens.lt(most), || {
                 let bits = (k.var(1u64) << tokens) - 1u64;
-                all.set(all & bits * times);
+                all.set(all & (bits * times));
             });
         };
         k.if_else(

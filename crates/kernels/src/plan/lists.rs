@@ -313,7 +313,7 @@ impl<'k> List<'k> {
         let at = self.count + (kept & (bit - 1)).count_ones();
         let (address, mut entry) = (self.words + at.times_wide(4), first + self.lane);
         if let Some(partial) = partial {
-            entry = entry | (partial & bit).differs(0).select(PARTIAL as u32, 0);
+            entry |= (partial & bit).differs(0).select(PARTIAL as u32, 0);
         }
         k.where_((kept & bit).differs(0), || k.store_global(address, entry));
         self.count.set(self.count + kept.count_ones());
