@@ -20,10 +20,6 @@ from .problem import Absent, Problem
 MOST_OF_A_TOKEN_MASK = 2**29
 
 
-def _causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return query >= key
-
-
 def ours(problem: Problem) -> Attention:
     """flex_block_attn, over a kept plan."""
     import flex_block_attn as package
@@ -45,7 +41,12 @@ def ours(problem: Problem) -> Attention:
         return Attention(
             run,
             lambda _, backward: package.create_block_mask(
-                _causal, None, None, *lengths, device=problem.device, BLOCK_SIZE=blocks
+                problem.mask_mod,
+                None,
+                None,
+                *lengths,
+                device=problem.device,
+                BLOCK_SIZE=blocks,
             ),
         )
     return Attention(run, lambda chosen, backward: BlockMask(chosen, *lengths, *blocks))
@@ -85,6 +86,8 @@ def _through_torch(problem: Problem, backend: str) -> Attention:
 
     _only_on_gpus(problem)
     _no_blocks(problem)
+    if problem.rule == "local":
+        raise Absent("has no window")
     chosen, causal = getattr(SDPBackend, backend), problem.rule == "causal"
 
     def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
@@ -107,7 +110,7 @@ def flash2(problem: Problem) -> Attention:
 def sdpa(problem: Problem) -> Attention:
     """torch's scaled_dot_product_attention as it chooses itself; blocks become a mask of tokens."""
     case = problem.case
-    if problem.is_dense or problem.rule:
+    if problem.is_dense or problem.rule == "causal":
         if problem.device.type == "cuda":
             raise Absent("is cuDNN or FA2 here")
         causal = problem.rule == "causal"
@@ -116,7 +119,9 @@ def sdpa(problem: Problem) -> Attention:
     if case.q_len * case.kv_len * heads > MOST_OF_A_TOKEN_MASK:
         raise Absent(f"needs a mask of {case.q_len} x {case.kv_len} tokens")
 
-    def tokens(blocks: Tensor, backward: bool) -> Tensor:
+    def tokens(blocks: Tensor | None, backward: bool) -> Tensor:
+        if blocks is None:
+            return problem.keep(None, torch.arange(case.q_len, device=problem.device), 0)
         rows = blocks.repeat_interleave(case.q_block, 2)[:, :, : case.q_len]
         return rows.repeat_interleave(case.kv_block, 3)[..., : case.kv_len]
 
@@ -142,8 +147,8 @@ def flex(problem: Problem) -> Attention:
     lengths = case.q_len, case.kv_len
     if problem.rule:
         make = torch.compile(create_block_mask)
-        device = problem.device.type
-        return Attention(run, lambda _, backward: make(_causal, None, None, *lengths, device))
+        device, rule = problem.device.type, problem.mask_mod
+        return Attention(run, lambda _, backward: make(rule, None, None, *lengths, device))
     # On GPUs its tiles have 128 tokens.
     size = (128, 128) if problem.device.type == "cuda" else (case.q_block, case.kv_block)
     _divide(problem, size)
@@ -174,10 +179,10 @@ def flash3(problem: Problem) -> Attention:
         raise Absent(f"is not installed ({error})") from error
     _only_on_gpus(problem)
     _no_blocks(problem)
-    causal = problem.rule == "causal"
+    options = _options(problem, (-1, -1))
 
     def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
-        return _first(flash_attn_func(q, k, v, causal=causal))
+        return _first(flash_attn_func(q, k, v, **options))
 
     return Attention(run, tokens_first=True)
 
@@ -191,9 +196,9 @@ def flash4(problem: Problem) -> Attention:
         raise Absent(f"is not installed ({error})") from error
     _only_on_gpus(problem)
     if problem.is_dense or problem.rule:
-        causal = problem.rule == "causal"
+        options = _options(problem, (None, None))
         return Attention(
-            lambda q, k, v, _: _first(flash_attn_func(q, k, v, causal=causal)), tokens_first=True
+            lambda q, k, v, _: _first(flash_attn_func(q, k, v, **options)), tokens_first=True
         )
     _divide(problem, (128, 128))
 
@@ -249,6 +254,12 @@ def vsa(problem: Problem) -> Attention:
 
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
+
+
+def _options(problem: Problem, everywhere: tuple) -> dict[str, Any]:
+    """Of FlashAttention's functions, for a rule; ``everywhere`` is their window without bounds."""
+    window = (problem.reach, problem.reach) if problem.rule == "local" else everywhere
+    return {"causal": problem.rule == "causal", "window_size": window}
 
 
 def _only_on_gpus(problem: Problem) -> None:

@@ -6,8 +6,10 @@ rows, by formulas that share no code with anything that is timed. Used by :mod:`
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +63,20 @@ class Problem:
     @property
     def rule(self) -> str | None:
         """By which pairs of tokens are kept, where that is not by blocks."""
-        return "causal" if self.case.mask == "causal" else None
+        return self.case.mask if self.case.mask in ("causal", "local") else None
+
+    @property
+    def reach(self) -> int:
+        """Of a sliding window: tokens that a query sees to each side."""
+        return int(self.case.rate)
+
+    @property
+    def mask_mod(self) -> Callable[..., Any]:
+        """The rule as a function, of FlexAttention's kind."""
+        if self.rule == "causal":
+            return lambda b, h, q, kv: q >= kv
+        reach = self.reach
+        return lambda b, h, q, kv: (q - kv).abs() <= reach
 
     @property
     def is_dense(self) -> bool:
@@ -72,8 +87,12 @@ class Problem:
         """Share of the pairs of tokens that is kept."""
         case = self.case
         if self.rule:
-            rows = torch.arange(1, case.q_len + 1, dtype=torch.float64).clamp(max=case.kv_len)
-            return rows.sum().item() / (case.q_len * case.kv_len)
+            query = torch.arange(case.q_len, dtype=torch.float64)
+            first, end = torch.zeros_like(query), query + 1
+            if self.rule == "local":
+                first, end = (query - self.reach).clamp(min=0), end + self.reach
+            pairs = (end.clamp(max=case.kv_len) - first).clamp(min=0).sum()
+            return pairs.item() / (case.q_len * case.kv_len)
         blocks = self.choose(*self.tiled(self.q, self.k)) if case.video else self.blocks
         if blocks is None:
             return 1.0
@@ -95,6 +114,8 @@ class Problem:
         """For some queries of a head, which keys are kept: bool (rows, keys)."""
         case = self.case
         keys = torch.arange(case.kv_len, device=rows.device)
+        if self.rule == "local":
+            return (keys - rows[:, None]).abs() <= self.reach
         if self.rule:
             return keys <= rows[:, None]
         if blocks is None:

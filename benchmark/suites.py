@@ -17,7 +17,7 @@ RATES = (0.2, 0.4, 0.6, 0.8)
 FIRST_LENGTHS = (30720, 61440)
 FIRST_RATES = (0.2, 0.6)
 
-MASKS = ("dense", "window", "random", "causal blocks", "causal", "ssta")
+MASKS = ("dense", "window", "random", "causal blocks", "causal", "local", "ssta")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Case:
     q_block: int = 384
     kv_block: int = 384
     mask: str = "dense"
-    # Of the blocks of a row (random), or of half a window's width (window).
+    # Of the blocks of a row (random), or of half a window's width (window); how many tokens a query
+    # sees to each side (local).
     rate: float = 1.0
     dtype: str = "bfloat16"
     importance: int = 2
@@ -78,7 +79,7 @@ def case(
     """A case of as many queries as keys; without a name, one that says mask and size."""
     block = others.pop("block", 384)
     if not name:
-        kind = f"{mask} {rate:g}" if mask in ("window", "random") else mask
+        kind = f"{mask} {rate:g}" if mask in ("window", "random", "local") else mask
         name = f"{kind} h{heads} s{tokens}"
     return Case(
         name, heads, tokens, tokens, q_block=block, kv_block=block, mask=mask, rate=rate, **others
@@ -156,6 +157,12 @@ def _causal() -> tuple[Case, ...]:
     )
 
 
+def _local() -> tuple[Case, ...]:
+    return tuple(
+        case(24, tokens, "local", 4096.0, block=128, importance=0) for tokens in (30720, 61440)
+    )
+
+
 def _bars() -> tuple[Case, ...]:
     """The cases that the kernels are tuned by."""
 
@@ -198,6 +205,7 @@ def _cpu() -> tuple[Case, ...]:
         *(of(2048, "window", rate) for rate in (0.1, 0.2)),
         of(2048, "causal blocks"),
         of(2048, "causal"),
+        of(2048, "local", 256.0),
         of(2048, "random", 0.2, block=64, name="random 0.2 h2 s2048 b64"),
         of(2048, head_dim=64, name="dense h2 s2048 d64"),
         of(2048, "random", 0.2, head_dim=64, name="random 0.2 h2 s2048 d64"),
@@ -222,6 +230,7 @@ def _smoke() -> tuple[Case, ...]:
     clip = Video((3, 6, 8), topk=2, tile=(2, 4, 8), window=(1, 1, 1), text=20)
     return (
         *(of(mask, 0.5) for mask in ("dense", "window", "random", "causal blocks", "causal")),
+        of("local", 50),
         *(of("dense", tokens=n) for n in (100, 400)),
         *(of("random", 0.5, tokens=n) for n in (100, 400)),
         video("3x6x8", 2, clip, head_dim=64, importance=0),
@@ -247,6 +256,7 @@ def _all() -> tuple[Suite, ...]:
         Suite("blocks", "Random blocks of 64, 128 and 384", _blocks()),
         Suite("head-dims", "Head dimensions 64 and 128", _head_dims()),
         Suite("causal", "Causal, exact and in whole blocks", _causal()),
+        Suite("local", "Sliding window to the token", _local()),
         Suite("cpu", "Small cases for a CPU", _cpu(), ("cpu",)),
         Suite("smoke", "One tiny case of each kind", _smoke(), ("cuda", "cpu"), True),
     )

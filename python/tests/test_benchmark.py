@@ -113,10 +113,15 @@ def test_exact_attention_is_that_of_the_tests(name):
     if case.video:
         q, k, v, dout = problem.tiled(q, k, v, dout)
         blocks = problem.choose(q, k)
-    if blocks is None:
+    sizes = case.q_block, case.kv_block
+    if problem.rule:
+        places = (torch.arange(n) for n in (case.q_len, case.kv_len))
+        query, key = torch.meshgrid(*places, indexing="ij")
+        blocks, sizes = problem.mask_mod(0, 0, query, key)[None, None], (1, 1)
+    elif blocks is None:
         blocks = torch.ones(1, 1, -(-case.q_len // 64), -(-case.kv_len // 64), dtype=torch.bool)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out, _ = attention(*leaves, blocks, case.q_block, case.kv_block)
+    out, _ = attention(*leaves, blocks, *sizes)
     gradients = torch.autograd.grad(out, leaves, dout.double())
     if case.video:
         # Gradients of keys would be those of padded ones, too.
@@ -126,7 +131,7 @@ def test_exact_attention_is_that_of_the_tests(name):
     assert exact.error(results) < 1e-12
     assert exact.error([x + 0.1 for x in results]) > 0.01
 
-    mask = token_mask(blocks, case.q_len, case.kv_len, case.q_block, case.kv_block)
+    mask = token_mask(blocks, case.q_len, case.kv_len, *sizes)
     assert problem.density == pytest.approx(mask.double().mean().item())
 
 
