@@ -183,18 +183,11 @@ impl<'k> RegTile<'k> {
     }
 
     /// `2^(scale x - offset)` of each element, in place, `offset` being the row's, no result above 1.
-    /// One in `by_polynomial` elements, if that is not 0, is computed by a polynomial, to 1e-4.
     #[track_caller]
-    pub fn exp2_scaled(&self, scale: Reg<'k, f32>, offset: RowPair<'k>, by_polynomial: usize) {
+    pub fn exp2_scaled(&self, scale: Reg<'k, f32>, offset: RowPair<'k>) {
         let negated = offset.map(|x| -x);
-        for (i, (register, row)) in self.elements().enumerate() {
-            let x = register.fma(scale, negated[row]);
-            let polynomial = by_polynomial != 0 && i % by_polynomial == 0;
-            register.set(if polynomial {
-                exp2_by_polynomial(x)
-            } else {
-                x.exp2()
-            });
+        for (register, row) in self.elements() {
+            register.set(register.fma(scale, negated[row]).exp2());
         }
     }
 
@@ -211,24 +204,6 @@ impl<'k> RegTile<'k> {
             }
         }
     }
-}
-
-/// `2^x` for x up to 0, to 1e-4 of it, which is finer than what 16 bits hold; 0 below 2^-127. The unit
-/// for exponentials takes four lanes a cycle; this takes as many instructions as that unit takes cycles,
-/// but leaves it free (FlashAttention-4's way).
-fn exp2_by_polynomial(x: Reg<'_, f32>) -> Reg<'_, f32> {
-    // Adding this leaves no bits for a fraction: the sum's lowest bits are x, rounded.
-    const WHOLE: f32 = 1.5 * (1 << 23) as f32;
-    // Of 2^x - 1 between -1/2 and 1/2 the polynomial without constant whose largest relative error,
-    // as one of 2^x, is the least.
-    const COEFFICIENTS: [f32; 3] = [0.693_282_9, 0.242_210_97, 0.055_008_933];
-    let x = x.max(-127.0);
-    let rounded = x + WHOLE;
-    let part = x - (rounded - WHOLE);
-    let [a, b, c] = COEFFICIENTS;
-    let power = part.fma(c, b).fma(part, a).fma(part, 1.0);
-    // What is rounded goes to the exponent.
-    (power.to_bits() + (rounded.to_bits() << 23)).as_f32()
 }
 
 /// The sum over a quad, in all its threads.

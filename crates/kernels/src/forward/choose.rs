@@ -38,7 +38,6 @@ impl Config {
                 rows,
                 kv_tile,
                 piece,
-                by_polynomial: 0,
                 mask,
                 canvas: false,
             })
@@ -69,7 +68,6 @@ impl Config {
             rows,
             kv_tile,
             piece,
-            by_polynomial: 0,
             mask: None,
             canvas: true,
         })

@@ -224,7 +224,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale, self.by_polynomial);
+        let softmax = Softmax::new(k, problem.scale);
 
         let step = |scores: &RegTile<'k>| match self.mask {
             None => softmax.step(scores),

@@ -183,7 +183,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale, self.by_polynomial);
+        let softmax = Softmax::new(k, problem.scale);
         // Bits of a want that are this warpgroup's, and this warp's.
         let all = (1 << OWN_WARPS) - 1;
         let own = k.var(all) << (wg.index * OWN_WARPS);

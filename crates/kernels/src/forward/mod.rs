@@ -61,8 +61,6 @@ pub struct Config {
     pub kv_tile: u32,
     /// Keys of a piece: what divides both the tile and the mask's key blocks.
     pub piece: u32,
-    /// One in so many exponentials is computed by a polynomial; 0: none.
-    pub by_polynomial: usize,
     /// What counts of partial blocks, if there may be any.
     pub mask: Option<Mask>,
     /// Whether tokens are a video's, with text behind, and pieces boxes of it.
@@ -128,37 +126,27 @@ impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
         let two_consumers = [
-            (Rows::Whole(128), 192, 192, 0),
-            (Rows::Whole(128), 192, 64, 0),
-            (Rows::Whole(128), 128, 128, 0),
-            (Rows::Whole(128), 128, 64, 0),
-            (Rows::Whole(128), 128, 32, 0),
-            (Rows::Whole(128), 128, 16, 0),
-            (Rows::Mixed, 64, 64, 0),
-            (Rows::Mixed, 64, 32, 0),
-            (Rows::Mixed, 64, 16, 0),
+            (Rows::Whole(128), 192, 192),
+            (Rows::Whole(128), 192, 64),
+            (Rows::Whole(128), 128, 32),
+            (Rows::Whole(128), 128, 16),
+            (Rows::Mixed, 64, 64),
+            (Rows::Mixed, 64, 32),
+            (Rows::Mixed, 64, 16),
         ];
         // There are registers for three with short heads only.
-        let three_consumers = [
-            (Rows::Whole(192), 128, 128, 0),
-            (Rows::Whole(192), 128, 128, 3),
-            (Rows::Whole(192), 128, 128, 6),
-            (Rows::Whole(192), 128, 64, 0),
-            (Rows::Whole(192), 128, 32, 0),
-            (Rows::Whole(192), 128, 16, 0),
-        ];
+        let three_consumers = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
         let of = |element, head_dim| {
             let more = match head_dim {
                 64 => &three_consumers[..],
                 _ => &[],
             };
-            let config = move |&(rows, kv_tile, piece, by_polynomial)| Self {
+            let config = move |&(rows, kv_tile, piece)| Self {
                 element,
                 head_dim,
                 rows,
                 kv_tile,
                 piece,
-                by_polynomial,
                 mask: None,
                 canvas: false,
             };
@@ -288,7 +276,6 @@ impl Config {
             rows,
             kv_tile,
             piece,
-            by_polynomial,
             mask,
             canvas,
         } = self;
@@ -296,13 +283,9 @@ impl Config {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
             Rows::Mixed => "mixed".to_owned(),
         };
-        let share = match by_polynomial {
-            0 => String::new(),
-            share => format!("_e{share}"),
-        };
         let tag = mask.map(Mask::tag).unwrap_or_default();
         let of = if canvas { "_canvas" } else { "" };
-        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{share}{tag}{of}");
+        let name = format!("forward_{element:?}_d{head_dim}_{tile}_p{piece}{tag}{of}");
         let threads = (1 + self.consumers()) * WARPGROUP;
         Builder::kernel(name.to_lowercase(), threads, |k| match rows {
             Rows::Whole(_) => self.body(k),

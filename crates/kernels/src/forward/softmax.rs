@@ -7,7 +7,6 @@ use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 /// units of log2.
 pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
-    by_polynomial: usize,
     /// The largest score so far, scaled.
     max: RowPair<'k>,
     /// This thread's part of the sum of weights relative to it.
@@ -17,12 +16,10 @@ pub(super) struct Softmax<'k> {
 }
 
 impl<'k> Softmax<'k> {
-    /// Of one in `by_polynomial` weights, if that is not 0, the exponential is a polynomial.
-    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, by_polynomial: usize) -> Self {
+    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>) -> Self {
         let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
-            by_polynomial,
             max: pair(),
             sum: pair(),
             factor: pair(),
@@ -58,7 +55,7 @@ impl<'k> Softmax<'k> {
             self.max[row].set(max);
             offset
         });
-        scores.exp2_scaled(self.scale, offsets, self.by_polynomial);
+        scores.exp2_scaled(self.scale, offsets);
         for (row, sum) in scores.row_sum_own().into_iter().enumerate() {
             self.sum[row].set(self.sum[row].fma(self.factor[row], sum));
         }

@@ -28,7 +28,6 @@ pub fn run(words: &[String]) -> Result<(), Box<dyn Error>> {
         rows: forward::Rows::Whole(128),
         kv_tile: 128,
         piece: 128,
-        by_polynomial: 0,
         mask: None,
         canvas: false,
     };

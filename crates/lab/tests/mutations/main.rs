@@ -74,7 +74,6 @@ impl Base {
             rows: forward::Rows::Whole(128),
             kv_tile,
             piece,
-            by_polynomial: 0,
             mask: None,
             canvas: false,
         };

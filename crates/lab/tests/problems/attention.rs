@@ -14,7 +14,6 @@ fn config(head_dim: u32, kv_tile: u32, piece: u32) -> forward::Config {
         rows: forward::Rows::Whole(128),
         kv_tile,
         piece,
-        by_polynomial: 0,
         mask: None,
         canvas: false,
     }

@@ -62,7 +62,6 @@ fn forward_by(element: Element, block: usize) {
                 rows: forward::Rows::Whole(128),
                 kv_tile,
                 piece: piece(kv_tile),
-                by_polynomial: 0,
                 mask: None,
                 canvas: false,
             };
