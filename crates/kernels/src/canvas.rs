@@ -505,27 +505,38 @@ impl<'k> Grid<'k> {
         let spot = self.corner(block);
         let inside = k.var(token);
         k.if_not(is_text(spot), || {
-            let log_unit = self.piece.ilog2();
-            let unit = token >> log_unit;
-            let w_units = width(self.tile) >> self.log_w;
-            let h_units = height(self.tile) >> self.log_h;
-            let line = quotient(unit, self.w_boxes);
-            let time = quotient(line, self.h_boxes);
-            let (w, h) = (unit - line * w_units, line - time * h_units);
             let i = token & (self.piece - 1);
             let low = |log: Reg<'k, u32>| (k.var(1u32) << log) - 1;
-            let log_plane = self.log_w + self.log_h;
-            let t_of_unit = i >> log_plane;
+            let t_of_unit = i >> (self.log_w + self.log_h);
             let h_of_unit = (i >> self.log_w) & low(self.log_h);
             let w_of_unit = i & low(self.log_w);
-            let log_t = k.var(log_unit) - log_plane;
-            inside.set(
-                (((time << log_t) + t_of_unit) << TIME)
-                    + (((h << self.log_h) + h_of_unit) << HEIGHT)
-                    + ((w << self.log_w) + w_of_unit),
-            );
+            let of_unit = (t_of_unit << TIME) + (h_of_unit << HEIGHT) + w_of_unit;
+            inside.set(self.unit_at(token >> self.piece.ilog2()) + of_unit);
         });
         spot + inside
+    }
+
+    /// How far behind a tile's spot its n-th box is.
+    fn unit_at(&self, n: Reg<'k, u32>) -> Reg<'k, u32> {
+        let w_units = width(self.tile) >> self.log_w;
+        let h_units = height(self.tile) >> self.log_h;
+        let line = quotient(n, self.w_boxes);
+        let time = quotient(line, self.h_boxes);
+        let (w, h) = (n - line * w_units, line - time * h_units);
+        time * (self.unit & !((1 << TIME) - 1))
+            + h * (self.unit & (SIDE << HEIGHT))
+            + (w << self.log_w)
+    }
+
+    /// The spot of the n-th box of a tile, or of a block of text, at a spot.
+    pub(crate) fn nth_box(&self, corner: Reg<'k, u32>, n: Reg<'k, u32>) -> Reg<'k, u32> {
+        let inside = self.unit_at(n);
+        corner + is_text(corner).select(n * self.piece, inside)
+    }
+
+    /// Boxes of a tile, and of a block of text, with or without tokens.
+    pub(crate) fn boxes_of_tile(&self) -> Reg<'k, u32> {
+        self.block >> self.piece.ilog2()
     }
 
     /// Which token of the tensor is at a spot.

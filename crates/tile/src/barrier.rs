@@ -142,6 +142,27 @@ impl<'k> Barriers<'k> {
             ..first
         }
     }
+
+    /// The one whose turn it is, where each completes a phase, one after the other, then each its
+    /// second, and so on: `turn` is how many phases there were before.
+    ///
+    /// # Panics
+    /// If there are not a power of two of them.
+    #[track_caller]
+    pub fn in_turn(self, turn: Reg<'k, u32>) -> Barrier<'k> {
+        assert!(self.number.is_power_of_two(), "{} barriers", self.number);
+        self.at(turn & (self.number - 1))
+    }
+
+    /// Waits for the phase of that one.
+    ///
+    /// # Panics
+    /// As [`Barriers::in_turn`].
+    #[track_caller]
+    pub fn wait_in_turn(self, turn: Reg<'k, u32>) {
+        let Barrier { k, address, .. } = self.in_turn(turn);
+        k.mbarrier_wait(address, (turn >> self.number.ilog2()) & 1);
+    }
 }
 
 impl Waiter<'_> {

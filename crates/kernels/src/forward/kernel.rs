@@ -7,10 +7,11 @@ use flex_block_attn_tile::{
     Warpgroup,
 };
 
-use super::keys::Pieces;
+use super::keys::Keys;
 use super::problem::Problem;
 use super::queries::{Note, Queries};
 use super::softmax::Softmax;
+use super::walk::{Notes, walk};
 use super::work::{Jobs, plan};
 use super::{Config, OWN, tiles};
 use crate::canvas::Source;
@@ -20,8 +21,9 @@ use crate::lists::PARTIAL;
 
 /// Stages of k and of v.
 const STAGES: usize = 2;
-/// The thread that plans, in another warp than the loader, which is thread 0.
-const PLANNER: u32 = 32;
+/// The warps that plan and, for a video, walk; of the first, thread 0 loads.
+const PLANNER: u32 = 1;
+const WALKER: u32 = 2;
 /// Named barriers: consumer `w` of at most three waits at `TURN + w` for its turn.
 const TURN: u32 = 2;
 
@@ -48,15 +50,16 @@ impl<'k> Maps<'k> {
 }
 
 /// What is in shared memory.
-struct Stores<'k> {
-    jobs: Jobs<'k>,
-    queries: Queries<'k>,
-    keys: Ring<'k>,
-    values: Ring<'k>,
+pub(super) struct Stores<'k> {
+    pub(super) jobs: Jobs<'k>,
+    pub(super) queries: Queries<'k>,
+    pub(super) keys: Ring<'k>,
+    pub(super) values: Ring<'k>,
     /// Of the tile in each stage, the first keys of its pieces: the loader's notes, for which it has no
-    /// registers. Where blocks may be partial, consumers read them, too. Of a video, see
-    /// [`super::tiles`].
+    /// registers. Where blocks may be partial, consumers read them, too.
     rows: Vec<Address<'k, u32>>,
+    /// Of a video: what its tiles are put together from.
+    boxes: Option<Notes<'k>>,
 }
 
 impl Config {
@@ -73,8 +76,9 @@ impl Config {
             values: ring(),
             jobs: Jobs::new(&shared, self.canvas),
             rows: (0..STAGES)
-                .map(|_| shared.bytes(self.note_bytes(), 4))
+                .map(|_| shared.bytes(4 * self.pieces(), 4))
                 .collect(),
+            boxes: self.canvas.then(|| Notes::new(&shared, self)),
         };
         shared.finish();
         k.if_(k.tid().equals(0), || {
@@ -82,6 +86,7 @@ impl Config {
             stores.queries.init();
             stores.keys.init();
             stores.values.init();
+            stores.boxes.iter().for_each(Notes::init);
             k.mbarrier_init_fence();
         });
         k.sync_threads();
@@ -91,14 +96,26 @@ impl Config {
             Warpgroup::number(k).equals(0),
             || {
                 Warpgroup::release_registers(k, producer);
-                k.if_(k.tid().equals(0), || self.load(maps, &problem, &stores));
-                match &problem.grid {
-                    None => k.if_(k.tid().equals(PLANNER), || {
-                        plan(&problem, self, &stores.jobs);
-                    }),
-                    Some(grid) => k.if_((k.tid() >> 5).equals(PLANNER / 32), || {
-                        tiles::plan(&problem, grid, self, &stores.jobs);
-                    }),
+                let loads = k.tid().equals(0);
+                match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
+                    None => {
+                        k.if_(loads, || self.load(maps, &problem, &stores));
+                        k.if_(k.tid().equals(PLANNER * 32), || {
+                            plan(&problem, self, &stores.jobs);
+                        });
+                    }
+                    Some((grid, notes)) => {
+                        k.if_(loads, || {
+                            tiles::load(&problem, grid, self, maps, &stores, notes);
+                        });
+                        let warp = k.tid() >> 5;
+                        k.if_(warp.equals(PLANNER), || {
+                            tiles::plan(&problem, grid, self, &stores.jobs);
+                        });
+                        k.if_(warp.equals(WALKER), || {
+                            walk(&problem, grid, self, &stores.jobs, notes);
+                        });
+                    }
                 }
             },
             || {
@@ -118,6 +135,7 @@ impl Config {
             keys,
             values,
             rows,
+            ..
         } = stores;
         let phases = Phases::new(k);
         let (keys, values) = (keys.producer(&phases), values.producer(&phases));
@@ -130,36 +148,30 @@ impl Config {
             let (kv_head, batch) = (jobs.kv_head(k), note.batch());
             let line = [kv_head, batch];
             let some = || {
-                let walk = Pieces::new(problem, self, jobs.start(k));
+                let walk = Keys::new(problem, self, jobs.start(k));
                 let load_keys = |stage: usize| {
-                    let empty = match self.notes_are_read() {
-                        false => {
+                    let empty = match self.mask {
+                        None => {
                             walk.next_tile(rows[stage]);
                             keys.wait(stage)
                         }
-                        true => {
+                        Some(_) => {
                             // Consumers read of the tile before until then.
                             let empty = keys.wait(stage);
                             walk.next_tile(rows[stage]);
                             empty
                         }
                     };
-                    self.load_tile(problem, empty, maps.k, rows[stage], line);
+                    self.load_tile(k, empty, maps.k.rows(), rows[stage], line);
                 };
                 let load_values = |stage: usize| {
                     let empty = values.wait(stage);
-                    self.load_tile(problem, empty, maps.v, rows[stage], line);
+                    self.load_tile(k, empty, maps.v.rows(), rows[stage], line);
                 };
                 // The first keys do not wait for the last output to be stored.
                 load_keys(0);
                 emptied.wait();
-                match (&problem.grid, maps.q) {
-                    (Some(grid), Source::Canvas(maps)) => {
-                        queries.keep_spots(k, jobs.spots());
-                        queries.fill_boxes(grid, maps, jobs.note(k));
-                    }
-                    (_, map) => queries.fill(k, map.rows(), jobs.note(k)),
-                }
+                queries.fill(k, maps.q.rows(), jobs.note(k));
                 jobs.release();
                 each_after_first(k, tiles, |stage, before| {
                     load_keys(stage);
@@ -169,7 +181,6 @@ impl Config {
             };
             let none = || {
                 emptied.wait();
-                queries.keep_spots(k, jobs.spots());
                 queries.pass(k, note);
                 jobs.release();
             };
@@ -182,22 +193,16 @@ impl Config {
     /// Has an empty stage filled with the pieces whose first keys are at `rows`.
     fn load_tile<'k>(
         self,
-        problem: &Problem<'k>,
+        k: &'k Builder,
         (tile, full): (SharedTile<'k>, Barrier<'k>),
-        from: Source<'k>,
+        map: Reg<'k, u64>,
         rows: Address<'k, u32>,
         line: [Reg<'k, u32>; 2],
     ) {
-        let (k, options) = (problem.k, TmaOptions::default());
+        let options = TmaOptions::default();
         full.arrive_expect(tile.shape.bytes());
         for i in 0..self.pieces() {
             let row = k.load_shared(rows.at(4 * i));
-            if let (Some(grid), Source::Canvas(maps)) = (&problem.grid, from) {
-                let part = tile.row_range(i * self.piece, self.piece);
-                grid.load(part, maps, row, line, full);
-                continue;
-            }
-            let map = from.rows();
             let row = match self.mask {
                 None => row,
                 Some(_) => row & !PARTIAL,
@@ -226,6 +231,20 @@ impl Config {
         let output = RegTile::uninit(k, self.head_dim);
         let softmax = Softmax::new(k, problem.scale);
 
+        // Of a video, and how many tiles of keys were seen.
+        let video = problem.grid.as_ref().zip(stores.boxes.as_ref());
+        let video = video.map(|(grid, notes)| (grid, notes, k.var(0u32)));
+        let hide = |stage: usize| {
+            let release = || keys.release(stage);
+            match video {
+                None => self.hide(problem, stores, wg, &scores, stage, release),
+                Some((grid, notes, turn)) => {
+                    self.hide_blank(grid, notes, turn, wg, &scores);
+                    turn.set(turn + 1);
+                    release();
+                }
+            }
+        };
         let step = |scores: &RegTile<'k>| match self.mask {
             None => softmax.step(scores),
             Some(_) => softmax.step_of_some(scores),
@@ -247,7 +266,7 @@ impl Config {
                 wg.fence();
                 wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
                 wg.wait(0);
-                self.hide(problem, stores, wg, &scores, 0, || keys.release(0));
+                hide(0);
                 if !self.canvas {
                     k.if_(note.columns.lt(self.kv_tile), || {
                         let all = 0..self.kv_tile;
@@ -269,7 +288,7 @@ impl Config {
                     wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
                     k.barrier_arrive(next + TURN, 2 * WARPGROUP);
                     wg.wait(1);
-                    self.hide(problem, stores, wg, &scores, stage, || keys.release(stage));
+                    hide(stage);
                     step(&scores);
                     wg.wait(0);
                     values.release(before);
@@ -317,9 +336,6 @@ impl Config {
     ) {
         let k = problem.k;
         let rows = stores.rows[stage];
-        if let Some(grid) = &problem.grid {
-            return self.hide_blank(grid, rows, wg, scores, release);
-        }
         let Some(exact) = &problem.exact else {
             release();
             return;
@@ -353,7 +369,11 @@ impl Config {
 }
 
 /// Does `body(stage, stage before)` for each tile but the first.
-fn each_after_first<'k>(k: &'k Builder, tiles: Reg<'k, u32>, body: impl Fn(usize, usize)) {
+pub(super) fn each_after_first<'k>(
+    k: &'k Builder,
+    tiles: Reg<'k, u32>,
+    body: impl Fn(usize, usize),
+) {
     let mut left = k.var(tiles - 1);
     k.loop_(|leave| {
         for stage in [1, 0] {
@@ -365,6 +385,6 @@ fn each_after_first<'k>(k: &'k Builder, tiles: Reg<'k, u32>, body: impl Fn(usize
 }
 
 /// Does `body` for the stage that the last tile is in.
-fn at_last_stage<'k>(k: &'k Builder, tiles: Reg<'k, u32>, body: impl Fn(usize)) {
+pub(super) fn at_last_stage<'k>(k: &'k Builder, tiles: Reg<'k, u32>, body: impl Fn(usize)) {
     k.if_else((tiles & 1).equals(1), || body(0), || body(1));
 }

@@ -6,7 +6,6 @@ use flex_block_attn_ptx::builder::Address;
 
 use super::Config;
 use super::problem::{Problem, Tile, rounded_up};
-use super::tiles::Boxes;
 use crate::lists::PARTIAL;
 
 /// Where the walk through a list starts.
@@ -67,32 +66,9 @@ impl<'k> Start<'k> {
     }
 }
 
-/// A walk through a list, of rows or of a video's tiles.
-pub(super) enum Pieces<'a, 'k> {
-    Rows(Keys<'a, 'k>),
-    Canvas(Boxes<'a, 'k>),
-}
-
-impl<'a, 'k> Pieces<'a, 'k> {
+impl<'a, 'k> Keys<'a, 'k> {
     /// A walk, of which nothing is done yet; it changes the registers of `start`.
     pub(super) fn new(problem: &'a Problem<'k>, config: Config, start: Start<'k>) -> Self {
-        match &problem.grid {
-            None => Self::Rows(Keys::new(problem, config, start)),
-            Some(grid) => Self::Canvas(Boxes::new(problem, grid, config, start)),
-        }
-    }
-
-    /// Writes the note of the next tile.
-    pub(super) fn next_tile(&self, to: Address<'k, u32>) {
-        match self {
-            Self::Rows(keys) => keys.next_tile(to),
-            Self::Canvas(boxes) => boxes.next_tile(to),
-        }
-    }
-}
-
-impl<'a, 'k> Keys<'a, 'k> {
-    fn new(problem: &'a Problem<'k>, config: Config, start: Start<'k>) -> Self {
         Self {
             problem,
             config,
@@ -103,7 +79,7 @@ impl<'a, 'k> Keys<'a, 'k> {
     /// Writes the first keys of the next tile's pieces, one word each, which says whether the piece is
     /// of a partial block, too. Those of pieces that only fill the tile up lie behind the sequence,
     /// where copies find zeros.
-    fn next_tile(&self, to: Address<'k, u32>) {
+    pub(super) fn next_tile(&self, to: Address<'k, u32>) {
         let (k, pieces) = (self.problem.k, self.config.pieces());
         // From the last to the first: what fills up is behind all keys.
         for piece in (0..pieces).rev() {
@@ -145,11 +121,6 @@ impl<'a, 'k> Keys<'a, 'k> {
 }
 
 impl Config {
-    /// Whether consumers read the loader's notes.
-    pub(super) fn notes_are_read(self) -> bool {
-        self.mask.is_some() || self.canvas
-    }
-
     /// Looks up an entry of a list: the block's first key, and whether it is partial, if any can be.
     fn set_block<'k>(
         self,

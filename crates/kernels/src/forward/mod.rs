@@ -21,7 +21,8 @@
 //! - `problem`: the parameters, and how the problem is cut into tiles of queries;
 //! - `work`: the planner, who looks up the next tile of queries;
 //! - `keys`: the pieces of a list of key blocks, one after the other;
-//! - `tiles`: the same, and the planner, for the tiles of a video;
+//! - `tiles`: what is different for the tiles of a video;
+//! - `walk`: which boxes of them each tile of keys is put together from;
 //! - `queries`: the tile of queries, from its load to the output that takes its place;
 //! - `softmax`: the running softmax;
 //! - `choose`: which config computes what;
@@ -35,6 +36,7 @@ mod problem;
 mod queries;
 mod softmax;
 mod tiles;
+mod walk;
 mod work;
 
 use flex_block_attn_mask::{PlanLayout, Side};

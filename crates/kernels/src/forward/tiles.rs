@@ -1,23 +1,17 @@
-//! How a list of tiles of a video is walked: what the planner counts before, and a tile of keys at a
-//! time, put together from boxes. The loader leaves a note of each tile for the consumers.
-//!
-//! A note has a spot for each piece, a word that says which pieces are not like others, and for each
-//! piece the bits of its keys: of boxes that reach out of the video, of the text's last piece, and of
-//! pieces that only fill the tile up, some do not count.
+//! What is different where tokens are a video's: the planner counts boxes, the loader copies them by
+//! the notes of [`super::walk`], and consumers hide what a box has beside the video.
 
-use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
-use flex_block_attn_tile::{RegTile, Warpgroup};
+use flex_block_attn_tile::{Barrier, Phases, RegTile, SharedTile, Warpgroup};
 
 use super::Config;
+use super::kernel::{Maps, Stores, at_last_stage, each_after_first};
 use super::keys::Start;
 use super::problem::{Problem, Tile};
 use super::queries::Note;
+use super::walk::{HEAVY, Notes, UNLIKE, has};
 use super::work::{Job, Jobs};
-use crate::canvas::{Grid, Walk};
-
-/// In a note's word of unlike pieces, from here on those with a key that has a weight.
-const HEAVY: u32 = 16;
+use crate::canvas::{Grid, Source};
 
 /// The planner of a video, a whole warp: as [`super::work::plan`].
 pub(super) fn plan<'k>(problem: &Problem<'k>, grid: &Grid<'k>, config: Config, jobs: &Jobs<'k>) {
@@ -51,10 +45,11 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, grid: &Grid<'k>, config: Config, j
                         columns: blank,
                     },
                     kv_head: tile.kv_head,
+                    // The walker starts at the list's end, with so many entries to come.
                     start: Start {
                         entry: list + count,
                         block: zero,
-                        left: zero,
+                        left: count,
                         missing: tiles * config.kv_tile - keys,
                         partial: zero,
                     },
@@ -86,99 +81,75 @@ fn totals<'k>(
     (boxes.warp_sum(), blank.warp_sum(), list, count)
 }
 
-/// A walk through a list, by the loader.
-pub(super) struct Boxes<'a, 'k> {
-    problem: &'a Problem<'k>,
-    grid: &'a Grid<'k>,
+/// What the loader of a video does: as that of rows, by the walker's notes.
+pub(super) fn load<'k>(
+    problem: &Problem<'k>,
+    grid: &Grid<'k>,
     config: Config,
-    /// As in [`Start`]: behind what comes next; of the tile at hand, tokens to come, padding included.
-    entry: Reg<'k, u32>,
-    left: Reg<'k, u32>,
-    missing: Reg<'k, u32>,
-    walk: Walk<'k>,
-}
-
-impl<'a, 'k> Boxes<'a, 'k> {
-    /// A walk, of which nothing is done yet; it changes the registers of `start`.
-    pub(super) fn new(
-        problem: &'a Problem<'k>,
-        grid: &'a Grid<'k>,
-        config: Config,
-        start: Start<'k>,
-    ) -> Self {
-        Self {
-            problem,
-            grid,
-            config,
-            entry: start.entry,
-            left: start.left,
-            missing: start.missing,
-            walk: Walk {
-                corner: start.block,
-                inner: start.partial,
-            },
-        }
-    }
-
-    /// Leaves the note of the next tile.
-    pub(super) fn next_tile(&self, note: Address<'k, u32>) {
-        let (k, grid, piece) = (self.problem.k, self.grid, self.config.piece);
-        let Self { mut missing, .. } = *self;
-        let unlike = k.var(0u32);
-        let mark = |bits: u32, i: Reg<'k, u32>| unlike.set(unlike | k.var(bits) << i);
-        k.for_(0, self.config.pieces(), 1, |i| {
-            let spot = grid.nowhere();
-            let words: Vec<_> = (0..piece.div_ceil(32)).map(|_| k.var(0u32)).collect();
-            k.if_else(
-                missing.gt(0),
-                || {
-                    missing -= piece;
-                    mark(1, i);
-                },
-                || {
-                    spot.set(self.next_box());
-                    let bits = grid.bits(spot);
-                    k.if_not(grid.is_full(&bits), || mark(1, i));
-                    k.if_(grid.heavy_row(spot).lt(piece), || {
-                        mark((1 << HEAVY) + 1, i);
-                    });
-                    for (word, bits) in words.iter().zip(bits) {
-                        word.set(bits);
-                    }
-                },
-            );
-            let own = note.plus(i * 4);
-            k.store_shared(own, spot);
-            for (word, bits) in (1..).zip(words) {
-                k.store_shared(own.at(self.config.note_words(word)), bits);
+    maps: Maps<'k>,
+    stores: &Stores<'k>,
+    notes: &Notes<'k>,
+) {
+    let k = problem.k;
+    let Stores {
+        jobs,
+        queries,
+        keys,
+        values,
+        ..
+    } = stores;
+    let phases = Phases::new(k);
+    let (keys, values) = (keys.producer(&phases), values.producer(&phases));
+    let (filled, emptied) = (jobs.filled(&phases), queries.emptied(&phases));
+    // Tiles of keys that are loaded.
+    let turn = k.var(0u32);
+    k.loop_(|leave| {
+        filled.wait();
+        let note = jobs.note(k);
+        leave.when(note.is_end());
+        let tiles = note.tiles;
+        let line = [jobs.kv_head(k), note.batch()];
+        let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
+            full.arrive_expect(tile.shape.bytes());
+            for i in 0..config.pieces() {
+                let part = tile.row_range(i * config.piece, config.piece);
+                let spot = notes.piece(turn, i).spot();
+                grid.load(part, from.boxes(), spot, line, full);
             }
-        });
-        k.store_shared(note.at(self.config.unlike()), unlike);
-    }
-
-    /// The next box that has a token.
-    fn next_box(&self) -> Reg<'k, u32> {
-        let Self {
-            mut entry,
-            mut left,
-            walk,
-            ..
-        } = *self;
-        let (problem, grid, k) = (self.problem, self.grid, self.problem.k);
-        let spot = k.var(0u32);
-        k.loop_(|leave| {
-            k.if_(left.equals(0), || {
-                entry -= 1;
-                walk.corner.set(grid.corner(problem.lists.word(entry)));
-                walk.inner.set(0u32);
-                left.set(problem.kv_block);
+        };
+        let load_keys = |stage: usize| {
+            notes.wait(turn);
+            let empty = keys.wait(stage);
+            notes.take(turn);
+            fill(empty, maps.k, turn);
+        };
+        let load_values = |stage: usize, turn| fill(values.wait(stage), maps.v, turn);
+        let some = || {
+            // The first keys do not wait for the last output to be stored.
+            load_keys(0);
+            emptied.wait();
+            queries.keep_spots(k, jobs.spots());
+            queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k));
+            jobs.release();
+            each_after_first(k, tiles, |stage, before| {
+                let last = k.var(turn);
+                turn.set(turn + 1);
+                load_keys(stage);
+                load_values(before, last);
             });
-            left -= self.config.piece;
-            spot.set(grid.take(walk));
-            leave.when(grid.is_inside(spot));
-        });
-        spot
-    }
+            at_last_stage(k, tiles, |stage| load_values(stage, turn));
+            turn.set(turn + 1);
+        };
+        let none = || {
+            emptied.wait();
+            queries.keep_spots(k, jobs.spots());
+            queries.pass(k, note);
+            jobs.release();
+        };
+        k.if_else(tiles.gt(0), some, none);
+    });
+    emptied.wait();
+    queries.pass(k, Note::end(k));
 }
 
 impl Config {
@@ -187,48 +158,28 @@ impl Config {
         self.queries() / self.piece
     }
 
-    /// Where in a note the n-th word of each piece lies.
-    fn note_words(self, n: u32) -> u32 {
-        4 * self.pieces() * n
-    }
-
-    /// Where in a note the word of unlike pieces lies.
-    fn unlike(self) -> u32 {
-        self.note_words(1 + self.piece.div_ceil(32))
-    }
-
-    /// Bytes of a note.
-    pub(super) fn note_bytes(self) -> u32 {
-        match self.canvas {
-            false => self.note_words(1),
-            true => self.unlike() + 4,
-        }
-    }
-
-    /// Hides, of a tile of scores, what the note says; gives the stage back when it has been read.
+    /// Hides, of a tile of scores, what its note says.
     pub(super) fn hide_blank<'k>(
         self,
         grid: &Grid<'k>,
-        note: Address<'k, u32>,
+        notes: &Notes<'k>,
+        turn: Reg<'k, u32>,
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
-        release: impl FnOnce(),
     ) {
         let k: &'k Builder = wg.lane.builder();
-        let unlike = k.load_shared_uniform(note.at(self.unlike()));
-        k.if_(unlike.differs(0), || {
+        let kinds = notes.kinds(turn);
+        k.if_(kinds.differs(0), || {
             for i in 0..self.pieces() {
                 let part = scores.part(i * self.piece..(i + 1) * self.piece);
-                let word = |n| k.load_shared_uniform(note.at(self.note_words(n) + 4 * i));
-                k.if_((unlike & (1 << i)).differs(0), || {
-                    let bits: Vec<_> = (1..=self.piece.div_ceil(32)).map(word).collect();
-                    part.set_columns_without(&bits, wg.lane, f32::NEG_INFINITY);
+                let piece = notes.piece(turn, i);
+                k.if_(has(kinds, UNLIKE, i), || {
+                    part.set_columns_without(&piece.bits(self), wg.lane, f32::NEG_INFINITY);
                 });
-                k.if_((unlike & (1 << (HEAVY + i))).differs(0), || {
-                    grid.weigh(&part, grid.heavy_row(word(0)), wg.lane);
+                k.if_(has(kinds, HEAVY, i), || {
+                    grid.weigh(&part, piece.heavy_row(grid), wg.lane);
                 });
             }
         });
-        release();
     }
 }

@@ -86,7 +86,8 @@ impl<'k> Jobs<'k> {
         Self {
             words: shared.bytes(bytes, 16),
             full: shared.barrier(1),
-            empty: shared.barrier(1),
+            // The loader reads it, and of a video the walker does.
+            empty: shared.barrier(if canvas { 2 } else { 1 }),
         }
     }
 
@@ -151,7 +152,7 @@ impl<'k> Jobs<'k> {
         k.load_shared(self.words.at(4 * word as u32))
     }
 
-    /// Gives the job's place back to the planner.
+    /// Gives the job's place back to the planner: all who read it do.
     pub(super) fn release(&self) {
         self.empty.arrive();
     }
