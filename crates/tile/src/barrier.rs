@@ -113,6 +113,15 @@ impl<'k> Barrier<'k> {
         self.k.bulk_load(to, from, bytes, self.address);
     }
 
+    /// The `index`-th of some barriers that are `bytes` bytes apart, of which this is the first.
+    #[track_caller]
+    pub(crate) fn following(self, index: Reg<'k, u32>, bytes: u32) -> Self {
+        Self {
+            address: self.address.plus(index * bytes),
+            ..self
+        }
+    }
+
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
     }
@@ -136,11 +145,7 @@ impl<'k> Barriers<'k> {
     /// The `index`-th.
     #[track_caller]
     pub fn at(self, index: Reg<'k, u32>) -> Barrier<'k> {
-        let first = self.first;
-        Barrier {
-            address: first.address.plus(index * BARRIER_BYTES),
-            ..first
-        }
+        self.first.following(index, BARRIER_BYTES)
     }
 
     /// The one whose turn it is, where each completes a phase, one after the other, then each its
@@ -165,7 +170,7 @@ impl<'k> Barriers<'k> {
     }
 }
 
-impl Waiter<'_> {
+impl<'k> Waiter<'k> {
     /// Waits for the next phase.
     #[track_caller]
     pub fn wait(self) {
@@ -179,5 +184,23 @@ impl Waiter<'_> {
         let parity = if ahead { waited ^ 1 } else { waited };
         barrier.k.mbarrier_wait(barrier.address, parity);
         parities ^= 1 << bit;
+    }
+
+    /// Waits for the next phase of the `index`-th barrier of some that are `bytes` bytes apart, of
+    /// which this is the first: their waiters were made one after the other.
+    #[track_caller]
+    pub(crate) fn wait_at(self, index: Reg<'k, u32>, bytes: u32) {
+        let Self {
+            barrier,
+            mut parities,
+            bit,
+            ahead,
+        } = self;
+        let bit = index + bit;
+        let waited = (parities >> bit) & 1;
+        let parity = if ahead { waited ^ 1 } else { waited };
+        let barrier = barrier.following(index, bytes);
+        barrier.k.mbarrier_wait(barrier.address, parity);
+        parities ^= barrier.k.var(1u32) << bit;
     }
 }

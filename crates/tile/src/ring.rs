@@ -1,17 +1,21 @@
 //! [`Ring`]: tiles that producers fill, by TMA or by stores, and consumers use up, in turn.
 //!
 //! Stages are known when the kernel is built: loops over tiles are unrolled by the number of
-//! stages, so that descriptors and addresses are constants. Each side keeps a parity for each
-//! stage, so a ring may be left at any stage and started again at stage 0, as long as both sides
-//! do so alike.
+//! stages, so that descriptors and addresses are constants. A consumer that leaves out tiles as it
+//! goes may have its stage in a register instead. Each side keeps a parity for each stage, so a ring
+//! may be left at any stage and started again at stage 0, as long as both sides do so alike.
 
 use flex_block_attn_ptx::builder::TmaOptions;
 use flex_block_attn_ptx::{Builder, Reg};
 
+use crate::barrier::BARRIER_BYTES;
 use crate::{Barrier, Phases, Place, Shape, Shared, SharedTile, Waiter};
 
+/// Bytes from a stage's barriers to the next one's.
+const NEXT_BARRIERS: u32 = 2 * BARRIER_BYTES;
+
 /// Some tiles of one shape, each with a barrier that says it is full and one that says it is
-/// empty again.
+/// empty again. Tiles lie one after the other, and so do the pairs of barriers.
 #[derive(Debug, Clone)]
 pub struct Ring<'k> {
     stages: Vec<Stage<'k>>,
@@ -140,6 +144,25 @@ impl<'k> Consumer<'k> {
     #[track_caller]
     pub fn release(&self, stage: usize) {
         let empty = self.stages[stage].0.empty;
+        self.k.where_(self.leader, || empty.arrive());
+    }
+    /// As [`Consumer::wait`], of a stage in a register that is the same in the whole warp.
+    #[track_caller]
+    pub fn wait_at(&self, stage: Reg<'k, u32>) {
+        let (_, full) = self.stages[0];
+        full.wait_at(stage, NEXT_BARRIERS);
+    }
+
+    /// As [`Consumer::tile`], of such a stage.
+    #[track_caller]
+    pub fn tile_at(&self, stage: Reg<'k, u32>) -> SharedTile<'k> {
+        self.tile(0).following(stage)
+    }
+
+    /// As [`Consumer::release`], of such a stage.
+    #[track_caller]
+    pub fn release_at(&self, stage: Reg<'k, u32>) {
+        let empty = self.stages[0].0.empty.following(stage, NEXT_BARRIERS);
         self.k.where_(self.leader, || empty.arrive());
     }
 }

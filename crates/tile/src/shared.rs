@@ -186,6 +186,24 @@ impl<'k> SharedTile<'k> {
         }
     }
 
+    /// The `index`-th of some tiles of one shape that lie one after the other, of which this is the
+    /// first; `index` is a register that is the same in the whole warp.
+    ///
+    /// # Panics
+    /// If the tile is itself a view.
+    #[track_caller]
+    pub(crate) fn following(self, index: Reg<'k, u32>) -> Self {
+        assert!(
+            self.first_row.is_none() && self.rows == self.shape.rows,
+            "a tile after a view"
+        );
+        // Tiles, too, follow each other as if they were rows.
+        Self {
+            first_row: Some(index * (self.shape.bytes() / PANEL_ROW)),
+            ..self
+        }
+    }
+
     /// Loads the whole tile by one copy; the barrier counts its bytes.
     ///
     /// # Panics

@@ -6,13 +6,16 @@
 //! from pieces of such blocks. A warpgroup leaves out tiles that none of
 //! its warps want; a warp of a warpgroup that does want one masks the pieces that it does not.
 //!
-//! Rings are deep, tiles small, and warpgroups go their own ways: what hides the softmax of one are
-//! the products of the other.
+//! Rings are deep, tiles small, and warpgroups go their own ways. Each hides its softmax as the other
+//! forward kernel does: the product with v trails that with k by one wanted tile. So it holds a tile
+//! while it seeks the next, but not until the ring comes round to it: the loader would wait for the
+//! tile, and the warpgroup for the loader. A run of tiles ends there, as it does behind the last.
 
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Fragments, Left, Phases, Place, RegTile, Right, Ring, Shape, Shared, SharedTile, Warpgroup,
+    Consumer, Fragments, Left, Phases, Place, RegTile, Right, Ring, Shape, Shared, SharedTile,
+    Warpgroup,
 };
 
 use super::kernel::Maps;
@@ -28,11 +31,11 @@ use crate::merge::{Merge, NO_BLOCK, PARTIAL_WANTS, WARPS};
 /// Queries of a tile.
 pub(super) const QUERIES: u32 = 128;
 /// Tiles of k, each with its tile of v, that may be under way.
-const STAGES: usize = 6;
+const STAGES: u32 = 6;
 /// Warps of a warpgroup.
 const OWN_WARPS: u32 = 4;
 
-/// In a tile's first want: there are no more for these queries.
+/// In a tile's wants: there are no more for these queries. It has all warps' bits.
 const END: u32 = u32::MAX;
 
 /// What is in shared memory.
@@ -43,7 +46,7 @@ struct Stores<'k> {
     /// For each stage, a want for each piece: bits of the warps that want it, from bit 8 on how many of
     /// its keys there are, and from [`PARTIAL_WANTS`] on the warps to which its block is partial.
     /// Behind them, where blocks may be partial, the first keys of the pieces.
-    wants: Vec<Address<'k, u32>>,
+    wants: Address<'k, u32>,
 }
 
 /// The pieces of several lists, walked as one.
@@ -58,6 +61,24 @@ struct Pieces<'a, 'k> {
     warps: Reg<'k, u32>,
 }
 
+/// The tiles that a warpgroup wants, found one after the other.
+struct Wanted<'k> {
+    k: &'k Builder,
+    config: Config,
+    pairs: Consumer<'k>,
+    /// The wants of the first stage.
+    notes: Address<'k, u32>,
+    /// Bits of a want that are this warpgroup's, and this warp's.
+    own: Reg<'k, u32>,
+    mine: Reg<'k, u32>,
+    /// The stage at hand, and its wants.
+    stage: Reg<'k, u32>,
+    wants: Vec<Reg<'k, u32>>,
+    /// The stage of the tile that is held, and of the one that was before, which may be held still.
+    held: Reg<'k, u32>,
+    before: Reg<'k, u32>,
+}
+
 impl Config {
     fn pair_shape(self) -> Shape {
         Shape::new(2 * self.kv_tile, self.head_dim, self.element)
@@ -69,10 +90,8 @@ impl Config {
         let shared = Shared::new(k);
         let stores = Stores {
             queries: Queries::new(&shared, self),
-            pairs: Ring::new(&shared, STAGES, self.pair_shape(), WARPS),
-            wants: (0..STAGES)
-                .map(|_| shared.bytes(2 * self.want_bytes(), 4))
-                .collect(),
+            pairs: Ring::new(&shared, STAGES as usize, self.pair_shape(), WARPS),
+            wants: shared.bytes(STAGES * self.stage_bytes(), 4),
         };
         shared.finish();
         k.if_(k.tid().equals(0), || {
@@ -126,12 +145,14 @@ impl Config {
                 );
             });
             in_turn(k, |leave, stage| {
-                let (pair, full) = pairs.wait(stage);
+                let (pair, full) = pairs.wait(stage as usize);
                 let found: Vec<_> = (0..self.pieces()).map(|_| pieces.next()).collect();
-                let wants = wants[stage];
+                let wants = wants.at(stage * self.stage_bytes());
                 let end = found[0].1.equals(0);
                 k.if_(leader & end, || {
-                    k.store_shared(wants, k.var(END));
+                    for i in 0..self.pieces() {
+                        k.store_shared(wants.at(4 * i), k.var(END));
+                    }
                     full.arrive();
                 });
                 leave.when(end);
@@ -164,6 +185,11 @@ impl Config {
         4 * self.pieces()
     }
 
+    /// Bytes of a stage's wants and first keys.
+    fn stage_bytes(self) -> u32 {
+        2 * self.want_bytes()
+    }
+
     fn k_part(self, pair: SharedTile<'_>) -> SharedTile<'_> {
         pair.row_range(0, self.kv_tile)
     }
@@ -176,7 +202,7 @@ impl Config {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
-        let pairs = stores.pairs.consumer(wg.leader, &phases);
+        let wanted = Wanted::new(self, stores, wg, &phases);
         let filled = stores.queries.filled(&phases);
         let q = stores.queries.tile.part(wg.index, OWN);
         let pair = pair(self.element);
@@ -184,10 +210,18 @@ impl Config {
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
         let softmax = Softmax::new(k, problem.scale);
-        // Bits of a want that are this warpgroup's, and this warp's.
-        let all = (1 << OWN_WARPS) - 1;
-        let own = k.var(all) << (wg.index * OWN_WARPS);
-        let mine = k.var(1u32) << (wg.index * OWN_WARPS + wg.warp);
+
+        let multiply_keys = || {
+            let keys = self.k_part(wanted.tile());
+            wg.fence();
+            wg.product(&scores, Left::Tile(q), Right::Transposed(keys));
+        };
+        let multiply_values = || {
+            output.scale_rows(softmax.factor);
+            let values = self.v_part(wanted.held_tile());
+            wg.fence();
+            wg.add_product(&output, Left::Fragments(&weights), Right::Tile(values));
+        };
 
         k.loop_(|leave| {
             filled.wait();
@@ -195,62 +229,41 @@ impl Config {
             leave.when(note.is_end());
             softmax.reset();
             output.fill(0.0);
-            in_turn(k, |leave, stage| {
-                let tile = pairs.wait(stage);
-                let want = |i| k.load_shared_uniform(stores.wants[stage].at(4 * i));
-                let first = want(0);
-                let end = first.equals(END);
-                k.if_(end, || pairs.release(stage));
-                leave.when(end);
-                let others = (1..self.pieces()).map(want);
-                let wants: Vec<_> = std::iter::once(first).chain(others).collect();
-                let any = wants[1..].iter().fold(wants[0], |any, &want| any | want) & own;
-                k.if_(any.differs(0), || {
-                    wg.fence();
-                    let keys = Right::Transposed(self.k_part(tile));
-                    wg.product(&scores, Left::Tile(q), keys);
-                    wg.wait(0);
-                    for (i, &want) in (0..).zip(&wants) {
-                        let columns = i * self.piece..(i + 1) * self.piece;
-                        let keys = (want >> 8) & (0xffff >> 8);
-                        let kept = (want & mine).differs(0).select(keys, 0u32);
-                        k.if_(kept.lt(self.piece), || {
-                            scores.set_columns_from(
-                                columns.clone(),
-                                kept,
-                                wg.lane,
-                                f32::NEG_INFINITY,
-                            );
-                        });
-                        let Some(exact) = &problem.exact else {
-                            continue;
-                        };
-                        let partial = (want >> PARTIAL_WANTS) & mine;
-                        k.if_(partial.differs(0), || {
-                            let note = stores.queries.note(k);
-                            let first = stores.wants[stage].at(self.want_bytes() + 4 * i);
-                            exact.hide(
-                                &scores.part(columns),
-                                &Where {
-                                    batch: note.batch(),
-                                    head: note.head(),
-                                    rows: Axis::Queries(note.first + wg.index * OWN + wg.row()),
-                                    first_column: k.load_shared_uniform(first),
-                                    lane: wg.lane,
-                                },
-                            );
-                        });
-                    }
+            wanted.start();
+            k.loop_(|leave| {
+                wanted.seek_first();
+                leave.when(wanted.is_end());
+                multiply_keys();
+                wg.wait(0);
+                self.hide_unwanted(problem, stores, wg, &scores, &wanted);
+                softmax.step_of_some(&scores);
+                scores.round_to(&weights, pair);
+                wanted.hold_first();
+                wanted.seek_next();
+
+                k.loop_(|leave| {
+                    leave.when(wanted.is_none());
+                    multiply_keys();
+                    // Under the product with k: the output is rescaled for the maximum found last.
+                    multiply_values();
+                    wg.wait(1);
+                    self.hide_unwanted(problem, stores, wg, &scores, &wanted);
                     softmax.step_of_some(&scores);
-                    output.scale_rows(softmax.factor);
-                    scores.round_to(&weights, pair);
-                    wg.fence();
-                    let values = Right::Tile(self.v_part(tile));
-                    wg.add_product(&output, Left::Fragments(&weights), values);
+                    wanted.hold();
+                    // Under the product with v. Were it not for the waits in here, ptxas would wait for
+                    // that product before the exponentials.
+                    wanted.seek_next();
                     wg.wait(0);
+                    wanted.release_before();
+                    scores.round_to(&weights, pair);
                 });
-                pairs.release(stage);
+
+                multiply_values();
+                wg.wait(0);
+                wanted.release_held();
+                leave.when(wanted.is_end());
             });
+            wanted.finish();
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
             // Read again: registers are worth more than this.
@@ -260,6 +273,175 @@ impl Config {
                 .queries
                 .store(k, wg, note, (out, None), &output, pair);
         });
+    }
+
+    /// Hides, of the scores of the tile at hand, the pieces that this warp does not want, keys behind
+    /// the sequence, and what the mask's expression hides in partial blocks.
+    fn hide_unwanted<'k>(
+        self,
+        problem: &Problem<'k>,
+        stores: &Stores<'k>,
+        wg: Warpgroup<'k>,
+        scores: &RegTile<'k>,
+        wanted: &Wanted<'k>,
+    ) {
+        let k = problem.k;
+        for (i, &want) in (0..).zip(&wanted.wants) {
+            let columns = i * self.piece..(i + 1) * self.piece;
+            let keys = (want >> 8) & (0xffff >> 8);
+            let kept = (want & wanted.mine).differs(0).select(keys, 0u32);
+            k.if_(kept.lt(self.piece), || {
+                scores.set_columns_from(columns.clone(), kept, wg.lane, f32::NEG_INFINITY);
+            });
+            let Some(exact) = &problem.exact else {
+                continue;
+            };
+            let partial = (want >> PARTIAL_WANTS) & wanted.mine;
+            k.if_(partial.differs(0), || {
+                let note = stores.queries.note(k);
+                exact.hide(
+                    &scores.part(columns),
+                    &Where {
+                        batch: note.batch(),
+                        head: note.head(),
+                        rows: Axis::Queries(note.first + wg.index * OWN + wg.row()),
+                        first_column: wanted.first_key(i),
+                        lane: wg.lane,
+                    },
+                );
+            });
+        }
+    }
+}
+
+impl<'k> Wanted<'k> {
+    fn new(config: Config, stores: &Stores<'k>, wg: Warpgroup<'k>, phases: &Phases<'k>) -> Self {
+        let k = wg.index.builder();
+        let first_warp = wg.index * OWN_WARPS;
+        let all = (1 << OWN_WARPS) - 1;
+        Self {
+            k,
+            config,
+            pairs: stores.pairs.consumer(wg.leader, phases),
+            notes: stores.wants,
+            own: k.var(all) << first_warp,
+            mine: k.var(1u32) << (first_warp + wg.warp),
+            stage: k.uninit(),
+            wants: (0..config.pieces()).map(|_| k.uninit()).collect(),
+            held: k.uninit(),
+            before: k.uninit(),
+        }
+    }
+
+    /// Starts with the tiles for the next queries.
+    fn start(&self) {
+        self.stage.set(0u32);
+    }
+
+    /// Goes on to the next tile that a warp of this warpgroup wants, or to the end. None is held.
+    fn seek_first(&self) {
+        self.k.loop_(|leave| {
+            self.look();
+            leave.when(self.is_for_us());
+            self.pass();
+        });
+    }
+
+    /// The same, but not beyond the tiles that are held.
+    fn seek_next(&self) {
+        self.k.loop_(|leave| {
+            self.look();
+            leave.when(self.is_for_us());
+            self.pass();
+            leave.when(self.stage.equals(self.before));
+        });
+    }
+
+    /// Whether there are no more tiles for these queries.
+    fn is_end(&self) -> Reg<'k, bool> {
+        self.wants[0].equals(END)
+    }
+
+    /// Whether what was sought last was not found.
+    fn is_none(&self) -> Reg<'k, bool> {
+        self.is_end() | !self.is_for_us()
+    }
+
+    /// The tile found.
+    fn tile(&self) -> SharedTile<'k> {
+        self.pairs.tile_at(self.stage)
+    }
+
+    /// First key of one of its pieces, where blocks may be partial.
+    fn first_key(&self, piece: u32) -> Reg<'k, u32> {
+        let behind = self.config.want_bytes();
+        self.k
+            .load_shared_uniform(self.note().at(behind + 4 * piece))
+    }
+
+    /// Holds it, and no other, to go on.
+    fn hold_first(&self) {
+        self.before.set(self.stage);
+        self.held.set(self.stage);
+        self.advance();
+    }
+
+    /// Holds it besides the one that is held, to go on.
+    fn hold(&self) {
+        self.before.set(self.held);
+        self.held.set(self.stage);
+        self.advance();
+    }
+
+    /// The tile that was held last.
+    fn held_tile(&self) -> SharedTile<'k> {
+        self.pairs.tile_at(self.held)
+    }
+
+    /// Gives it back.
+    fn release_held(&self) {
+        self.pairs.release_at(self.held);
+    }
+
+    /// Gives back the one that was held before it.
+    fn release_before(&self) {
+        self.pairs.release_at(self.before);
+    }
+
+    /// Gives the end back.
+    fn finish(&self) {
+        self.pairs.release_at(self.stage);
+    }
+
+    /// Waits for the stage at hand, and reads who wants it.
+    fn look(&self) {
+        self.pairs.wait_at(self.stage);
+        let note = self.note();
+        for (i, want) in (0..).zip(&self.wants) {
+            want.set(self.k.load_shared_uniform(note.at(4 * i)));
+        }
+    }
+
+    /// Whether it is the end, or has a piece that a warp of this warpgroup wants.
+    fn is_for_us(&self) -> Reg<'k, bool> {
+        let (&first, others) = self.wants.split_first().expect("a tile has pieces");
+        let any = others.iter().fold(first, |any, &want| any | want);
+        (any & self.own).differs(0)
+    }
+
+    /// Gives it back and goes on.
+    fn pass(&self) {
+        self.pairs.release_at(self.stage);
+        self.advance();
+    }
+
+    fn advance(&self) {
+        let next = self.stage + 1;
+        self.stage.set(next.equals(STAGES).select(0u32, next));
+    }
+
+    fn note(&self) -> Address<'k, u32> {
+        self.notes.plus(self.stage * self.config.stage_bytes())
     }
 }
 
@@ -309,7 +491,7 @@ impl<'a, 'k> Pieces<'a, 'k> {
 }
 
 /// Does `body` for one stage after the other, until it leaves.
-fn in_turn<'k>(k: &'k Builder, body: impl Fn(flex_block_attn_ptx::builder::Leave<'k>, usize)) {
+fn in_turn<'k>(k: &'k Builder, body: impl Fn(flex_block_attn_ptx::builder::Leave<'k>, u32)) {
     k.loop_(|leave| {
         for stage in 0..STAGES {
             body(leave, stage);
