@@ -156,7 +156,9 @@ impl<'k> Consumer<'k> {
     /// As [`Consumer::tile`], of such a stage.
     #[track_caller]
     pub fn tile_at(&self, stage: Reg<'k, u32>) -> SharedTile<'k> {
-        self.tile(0).following(stage)
+        // ptxas must know that it is the same, or it moves each of a product's descriptors to uniform
+        // registers on its own.
+        self.tile(0).following(stage.uniform())
     }
 
     /// As [`Consumer::release`], of such a stage.

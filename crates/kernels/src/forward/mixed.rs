@@ -217,7 +217,12 @@ impl Config {
             wg.product(&scores, Left::Tile(q), Right::Transposed(keys));
         };
         let multiply_values = || {
-            output.scale_rows(softmax.factor);
+            // Most tiles change no maximum. Without the branch ptxas would put the multiplications
+            // between the steps of the product with k.
+            let changed = softmax.factor.map(|factor| factor.differs(1.0));
+            k.if_((changed[0] | changed[1]).any(), || {
+                output.scale_rows(softmax.factor);
+            });
             let values = self.v_part(wanted.held_tile());
             wg.fence();
             wg.add_product(&output, Left::Fragments(&weights), Right::Tile(values));
@@ -347,13 +352,16 @@ impl<'k> Wanted<'k> {
         });
     }
 
-    /// The same, but not beyond the tiles that are held.
+    /// The same, but only up to the tiles that are held.
     fn seek_next(&self) {
+        for want in &self.wants {
+            want.set(0u32);
+        }
         self.k.loop_(|leave| {
+            leave.when(self.stage.equals(self.before));
             self.look();
             leave.when(self.is_for_us());
             self.pass();
-            leave.when(self.stage.equals(self.before));
         });
     }
 

@@ -172,6 +172,37 @@ fn queries_of_several_blocks() {
 }
 
 #[test]
+fn warpgroups_leave_out_tiles() {
+    // Each row's neighbour in the tile of queries wants all, so that tiles are blocks: none, the first,
+    // the last, both, every other, and gaps of every length up to one more than the ring is long.
+    let all = "11111111111111111111111111111111";
+    let rows = [
+        "00000000000000000000000000000000",
+        "10000000000000000000000000000000",
+        "00000000000000000000000000000001",
+        "10000000000000000000000000000001",
+        "01010101010101010101010101010101",
+        "11010010001000010000010000001000",
+        "00000001100000011000001100001100",
+    ];
+    for (head_dim, piece, blocks) in [(64, 64, 1), (64, 16, 2), (128, 64, 7)] {
+        let kv_block = 64;
+        let extents = Extents::new(2 * 64 * rows.len(), 32 * kv_block - 9, 64, kv_block).unwrap();
+        let seen = |row: usize, column: usize| {
+            let pair = row / 2;
+            // Which of the two warpgroups leaves out tiles changes.
+            let text = if row % 2 == pair % 2 { rows[pair] } else { all };
+            text.as_bytes()[column] == b'1'
+        };
+        let problem = Forward {
+            blocks,
+            ..Forward::new(mixed(head_dim, piece), BlockMask::from_fn(extents, seen))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
 fn mixed_queries_of_several_heads_and_batches() {
     let masks: [&[&str]; 2] = [&["1100", "0011", "0000"], &["0101", "1110", "0001"]];
     let problem = Forward {
