@@ -122,6 +122,12 @@ impl<'k> Barrier<'k> {
         }
     }
 
+    /// Waits for the end of a phase, by its parity: 0 for the first, then 1, then 0 again.
+    #[track_caller]
+    pub fn wait_for(self, parity: Reg<'k, u32>) {
+        self.k.mbarrier_wait(self.address, parity);
+    }
+
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
     }

@@ -27,7 +27,7 @@ mod warpgroup;
 pub use barrier::{Barrier, Barriers, Phases, Waiter};
 pub use flex_block_attn_ptx::Builder;
 pub use mma::{Left, Right};
-pub use registers::{Fragments, RegTile, RowPair, quad_sum};
+pub use registers::{Fragments, RegTile, RowPair, four_of_sixteen, quad_sum};
 pub use ring::{Consumer, Producer, Ring};
 pub use shape::{MATRIX_AXES, Place, Shape, Strides};
 pub use shared::{RowAddress, Shared, SharedTile};

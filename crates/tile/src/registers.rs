@@ -206,6 +206,41 @@ impl<'k> RegTile<'k> {
     }
 }
 
+impl<'k> RegTile<'k> {
+    /// Rounds to 16 bits and lets the threads of a quad exchange, so that each has four columns side by
+    /// side of every 16, from [`four_of_sixteen`] on, in two words, of each of its two rows.
+    ///
+    /// # Panics
+    /// If columns are not whole groups of 16.
+    #[track_caller]
+    pub fn fours(&self, lane: Reg<'k, u32>, pair: Pair) -> Vec<[[Reg<'k, u32>; 2]; 2]> {
+        assert!(
+            self.columns().is_multiple_of(16),
+            "{} columns",
+            self.columns()
+        );
+        let odd = (lane & 1).differs(0);
+        let sixteens = self.registers.chunks_exact(8);
+        let fours = sixteens.map(|sixteen| {
+            [0, 2].map(|row| {
+                // Two neighbouring columns of the first eight, and of the second. Of each pair of
+                // threads the even one gets both first, the odd one both second.
+                let [first, second] =
+                    [0, 4].map(|eight| sixteen[eight + row].pack(sixteen[eight + row + 1], pair));
+                let given = odd.select(first, second).butterfly(1);
+                [odd.select(given, first), odd.select(second, given)]
+            })
+        });
+        fours.collect()
+    }
+}
+
+/// Which four columns of every 16 a lane has of [`RegTile::fours`]: the first of them.
+#[track_caller]
+pub fn four_of_sixteen(lane: Reg<'_, u32>) -> Reg<'_, u32> {
+    (lane & 1) * 8 + (lane & 2) * 2
+}
+
 /// The sum over a quad, in all its threads.
 #[track_caller]
 pub fn quad_sum(own: RowPair<'_>) -> RowPair<'_> {

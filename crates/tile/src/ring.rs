@@ -1,9 +1,12 @@
 //! [`Ring`]: tiles that producers fill, by TMA or by stores, and consumers use up, in turn.
 //!
-//! Stages are known when the kernel is built: loops over tiles are unrolled by the number of
+//! Stages may be known when the kernel is built: loops over tiles are unrolled by the number of
 //! stages, so that descriptors and addresses are constants. A consumer that leaves out tiles as it
 //! goes may have its stage in a register instead. Each side keeps a parity for each stage, so a ring
 //! may be left at any stage and started again at stage 0, as long as both sides do so alike.
+//!
+//! Or both sides count tiles through all of the kernel, leaving out none: how many there were before
+//! one, its turn, says both its stage and its parity.
 
 use flex_block_attn_ptx::builder::TmaOptions;
 use flex_block_attn_ptx::{Builder, Reg};
@@ -62,6 +65,48 @@ impl<'k> Ring<'k> {
             stage.full.init();
             stage.empty.init();
         }
+    }
+
+    /// Waits until the tile whose turn it is has been filled.
+    ///
+    /// # Panics
+    /// If there are not a power of two of stages.
+    #[track_caller]
+    pub fn wait_full(&self, turn: Reg<'k, u32>) -> SharedTile<'k> {
+        let (stage, parity) = self.of_turn(turn);
+        let Stage { tile, full, .. } = self.stages[0];
+        full.following(stage, NEXT_BARRIERS).wait_for(parity);
+        tile.following(stage)
+    }
+
+    /// Waits until the place of the tile whose turn it is is empty, see [`Producer::wait`].
+    ///
+    /// # Panics
+    /// If there are not a power of two of stages.
+    #[track_caller]
+    pub fn wait_empty(&self, turn: Reg<'k, u32>) -> (SharedTile<'k>, Barrier<'k>) {
+        let (stage, parity) = self.of_turn(turn);
+        let Stage { tile, full, empty } = self.stages[0];
+        empty.following(stage, NEXT_BARRIERS).wait_for(parity ^ 1);
+        (tile.following(stage), full.following(stage, NEXT_BARRIERS))
+    }
+
+    /// Says that this warp, of which `leader` is one lane, needs the tile whose turn it was no longer.
+    ///
+    /// # Panics
+    /// If there are not a power of two of stages.
+    #[track_caller]
+    pub fn release(&self, turn: Reg<'k, u32>, leader: Reg<'k, bool>) {
+        let (stage, _) = self.of_turn(turn);
+        let empty = self.stages[0].empty.following(stage, NEXT_BARRIERS);
+        leader.builder().where_(leader, || empty.arrive());
+    }
+
+    /// Stage and parity of a turn.
+    fn of_turn(&self, turn: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        let stages = self.stages.len() as u32;
+        assert!(stages.is_power_of_two(), "{stages} stages");
+        (turn & (stages - 1), (turn >> stages.ilog2()) & 1)
     }
 
     /// The side that fills.

@@ -8,8 +8,9 @@ use flex_block_attn_tile::{
 };
 
 use super::keys::Keys;
+use super::output::Results;
 use super::problem::Problem;
-use super::queries::{Note, Queries};
+use super::queries::{Queries, Using};
 use super::softmax::Softmax;
 use super::walk::{Notes, walk};
 use super::work::{Jobs, plan};
@@ -33,7 +34,6 @@ pub(super) struct Maps<'k> {
     pub(super) q: Source<'k>,
     pub(super) k: Source<'k>,
     pub(super) v: Source<'k>,
-    pub(super) out: Source<'k>,
 }
 
 impl<'k> Maps<'k> {
@@ -44,7 +44,6 @@ impl<'k> Maps<'k> {
             q: source("q"),
             k: source("k"),
             v: source("v"),
-            out: source("out"),
         }
     }
 }
@@ -55,9 +54,9 @@ pub(super) struct Stores<'k> {
     pub(super) queries: Queries<'k>,
     pub(super) keys: Ring<'k>,
     pub(super) values: Ring<'k>,
-    /// Of the tile in each stage, the first keys of its pieces: the loader's notes, for which it has no
-    /// registers. Where blocks may be partial, consumers read them, too.
-    rows: Vec<Address<'k, u32>>,
+    /// Of the tile in each stage, one after the other, the first keys of its pieces: the loader's notes,
+    /// for which it has no registers. Where blocks may be partial, consumers read them, too.
+    rows: Address<'k, u32>,
     /// Of a video: what its tiles are put together from.
     boxes: Option<Notes<'k>>,
 }
@@ -65,6 +64,7 @@ pub(super) struct Stores<'k> {
 impl Config {
     pub(super) fn body(self, k: &Builder) {
         let maps = Maps::new(k, self.canvas);
+        let results = Results::new(k);
         let problem = Problem::new(k, self);
 
         let shared = Shared::new(k);
@@ -75,9 +75,7 @@ impl Config {
             keys: ring(),
             values: ring(),
             jobs: Jobs::new(&shared, self.canvas),
-            rows: (0..STAGES)
-                .map(|_| shared.bytes(4 * self.pieces(), 4))
-                .collect(),
+            rows: shared.bytes(STAGES as u32 * self.row_bytes(), 4),
             boxes: self.canvas.then(|| Notes::new(&shared, self)),
         };
         shared.finish();
@@ -97,20 +95,20 @@ impl Config {
             || {
                 Warpgroup::release_registers(k, producer);
                 let loads = k.tid().equals(0);
+                let warp = k.tid() >> 5;
                 match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
                     None => {
                         k.if_(loads, || self.load(maps, &problem, &stores));
-                        k.if_(k.tid().equals(PLANNER * 32), || {
-                            plan(&problem, self, &stores.jobs);
+                        k.if_(warp.equals(PLANNER), || {
+                            plan(&problem, self, &results, &stores.jobs);
                         });
                     }
                     Some((grid, notes)) => {
                         k.if_(loads, || {
                             tiles::load(&problem, grid, self, maps, &stores, notes);
                         });
-                        let warp = k.tid() >> 5;
                         k.if_(warp.equals(PLANNER), || {
-                            tiles::plan(&problem, grid, self, &stores.jobs);
+                            tiles::plan(&problem, grid, self, &results, &stores.jobs);
                         });
                         k.if_(warp.equals(WALKER), || {
                             walk(&problem, grid, self, &stores.jobs, notes);
@@ -120,7 +118,7 @@ impl Config {
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
-                self.consume(maps.out, &problem, &stores);
+                self.consume(&problem, &results, &stores);
             },
         );
     }
@@ -134,60 +132,66 @@ impl Config {
             queries,
             keys,
             values,
-            rows,
             ..
         } = stores;
         let phases = Phases::new(k);
-        let (keys, values) = (keys.producer(&phases), values.producer(&phases));
-        let (filled, emptied) = (jobs.filled(&phases), queries.emptied(&phases));
+        let (filled, queries) = (jobs.filled(&phases), queries.filling(k));
+        // Tiles of keys that are loaded.
+        let mut turn = k.var(0u32);
         k.loop_(|leave| {
             filled.wait();
-            let note = jobs.note(k);
-            leave.when(note.is_end());
-            let tiles = note.tiles;
-            let (kv_head, batch) = (jobs.kv_head(k), note.batch());
-            let line = [kv_head, batch];
-            let some = || {
-                let walk = Keys::new(problem, self, jobs.start(k));
-                let load_keys = |stage: usize| {
-                    let empty = match self.mask {
-                        None => {
-                            walk.next_tile(rows[stage]);
-                            keys.wait(stage)
-                        }
-                        Some(_) => {
-                            // Consumers read of the tile before until then.
-                            let empty = keys.wait(stage);
-                            walk.next_tile(rows[stage]);
-                            empty
-                        }
-                    };
-                    self.load_tile(k, empty, maps.k.rows(), rows[stage], line);
+            queries.announce(jobs.note(k));
+            leave.when(jobs.note(k).is_end());
+            let mut left = jobs.note(k).tiles;
+            let line = [jobs.kv_head(k), jobs.note(k).batch()];
+            let walk = Keys::new(problem, self, jobs.start(k));
+            let load_keys = |turn: Reg<'k, u32>| {
+                let rows = self.rows_of(stores, turn);
+                let empty = match self.mask {
+                    None => {
+                        walk.next_tile(rows);
+                        keys.wait_empty(turn)
+                    }
+                    Some(_) => {
+                        // Consumers read of the tile before until then.
+                        let empty = keys.wait_empty(turn);
+                        walk.next_tile(rows);
+                        empty
+                    }
                 };
-                let load_values = |stage: usize| {
-                    let empty = values.wait(stage);
-                    self.load_tile(k, empty, maps.v.rows(), rows[stage], line);
-                };
-                // The first keys do not wait for the last output to be stored.
-                load_keys(0);
-                emptied.wait();
-                queries.fill(k, maps.q.rows(), jobs.note(k));
-                jobs.release();
-                each_after_first(k, tiles, |stage, before| {
-                    load_keys(stage);
-                    load_values(before);
-                });
-                at_last_stage(k, tiles, load_values);
+                self.load_tile(k, empty, maps.k.rows(), rows, line);
             };
-            let none = || {
-                emptied.wait();
-                queries.pass(k, note);
-                jobs.release();
+            let load_values = |turn: Reg<'k, u32>| {
+                let rows = self.rows_of(stores, turn);
+                self.load_tile(k, values.wait_empty(turn), maps.v.rows(), rows, line);
             };
-            k.if_else(tiles.gt(0), some, none);
+            // The first keys do not wait for the queries before to be done with.
+            load_keys(turn);
+            queries.wait();
+            queries.fill(maps.q.rows(), jobs.note(k));
+            jobs.release();
+            k.loop_(|leave| {
+                left -= 1;
+                leave.when(left.equals(0));
+                load_keys(turn + 1);
+                load_values(turn);
+                turn += 1;
+            });
+            load_values(turn);
+            turn += 1;
         });
-        emptied.wait();
-        queries.pass(k, Note::end(k));
+    }
+
+    /// Bytes of a stage's rows.
+    fn row_bytes(self) -> u32 {
+        4 * self.pieces()
+    }
+
+    /// Where the first keys of a tile's pieces are.
+    fn rows_of<'k>(self, stores: &Stores<'k>, turn: Reg<'k, u32>) -> Address<'k, u32> {
+        stores
+            .rows
+            .plus((turn & (STAGES as u32 - 1)) * self.row_bytes())
     }
 
     /// Has an empty stage filled with the pieces whose first keys are at `rows`.
@@ -217,13 +221,13 @@ impl Config {
         }
     }
 
-    fn consume<'k>(self, out: Source<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
+    /// One tile of queries after the other, without a pause: the first scores of the next are under way
+    /// when the output of the last is stored.
+    fn consume<'k>(self, problem: &Problem<'k>, results: &Results<'k>, stores: &Stores<'k>) {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
-        let phases = Phases::new(k);
-        let keys = stores.keys.consumer(wg.leader, &phases);
-        let values = stores.values.consumer(wg.leader, &phases);
-        let filled = stores.queries.filled(&phases);
+        let queries = stores.queries.using(wg.leader);
+        let (keys, values) = (&stores.keys, &stores.values);
         let q = stores.queries.tile.part(wg.index, OWN);
         let pair = pair(self.element);
         let scores = RegTile::uninit(k, self.kv_tile);
@@ -231,81 +235,36 @@ impl Config {
         let output = RegTile::uninit(k, self.head_dim);
         let softmax = Softmax::new(k, problem.scale);
 
-        // Of a video, and how many tiles of keys were seen.
-        let video = problem.grid.as_ref().zip(stores.boxes.as_ref());
-        let video = video.map(|(grid, notes)| (grid, notes, k.var(0u32)));
-        let hide = |stage: usize| {
-            let release = || keys.release(stage);
-            match video {
-                None => self.hide(problem, stores, wg, &scores, stage, release),
-                Some((grid, notes, turn)) => {
+        let multiply_keys = |turn: Reg<'k, u32>| {
+            let k_tile = keys.wait_full(turn);
+            wg.fence();
+            wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
+        };
+        let multiply_values = |turn: Reg<'k, u32>| {
+            let v_tile = values.wait_full(turn);
+            wg.fence();
+            wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
+        };
+        let hide = |turn: Reg<'k, u32>| {
+            match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
+                None => self.hide(problem, stores, &queries, wg, &scores, turn),
+                Some((grid, notes)) => {
                     self.hide_blank(grid, notes, turn, wg, &scores);
-                    turn.set(turn + 1);
-                    release();
+                    keys.release(turn, wg.leader);
                 }
-            }
+            };
         };
-        let step = |scores: &RegTile<'k>| match self.mask {
-            None => softmax.step(scores),
-            Some(_) => softmax.step_of_some(scores),
+        let step = || {
+            match self.mask {
+                None => softmax.step(&scores),
+                Some(_) => softmax.step_of_some(&scores),
+            };
         };
 
-        // Turns are in a circle, and the first warpgroup goes first.
-        let last = wg.index.equals(self.consumers() - 1);
-        let next = last.select(0u32, wg.index + 1);
-        k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
-        k.loop_(|leave| {
-            filled.wait();
-            let note = stores.queries.note(k);
-            leave.when(note.is_end());
-            let tiles = note.tiles;
-            softmax.reset();
-            output.fill(0.0);
-            k.if_(tiles.gt(0), || {
-                let k_tile = keys.wait(0);
-                wg.fence();
-                wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
-                wg.wait(0);
-                hide(0);
-                if !self.canvas {
-                    k.if_(note.columns.lt(self.kv_tile), || {
-                        let all = 0..self.kv_tile;
-                        scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
-                    });
-                }
-                step(&scores);
-                scores.round_to(&weights, pair);
-
-                each_after_first(k, tiles, |stage, before| {
-                    let k_tile = keys.wait(stage);
-                    k.barrier_sync(wg.index + TURN, 2 * WARPGROUP);
-                    wg.fence();
-                    wg.product(&scores, Left::Tile(q), Right::Transposed(k_tile));
-                    // Under the product with k: the output is rescaled for the maximum found last.
-                    output.scale_rows(softmax.factor);
-                    let v_tile = values.wait(before);
-                    wg.fence();
-                    wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
-                    k.barrier_arrive(next + TURN, 2 * WARPGROUP);
-                    wg.wait(1);
-                    hide(stage);
-                    step(&scores);
-                    wg.wait(0);
-                    values.release(before);
-                    scores.round_to(&weights, pair);
-                });
-
-                output.scale_rows(softmax.factor);
-                at_last_stage(k, tiles, |stage| {
-                    let v_tile = values.wait(stage);
-                    wg.fence();
-                    wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
-                    wg.wait(0);
-                    values.release(stage);
-                });
-            });
+        let finish = || {
+            let note = queries.note_before();
             if self.canvas {
-                let zeros = stores.queries.note(k).columns;
+                let zeros = note.columns;
                 k.if_(zeros.gt(0), || {
                     softmax.see_zeros(zeros.to_f32());
                     output.scale_rows(softmax.factor);
@@ -313,36 +272,104 @@ impl Config {
             }
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            // Read again: registers are worth more than this.
-            let note = stores.queries.note(k);
-            problem.store_lse(wg, note, log_sum);
-            let to = (out, problem.grid.as_ref());
-            stores.queries.store(k, wg, note, to, &output, pair);
+            results.store(problem, wg, note, (&output, pair), log_sum);
+        };
+
+        // Turns are in a circle, and the first warpgroup goes first.
+        let last = wg.index.equals(self.consumers() - 1);
+        let next = last.select(0u32, wg.index + 1);
+        let wait_for_turn = || k.barrier_sync(wg.index + TURN, 2 * WARPGROUP);
+        let pass_turn = || k.barrier_arrive(next + TURN, 2 * WARPGROUP);
+        k.if_(wg.index.equals(0), || k.barrier_arrive(TURN, 2 * WARPGROUP));
+
+        // Tiles of keys that were seen before the one at hand.
+        let mut turn = k.var(0u32);
+        queries.next();
+        k.if_not(queries.note().is_end(), || {
+            queries.wait();
+            multiply_keys(turn);
+            k.loop_(|leave| {
+                let note = queries.note();
+                let mut left = note.tiles - 1;
+                softmax.reset();
+                output.fill(0.0);
+                wg.wait(0);
+                k.if_(left.equals(0), || queries.release());
+                hide(turn);
+                if !self.canvas {
+                    k.if_(note.columns.lt(self.kv_tile), || {
+                        let all = 0..self.kv_tile;
+                        scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
+                    });
+                }
+                step();
+                scores.round_to(&weights, pair);
+
+                k.loop_(|leave| {
+                    leave.when(left.equals(0));
+                    left -= 1;
+                    wait_for_turn();
+                    multiply_keys(turn + 1);
+                    // Under the product with k: the output is rescaled for the maximum found last.
+                    output.scale_rows(softmax.factor);
+                    multiply_values(turn);
+                    pass_turn();
+                    wg.wait(1);
+                    k.if_(left.equals(0), || queries.release());
+                    hide(turn + 1);
+                    step();
+                    wg.wait(0);
+                    values.release(turn, wg.leader);
+                    scores.round_to(&weights, pair);
+                    turn += 1;
+                });
+
+                output.scale_rows(softmax.factor);
+                queries.next();
+                // ptxas keeps products in flight only if all ways that meet have the same: the last
+                // output has a way of its own.
+                k.if_(queries.note().is_end(), || {
+                    wait_for_turn();
+                    multiply_values(turn);
+                    pass_turn();
+                    wg.wait(0);
+                    finish();
+                    leave.now();
+                });
+                wait_for_turn();
+                multiply_values(turn);
+                queries.wait();
+                multiply_keys(turn + 1);
+                pass_turn();
+                wg.wait(1);
+                values.release(turn, wg.leader);
+                finish();
+                turn += 1;
+            });
         });
     }
-}
 
-impl Config {
-    /// Hides, of a tile of scores, what the mask's expression hides in partial blocks. Gives the stage
-    /// back when its notes have been read.
+    /// Hides, of a tile of scores, what the mask's expression hides in partial blocks. Gives the tile of
+    /// keys back when its notes have been read.
     fn hide<'k>(
         self,
         problem: &Problem<'k>,
         stores: &Stores<'k>,
+        queries: &Using<'_, 'k>,
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
-        stage: usize,
-        release: impl FnOnce(),
+        turn: Reg<'k, u32>,
     ) {
         let k = problem.k;
-        let rows = stores.rows[stage];
+        let release = || stores.keys.release(turn, wg.leader);
         let Some(exact) = &problem.exact else {
             release();
             return;
         };
+        let rows = self.rows_of(stores, turn);
         let hide = |i: u32, word: Reg<'k, u32>| {
             k.if_(word.ge(PARTIAL), || {
-                let note = stores.queries.note(k);
+                let note = queries.note();
                 exact.hide(
                     &scores.part(i * self.piece..(i + 1) * self.piece),
                     &Where {
@@ -366,25 +393,4 @@ impl Config {
             release();
         }
     }
-}
-
-/// Does `body(stage, stage before)` for each tile but the first.
-pub(super) fn each_after_first<'k>(
-    k: &'k Builder,
-    tiles: Reg<'k, u32>,
-    body: impl Fn(usize, usize),
-) {
-    let mut left = k.var(tiles - 1);
-    k.loop_(|leave| {
-        for stage in [1, 0] {
-            leave.when(left.equals(0));
-            body(stage, 1 - stage);
-            left -= 1;
-        }
-    });
-}
-
-/// Does `body` for the stage that the last tile is in.
-pub(super) fn at_last_stage<'k>(k: &'k Builder, tiles: Reg<'k, u32>, body: impl Fn(usize)) {
-    k.if_else((tiles & 1).equals(1), || body(0), || body(1));
 }

@@ -19,11 +19,11 @@ use flex_block_attn_tile::{
 };
 
 use super::kernel::Maps;
+use super::output::Results;
 use super::problem::{Problem, Tile, rounded_up};
-use super::queries::{Note, Queries};
+use super::queries::{Note, Queries, Using};
 use super::softmax::Softmax;
 use super::{Config, OWN};
-use crate::canvas::Source;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::{Merge, NO_BLOCK, PARTIAL_WANTS, WARPS};
@@ -86,6 +86,7 @@ impl Config {
 
     pub(super) fn mixed_body(self, k: &Builder) {
         let maps = Maps::new(k, self.canvas);
+        let results = Results::new(k);
         let problem = Problem::new(k, self);
         let shared = Shared::new(k);
         let stores = Stores {
@@ -110,7 +111,7 @@ impl Config {
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
-                self.consume_mixed(maps.out, &problem, &stores);
+                self.consume_mixed(&problem, &results, &stores);
             },
         );
     }
@@ -125,25 +126,21 @@ impl Config {
         } = stores;
         let phases = Phases::new(k);
         let pairs = pairs.producer(&phases);
-        let emptied = queries.emptied(&phases);
+        let queries = queries.filling(k);
         let leader = k.lane().equals(0);
-        problem.each_tile_of_warp(|tile| {
+        problem.each_tile(|tile| {
             let first = tile.number * QUERIES;
             let pieces = Pieces::new(problem, self, tile, first);
-            emptied.wait();
-            k.if_(leader, || {
-                let some = k.var(1u32);
-                queries.fill(
-                    k,
-                    maps.q.rows(),
-                    Note {
-                        first,
-                        place: Note::place(tile),
-                        tiles: some,
-                        columns: some,
-                    },
-                );
-            });
+            let some = k.var(1u32);
+            let note = Note {
+                first,
+                place: Note::place(tile),
+                tiles: some,
+                columns: some,
+            };
+            queries.announce(note);
+            queries.wait();
+            k.if_(leader, || queries.fill(maps.q.rows(), note));
             in_turn(k, |leave, stage| {
                 let (pair, full) = pairs.wait(stage as usize);
                 let found: Vec<_> = (0..self.pieces()).map(|_| pieces.next()).collect();
@@ -176,8 +173,7 @@ impl Config {
                 });
             });
         });
-        emptied.wait();
-        k.if_(leader, || queries.pass(k, Note::end(k)));
+        queries.announce(Note::end(k));
     }
 
     /// Bytes of a tile's wants.
@@ -198,12 +194,12 @@ impl Config {
         pair.row_range(self.kv_tile, self.kv_tile)
     }
 
-    fn consume_mixed<'k>(self, out: Source<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
+    fn consume_mixed<'k>(self, problem: &Problem<'k>, results: &Results<'k>, stores: &Stores<'k>) {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
         let wanted = Wanted::new(self, stores, wg, &phases);
-        let filled = stores.queries.filled(&phases);
+        let queries = stores.queries.using(wg.leader);
         let q = stores.queries.tile.part(wg.index, OWN);
         let pair = pair(self.element);
         let scores = RegTile::uninit(k, self.kv_tile);
@@ -229,9 +225,9 @@ impl Config {
         };
 
         k.loop_(|leave| {
-            filled.wait();
-            let note = stores.queries.note(k);
-            leave.when(note.is_end());
+            queries.next();
+            leave.when(queries.note().is_end());
+            queries.wait();
             softmax.reset();
             output.fill(0.0);
             wanted.start();
@@ -240,7 +236,7 @@ impl Config {
                 leave.when(wanted.is_end());
                 multiply_keys();
                 wg.wait(0);
-                self.hide_unwanted(problem, stores, wg, &scores, &wanted);
+                self.hide_unwanted(problem, &queries, wg, &scores, &wanted);
                 softmax.step_of_some(&scores);
                 scores.round_to(&weights, pair);
                 wanted.hold_first();
@@ -252,7 +248,7 @@ impl Config {
                     // Under the product with k: the output is rescaled for the maximum found last.
                     multiply_values();
                     wg.wait(1);
-                    self.hide_unwanted(problem, stores, wg, &scores, &wanted);
+                    self.hide_unwanted(problem, &queries, wg, &scores, &wanted);
                     softmax.step_of_some(&scores);
                     wanted.hold();
                     // Under the product with v. Were it not for the waits in here, ptxas would wait for
@@ -269,14 +265,11 @@ impl Config {
                 leave.when(wanted.is_end());
             });
             wanted.finish();
+            // The next queries come while the output of these is stored.
+            queries.release();
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            // Read again: registers are worth more than this.
-            let note = stores.queries.note(k);
-            problem.store_lse(wg, note, log_sum);
-            stores
-                .queries
-                .store(k, wg, note, (out, None), &output, pair);
+            results.store(problem, wg, queries.note(), (&output, pair), log_sum);
         });
     }
 
@@ -285,7 +278,7 @@ impl Config {
     fn hide_unwanted<'k>(
         self,
         problem: &Problem<'k>,
-        stores: &Stores<'k>,
+        queries: &Using<'_, 'k>,
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
         wanted: &Wanted<'k>,
@@ -303,7 +296,7 @@ impl Config {
             };
             let partial = (want >> PARTIAL_WANTS) & wanted.mine;
             k.if_(partial.differs(0), || {
-                let note = stores.queries.note(k);
+                let note = queries.note();
                 exact.hide(
                     &scores.part(columns),
                     &Where {

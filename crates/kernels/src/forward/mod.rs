@@ -23,7 +23,8 @@
 //! - `keys`: the pieces of a list of key blocks, one after the other;
 //! - `tiles`: what is different for the tiles of a video;
 //! - `walk`: which boxes of them each tile of keys is put together from;
-//! - `queries`: the tile of queries, from its load to the output that takes its place;
+//! - `queries`: the tile of queries, and what is known of it;
+//! - `output`: what becomes of it;
 //! - `softmax`: the running softmax;
 //! - `choose`: which config computes what;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
@@ -32,6 +33,7 @@ mod choose;
 mod kernel;
 mod keys;
 mod mixed;
+mod output;
 mod problem;
 mod queries;
 mod softmax;
@@ -184,10 +186,6 @@ impl Config {
         Shape::new(self.piece, self.head_dim, self.element)
     }
 
-    fn out_shape(self) -> Shape {
-        Shape::new(OWN, self.head_dim, self.element)
-    }
-
     /// Pieces of a tile.
     fn pieces(self) -> u32 {
         self.kv_tile / self.piece
@@ -244,9 +242,8 @@ impl Config {
         let mut list = q(whole, self.q_shape(), args.q);
         list.extend(kv(args.k));
         list.extend(kv(args.v));
-        list.extend(q(panels, self.out_shape(), args.out));
+        list.extend(output::args(args));
         list.extend([
-            Arg::U64(args.lse),
             Arg::U32(call.heads),
             Arg::U32(call.q_len),
             Arg::F32(scale * std::f32::consts::LOG2_E),

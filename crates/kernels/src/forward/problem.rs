@@ -1,10 +1,8 @@
 //! The whole problem as the parameters say, and how it is cut into tiles of queries.
 
 use flex_block_attn_ptx::{Builder, Reg};
-use flex_block_attn_tile::{RowPair, Warpgroup};
 
-use super::queries::Note;
-use super::{Config, OWN};
+use super::Config;
 use crate::canvas::Grid;
 use crate::exact::Exact;
 use crate::lists::Lists;
@@ -12,8 +10,7 @@ use crate::lists::Lists;
 /// All parameters but the tensor maps.
 pub(super) struct Problem<'k> {
     pub(super) k: &'k Builder,
-    lse: Reg<'k, u64>,
-    heads: Reg<'k, u32>,
+    pub(super) heads: Reg<'k, u32>,
     pub(super) q_len: Reg<'k, u32>,
     /// Factor of the scores, in units of log2.
     pub(super) scale: Reg<'k, f32>,
@@ -53,7 +50,6 @@ impl<'k> Problem<'k> {
     pub(super) fn new(k: &'k Builder, config: Config) -> Self {
         let mut problem = Self {
             k,
-            lse: k.param("lse"),
             heads: k.param("heads"),
             q_len: k.param("q_len"),
             scale: k.param("scale"),
@@ -74,24 +70,10 @@ impl<'k> Problem<'k> {
         problem
     }
 
-    /// Does `body` for each tile of queries that this thread block takes, in a single thread.
+    /// Does `body` for each tile of queries that this thread block takes, in a whole warp.
     pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
-        self.each_tile_by(|| self.take(), body);
-    }
-
-    /// As [`Problem::each_tile`], in a whole warp.
-    pub(super) fn each_tile_of_warp(&self, body: impl FnOnce(Tile<'k>)) {
-        let first_lane = self.k.lane().equals(0);
-        let take = || {
-            let taken = self.k.var(0u32);
-            self.k.if_(first_lane, || taken.set(self.take()));
-            taken.uniform()
-        };
-        self.each_tile_by(take, body);
-    }
-
-    fn each_tile_by(&self, next: impl FnOnce() -> Reg<'k, u32>, body: impl FnOnce(Tile<'k>)) {
         let k = self.k;
+        let first_lane = k.lane().equals(0);
         let tile = k.var(k.cta_x());
         k.loop_(|leave| {
             leave.when(tile.ge(self.tiles));
@@ -104,32 +86,18 @@ impl<'k> Problem<'k> {
                 record: self.lists.record(head, batch),
                 number: tile % self.row_tiles,
             });
-            tile.set(next());
+            // One that nobody has taken yet.
+            let taken = k.var(0u32);
+            k.if_(first_lane, || {
+                taken.set(k.atomic_add_global(self.counter, 1) + k.grid_x());
+            });
+            tile.set(taken.uniform());
         });
-    }
-
-    /// A tile that nobody has taken yet.
-    fn take(&self) -> Reg<'k, u32> {
-        self.k.atomic_add_global(self.counter, 1) + self.k.grid_x()
     }
 
     /// Keys of the block that starts at key `first`: the sequence's last may be short.
     pub(super) fn keys_of_block(&self, first: Reg<'k, u32>) -> Reg<'k, u32> {
         (self.kv_len - first).min(self.kv_block)
-    }
-
-    /// Stores the logarithms of the sums of a thread's two rows, as far as there are such queries.
-    pub(super) fn store_lse(&self, wg: Warpgroup<'k>, note: Note<'k>, values: RowPair<'k>) {
-        let row = note.first + wg.index * OWN + wg.row();
-        let line = (note.batch() * self.heads + note.head()).times_wide(self.q_len);
-        let address = self.lse + (line + row.to_u64()) * 4;
-        // A row lies in the four threads of a quad: one of them writes.
-        let first = (wg.lane & 3).equals(0);
-        for (i, value) in (0..).zip(values) {
-            self.k.where_(first & (row + 8 * i).lt(self.q_len), || {
-                self.k.store_global(address.at(4 * 8 * i), value);
-            });
-        }
     }
 }
 

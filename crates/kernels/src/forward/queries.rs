@@ -1,33 +1,34 @@
-//! [`Queries`]: a thread block's tile of queries, from its load to the output that takes its place
-//! in shared memory, and the [`Note`] that tells the consumers what it is.
+//! [`Queries`]: a thread block's tile of queries, and the [`Note`] that tells the consumers what it is.
+//!
+//! Notes come ahead of tiles: while there is one tile, notes are of it, the one before, whose output
+//! consumers may still be busy with, and the one that comes next.
 
-use flex_block_attn_ptx::builder::{Address, Pair, TmaOptions};
+use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
-use flex_block_attn_tile::{
-    Barrier, Phases, Place, RegTile, Shared, SharedTile, Waiter, Warpgroup,
-};
+use flex_block_attn_tile::{Barrier, Barriers, Place, Shared, SharedTile};
 
+use super::Config;
 use super::problem::Tile;
-use super::{Config, OWN};
-use crate::canvas::{Grid, Maps, Source};
+use crate::canvas::{Grid, Maps};
 
-/// In a note's place of tiles: there are no more queries.
+/// In a note's count of tiles: there are no more queries.
 const END: u32 = u32::MAX;
-/// Named barriers: warpgroup `w` waits for its own threads at `OWN_SYNC + w`.
-const OWN_SYNC: u32 = 5;
-/// Pieces of a tile of queries at most, of a video.
-pub(super) const MOST_PIECES: u32 = 8;
+/// Bytes of a note.
+const NOTE_BYTES: u32 = 16;
+/// Notes there are. A note's place is free when the tile before last has been given back, which is when
+/// the queries before it are done with: that is known when the last tile is filled.
+const NOTES: u32 = 4;
 
-/// The tile, its barriers, and the note.
+/// The tile, its barriers, and the notes.
 #[derive(Clone, Copy)]
 pub(super) struct Queries<'k> {
     pub(super) tile: SharedTile<'k>,
-    note: Address<'k, u32>,
-    /// For a video: the spots of its pieces, so many rows each.
-    spots: Option<(Address<'k, u32>, u32)>,
-    /// Tile and note are there.
+    notes: Address<'k, u32>,
+    /// The note is there. In turn: a second may be left before the first is seen, a third may not.
+    noted: Barriers<'k>,
+    /// The tile is there.
     full: Barrier<'k>,
-    /// Each consumer has stored its output, and each of its warps has read the note for the last time.
+    /// Each consumer's warp needs the tile no longer.
     empty: Barrier<'k>,
 }
 
@@ -38,119 +39,148 @@ pub(super) struct Note<'k> {
     pub(super) first: Reg<'k, u32>,
     /// Head of q, and batch above it.
     pub(super) place: Reg<'k, u32>,
-    /// Tiles of keys.
+    /// Tiles of keys, at least one.
     pub(super) tiles: Reg<'k, u32>,
-    /// Columns of the first of them that are keys.
+    /// Columns of the first of them that are keys; of a video, padding that is attended.
     pub(super) columns: Reg<'k, u32>,
+}
+
+/// The side that loads: one thread, or a warp whose lanes do the same.
+pub(super) struct Filling<'a, 'k> {
+    k: &'k Builder,
+    queries: &'a Queries<'k>,
+    /// Notes left.
+    noted: Reg<'k, u32>,
+}
+
+/// The side that multiplies.
+pub(super) struct Using<'a, 'k> {
+    k: &'k Builder,
+    queries: &'a Queries<'k>,
+    leader: Reg<'k, bool>,
+    /// Notes seen.
+    seen: Reg<'k, u32>,
 }
 
 impl<'k> Queries<'k> {
     pub(super) fn new(shared: &Shared<'k>, config: Config) -> Self {
         let shape = config.q_shape();
-        let (tile, note) = (shared.tile(shape), shared.bytes(16, 16));
-        let spots = || (shared.bytes(4 * MOST_PIECES, 4), config.piece);
         Self {
-            tile,
-            note,
-            spots: config.canvas.then(spots),
+            tile: shared.tile(shape),
+            notes: shared.bytes(NOTES * NOTE_BYTES, NOTE_BYTES),
+            noted: shared.barriers(2, 1),
             full: shared.barrier(1),
             empty: shared.barrier(shape.rows / 16),
         }
     }
 
     pub(super) fn init(&self) {
+        self.noted.init();
         self.full.init();
         self.empty.init();
     }
 
-    /// Who waits until the tile before is done with.
-    pub(super) fn emptied(&self, phases: &Phases<'k>) -> Waiter<'k> {
-        phases.waiter_ahead(self.empty)
-    }
-
-    /// Who waits for the next tile.
-    pub(super) fn filled(&self, phases: &Phases<'k>) -> Waiter<'k> {
-        phases.waiter(self.full)
-    }
-
-    /// Leaves a note and loads the tile. The place is empty.
-    pub(super) fn fill(&self, k: &'k Builder, map: Reg<'k, u64>, note: Note<'k>) {
-        k.store_shareds(self.note, note.to_words());
-        self.full.arrive_expect(self.tile.shape.bytes());
-        let place = Place::rows(note.first, note.head(), note.batch());
-        self.tile.load(map, place, self.full, TmaOptions::default());
-    }
-
-    /// Keeps the spots of a video's pieces, which are at `spots`, if it is a video. The place is empty.
-    pub(super) fn keep_spots(&self, k: &'k Builder, spots: Address<'k, u32>) {
-        if let Some((kept, piece)) = self.spots {
-            for i in 0..self.tile.shape.rows / piece {
-                k.store_shared(kept.at(4 * i), k.load_shared::<u32>(spots.at(4 * i)));
-            }
+    pub(super) fn filling(&self, k: &'k Builder) -> Filling<'_, 'k> {
+        Filling {
+            k,
+            queries: self,
+            noted: k.var(0u32),
         }
     }
 
-    /// As [`Queries::fill`], of a video, whose spots are kept.
-    pub(super) fn fill_boxes(&self, grid: &Grid<'k>, maps: Maps<'k>, note: Note<'k>) {
-        let k = note.first.builder();
-        let (kept, piece) = self.spots.expect("a video's spots");
-        k.store_shareds(self.note, note.to_words());
-        self.full.arrive_expect(self.tile.shape.bytes());
-        for i in 0..self.tile.shape.rows / piece {
-            let spot = k.load_shared(kept.at(4 * i));
-            let part = self.tile.row_range(i * piece, piece);
-            grid.load(part, maps, spot, [note.head(), note.batch()], self.full);
+    /// `leader` is one lane of each warp.
+    pub(super) fn using(&self, leader: Reg<'k, bool>) -> Using<'_, 'k> {
+        let k = leader.builder();
+        Using {
+            k,
+            queries: self,
+            leader,
+            seen: k.var(0u32),
         }
     }
 
-    /// Leaves a note of no tile, or of one without keys. The place is empty.
-    pub(super) fn pass(&self, k: &'k Builder, note: Note<'k>) {
-        k.store_shareds(self.note, note.to_words());
-        self.full.arrive();
+    /// The place of the note after so many.
+    fn note(&self, notes: Reg<'k, u32>) -> Address<'k, u32> {
+        self.notes.plus((notes & (NOTES - 1)) * NOTE_BYTES)
     }
+}
 
-    /// The note, which has been waited for.
-    pub(super) fn note(&self, k: &'k Builder) -> Note<'k> {
-        Note::from_words([0, 1, 2, 3].map(|i| k.load_shared_uniform(self.note.at(4 * i))))
-    }
-
-    /// Puts this warpgroup's output in its queries' place, stores it, and gives the place back.
-    pub(super) fn store(
-        &self,
-        k: &'k Builder,
-        wg: Warpgroup<'k>,
-        note: Note<'k>,
-        to: (Source<'k>, Option<&Grid<'k>>),
-        output: &RegTile<'k>,
-        pair: Pair,
-    ) {
-        let own = self.tile.part(wg.index, OWN);
-        // All warps have done with the queries.
-        wg.sync(wg.index + OWN_SYNC);
-        wg.store(output, pair, own);
-        wg.sync(wg.index + OWN_SYNC);
-        k.if_(wg.first_thread, || {
-            match to {
-                (Source::Canvas(maps), Some(grid)) => {
-                    let (spots, piece) = self.spots.expect("a video's spots");
-                    let spots = spots.plus(wg.index * (OWN / piece * 4));
-                    for i in 0..OWN / piece {
-                        let spot = k.load_shared(spots.at(4 * i));
-                        let part = own.row_range(i * piece, piece);
-                        grid.store(part, maps, spot, [note.head(), note.batch()]);
-                    }
-                }
-                (map, _) => {
-                    let first = note.first + wg.index * OWN;
-                    let place = Place::rows(first, note.head(), note.batch());
-                    let panels = (0..own.shape.panels()).map(|panel| place.panel(panel));
-                    own.store(map.rows(), panels);
-                }
-            }
-            k.bulk_commit();
-            k.bulk_wait_read(0);
+impl<'k> Filling<'_, 'k> {
+    /// Leaves the next note: that of a tile, which must be filled, or that there are no more. The tile
+    /// before the one before has been waited for.
+    pub(super) fn announce(&self, note: Note<'k>) {
+        let Self { k, queries, .. } = *self;
+        let mut noted = self.noted;
+        k.if_(k.lane().equals(0), || {
+            k.store_shareds(queries.note(noted), note.to_words());
+            queries.noted.in_turn(noted).arrive();
         });
-        k.where_(wg.leader, || self.empty.arrive());
+        noted += 1;
+    }
+
+    /// Waits until the tile before is done with.
+    pub(super) fn wait(&self) {
+        // Of the first tile there is no one before: the wait passes at once.
+        self.queries.empty.wait_for(self.noted & 1);
+    }
+
+    /// Loads the tile that was announced. Its place is empty.
+    pub(super) fn fill(&self, map: Reg<'k, u64>, note: Note<'k>) {
+        let Queries { tile, full, .. } = *self.queries;
+        full.arrive_expect(tile.shape.bytes());
+        let place = Place::rows(note.first, note.head(), note.batch());
+        tile.load(map, place, full, TmaOptions::default());
+    }
+
+    /// As [`Filling::fill`], of a video: the spots of its pieces, of so many rows, are at `spots`.
+    pub(super) fn fill_boxes(
+        &self,
+        grid: &Grid<'k>,
+        maps: Maps<'k>,
+        note: Note<'k>,
+        (spots, piece): (Address<'k, u32>, u32),
+    ) {
+        let Queries { tile, full, .. } = *self.queries;
+        full.arrive_expect(tile.shape.bytes());
+        for i in 0..tile.shape.rows / piece {
+            let spot = self.k.load_shared(spots.at(4 * i));
+            let part = tile.row_range(i * piece, piece);
+            grid.load(part, maps, spot, [note.head(), note.batch()], full);
+        }
+    }
+}
+
+impl<'k> Using<'_, 'k> {
+    /// Waits for the next note.
+    pub(super) fn next(&self) {
+        let mut seen = self.seen;
+        self.queries.noted.wait_in_turn(seen);
+        seen += 1;
+    }
+
+    /// Waits for the tile that the last note is of.
+    pub(super) fn wait(&self) {
+        self.queries.full.wait_for((self.seen & 1) ^ 1);
+    }
+
+    /// Says that this warp needs the tile no longer. Its note it may read until it gives back the next.
+    pub(super) fn release(&self) {
+        self.k.where_(self.leader, || self.queries.empty.arrive());
+    }
+
+    /// The last note.
+    pub(super) fn note(&self) -> Note<'k> {
+        self.read(self.seen - 1)
+    }
+
+    /// The note before.
+    pub(super) fn note_before(&self) -> Note<'k> {
+        self.read(self.seen - 2)
+    }
+
+    fn read(&self, notes: Reg<'k, u32>) -> Note<'k> {
+        let at = self.queries.note(notes);
+        Note::from_words([0, 1, 2, 3].map(|i| self.k.load_shared_uniform(at.at(4 * i))))
     }
 }
 

@@ -5,8 +5,9 @@ use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, RegTile, SharedTile, Warpgroup};
 
 use super::Config;
-use super::kernel::{Maps, Stores, at_last_stage, each_after_first};
+use super::kernel::{Maps, Stores};
 use super::keys::Start;
+use super::output::Results;
 use super::problem::{Problem, Tile};
 use super::queries::Note;
 use super::walk::{HEAVY, Notes, UNLIKE, has};
@@ -14,13 +15,18 @@ use super::work::{Job, Jobs};
 use crate::canvas::{Grid, Source};
 
 /// The planner of a video, a whole warp: as [`super::work::plan`].
-pub(super) fn plan<'k>(problem: &Problem<'k>, grid: &Grid<'k>, config: Config, jobs: &Jobs<'k>) {
+pub(super) fn plan<'k>(
+    problem: &Problem<'k>,
+    grid: &Grid<'k>,
+    config: Config,
+    results: &Results<'k>,
+    jobs: &Jobs<'k>,
+) {
     let k = problem.k;
-    let leader = k.lane().equals(0);
     let emptied = jobs.emptied(k);
     let queries = config.queries();
     let q_tiles = problem.q_block / queries;
-    problem.each_tile_of_warp(|tile| {
+    problem.each_tile(|tile| {
         let row = problem.lists.of_rank(tile.record, tile.number / q_tiles);
         let first = (row * q_tiles + tile.number % q_tiles) * queries;
         // Lane i has the spot of piece i of the queries: of tiles beside the video there is none.
@@ -30,20 +36,21 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, grid: &Grid<'k>, config: Config, j
             let (boxes, blank, list, count) = totals(problem, grid, tile, row);
             let keys = boxes * config.piece;
             let tiles = (keys + (config.kv_tile - 1)) / config.kv_tile;
-            emptied.wait();
-            k.if_(k.lane().lt(config.q_pieces()), || {
-                k.store_shared(jobs.spots().plus(k.lane() * 4), spot);
-            });
-            k.warp_sync();
-            k.if_(leader, || {
+            let note = Note {
+                first,
+                place: Note::place(tile),
+                tiles,
+                columns: blank,
+            };
+            let some = || {
+                emptied.wait();
+                k.if_(k.lane().lt(config.q_pieces()), || {
+                    k.store_shared(jobs.spots().plus(k.lane() * 4), spot);
+                });
+                k.warp_sync();
                 let zero = k.var(0u32);
                 jobs.put(&Job {
-                    note: Note {
-                        first,
-                        place: Note::place(tile),
-                        tiles,
-                        columns: blank,
-                    },
+                    note,
                     kv_head: tile.kv_head,
                     // The walker starts at the list's end, with so many entries to come.
                     start: Start {
@@ -54,11 +61,17 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, grid: &Grid<'k>, config: Config, j
                         partial: zero,
                     },
                 });
-            });
+            };
+            let none = || {
+                // Of padding each token has a score of 0; of none the logarithm is -inf.
+                let log_sum = blank.to_f32().log2() * std::f32::consts::LN_2;
+                results.store_none(problem, note, [queries, config.head_dim], log_sum);
+            };
+            k.if_else(tiles.gt(0), some, none);
         });
     });
     emptied.wait();
-    k.if_(leader, || jobs.put(&Job::none(k)));
+    jobs.put(&Job::none(k));
 }
 
 /// Of a row of the mask: boxes of keys, padding that is attended, the list's first word, and its entries.
@@ -99,15 +112,14 @@ pub(super) fn load<'k>(
         ..
     } = stores;
     let phases = Phases::new(k);
-    let (keys, values) = (keys.producer(&phases), values.producer(&phases));
-    let (filled, emptied) = (jobs.filled(&phases), queries.emptied(&phases));
+    let (filled, queries) = (jobs.filled(&phases), queries.filling(k));
     // Tiles of keys that are loaded.
-    let turn = k.var(0u32);
+    let mut turn = k.var(0u32);
     k.loop_(|leave| {
         filled.wait();
         let note = jobs.note(k);
+        queries.announce(note);
         leave.when(note.is_end());
-        let tiles = note.tiles;
         let line = [jobs.kv_head(k), note.batch()];
         let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
             full.arrive_expect(tile.shape.bytes());
@@ -117,39 +129,28 @@ pub(super) fn load<'k>(
                 grid.load(part, from.boxes(), spot, line, full);
             }
         };
-        let load_keys = |stage: usize| {
+        let load_keys = |turn: Reg<'k, u32>| {
             notes.wait(turn);
-            let empty = keys.wait(stage);
+            let empty = keys.wait_empty(turn);
             notes.take(turn);
             fill(empty, maps.k, turn);
         };
-        let load_values = |stage: usize, turn| fill(values.wait(stage), maps.v, turn);
-        let some = || {
-            // The first keys do not wait for the last output to be stored.
-            load_keys(0);
-            emptied.wait();
-            queries.keep_spots(k, jobs.spots());
-            queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k));
-            jobs.release();
-            each_after_first(k, tiles, |stage, before| {
-                let last = k.var(turn);
-                turn.set(turn + 1);
-                load_keys(stage);
-                load_values(before, last);
-            });
-            at_last_stage(k, tiles, |stage| load_values(stage, turn));
-            turn.set(turn + 1);
-        };
-        let none = || {
-            emptied.wait();
-            queries.keep_spots(k, jobs.spots());
-            queries.pass(k, note);
-            jobs.release();
-        };
-        k.if_else(tiles.gt(0), some, none);
+        let load_values = |turn: Reg<'k, u32>| fill(values.wait_empty(turn), maps.v, turn);
+        load_keys(turn);
+        queries.wait();
+        let spots = (jobs.spots(), config.piece);
+        queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), spots);
+        jobs.release();
+        let end = turn + (note.tiles - 1);
+        k.loop_(|leave| {
+            leave.when(turn.equals(end));
+            load_keys(turn + 1);
+            load_values(turn);
+            turn += 1;
+        });
+        load_values(turn);
+        turn += 1;
     });
-    emptied.wait();
-    queries.pass(k, Note::end(k));
 }
 
 impl Config {

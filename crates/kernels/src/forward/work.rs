@@ -1,6 +1,7 @@
 //! [`plan`] says which tile of queries comes next and what its list of keys is: the planner looks
 //! these up while the tile before is under way, since a look-up leads to the next and each takes
-//! long. [`Jobs`] hands them to the loader, another thread.
+//! long. [`Jobs`] hands them to the loader, another thread. Queries without any key the planner sees to
+//! itself.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
@@ -8,8 +9,9 @@ use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
 use super::Config;
 use super::keys::Start;
+use super::output::Results;
 use super::problem::Problem;
-use super::queries::{self, Note};
+use super::queries::Note;
 
 /// A tile of queries, and where its keys start.
 pub(super) struct Job<'k> {
@@ -19,9 +21,14 @@ pub(super) struct Job<'k> {
     pub(super) start: Start<'k>,
 }
 
-/// What the planner does: puts up all the jobs that this thread block takes, then one that says that
-/// there are no more. One thread.
-pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
+/// What the planner does, a whole warp: puts up all the jobs that this thread block takes, then one that
+/// says that there are no more.
+pub(super) fn plan<'k>(
+    problem: &Problem<'k>,
+    config: Config,
+    results: &Results<'k>,
+    jobs: &Jobs<'k>,
+) {
     let k = problem.k;
     let emptied = jobs.emptied(k);
     let queries = config.queries();
@@ -32,18 +39,25 @@ pub(super) fn plan<'k>(problem: &Problem<'k>, config: Config, jobs: &Jobs<'k>) {
         // The sequence may end within its last block.
         k.if_(first.lt(problem.q_len), || {
             let (tiles, columns, start) = Start::look_up(problem, config, tile, row);
-            let place = Note::place(tile);
-            emptied.wait();
-            jobs.put(&Job {
-                note: Note {
-                    first,
-                    place,
-                    tiles,
-                    columns,
-                },
-                kv_head: tile.kv_head,
-                start,
-            });
+            let note = Note {
+                first,
+                place: Note::place(tile),
+                tiles,
+                columns,
+            };
+            let some = || {
+                emptied.wait();
+                jobs.put(&Job {
+                    note,
+                    kv_head: tile.kv_head,
+                    start,
+                });
+            };
+            let none = || {
+                let log_sum = k.var(f32::NEG_INFINITY);
+                results.store_none(problem, note, [queries, config.head_dim], log_sum);
+            };
+            k.if_else(tiles.gt(0), some, none);
         });
     });
     emptied.wait();
@@ -77,8 +91,8 @@ pub(super) struct Jobs<'k> {
 
 /// Words of a job: three groups of four.
 const JOB_BYTES: u32 = 48;
-/// Behind them, for a video, the spots of the pieces of queries.
-const SPOT_BYTES: u32 = 4 * queries::MOST_PIECES;
+/// Behind them, for a video, the spots of the pieces of queries, at most 8.
+const SPOT_BYTES: u32 = 4 * 8;
 
 impl<'k> Jobs<'k> {
     pub(super) fn new(shared: &Shared<'k>, canvas: bool) -> Self {
@@ -106,6 +120,7 @@ impl<'k> Jobs<'k> {
         self.words.at(JOB_BYTES)
     }
 
+    /// Puts one up: a whole warp.
     pub(super) fn put(&self, job: &Job<'k>) {
         let k = job.kv_head.builder();
         let Start {
@@ -115,10 +130,12 @@ impl<'k> Jobs<'k> {
             missing,
             partial,
         } = job.start;
-        k.store_shareds(self.words, job.note.to_words());
-        k.store_shareds(self.words.at(16), [entry, block, left, missing]);
-        k.store_shareds(self.words.at(32), [job.kv_head, partial]);
-        self.full.arrive();
+        k.if_(k.lane().equals(0), || {
+            k.store_shareds(self.words, job.note.to_words());
+            k.store_shareds(self.words.at(16), [entry, block, left, missing]);
+            k.store_shareds(self.words.at(32), [job.kv_head, partial]);
+            self.full.arrive();
+        });
     }
 
     /// Who waits for the next job.

@@ -40,8 +40,9 @@ enum Base {
     /// The matrix product, seven steps through three stages, two thread blocks.
     Gemm,
     /// Attention forward, head dimension 128, tiles and blocks of 128 keys, one thread block: rows
-    /// of four tiles, of none, of five and of two, of which the longest comes first. Both stages are
-    /// last in some row, are waited for by the same row's tiles, and are used again by a later one.
+    /// of four tiles, of none, of five, of two and twice of one, of which the longest comes first. Both
+    /// stages are last in some row, are waited for by the same row's tiles, and are used again by a
+    /// later one.
     Wide,
     /// Head dimension 64, tiles of 192 keys, two tiles to a block of keys, two heads with masks of
     /// their own and common keys.
@@ -87,9 +88,9 @@ impl Base {
             .setup(),
             Self::Wide => {
                 let mask = mask(
-                    [512, 640, 128, 128],
+                    [768, 640, 128, 128],
                     [1, 1],
-                    &[&[0, 1, 2, 4], &[], &[0, 1, 2, 3, 4], &[1, 2]],
+                    &[&[0, 1, 2, 4], &[], &[0, 1, 2, 3, 4], &[1, 2], &[3], &[0]],
                 );
                 Forward {
                     blocks: 1,

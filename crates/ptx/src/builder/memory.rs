@@ -143,7 +143,8 @@ impl Builder {
     ) -> [Reg<'_, T>; N] {
         let values: [Reg<'_, T>; N] = std::array::from_fn(|_| self.uninit());
         let dst = values.map(Reg::id).to_vec();
-        self.load_or_zero(cond, T::TY, dst, address.address());
+        let from = (Space::Global, Cache::Constant);
+        self.load_or_zero(cond, from, T::TY, dst, address.address());
         values
     }
 
@@ -159,12 +160,20 @@ impl Builder {
         address: impl AddressOf<u64>,
     ) -> Reg<'_, u32> {
         let byte = self.uninit::<u16>();
-        self.load_or_zero(cond, Ty::U8, vec![byte.id], address.address());
+        let from = (Space::Global, Cache::Constant);
+        self.load_or_zero(cond, from, Ty::U8, vec![byte.id], address.address());
         byte.to_u32()
     }
 
     #[track_caller]
-    fn load_or_zero(&self, cond: Reg<'_, bool>, ty: Ty, dst: Vec<RegId>, address: ir::Address) {
+    fn load_or_zero(
+        &self,
+        cond: Reg<'_, bool>,
+        (space, cache): (Space, Cache),
+        ty: Ty,
+        dst: Vec<RegId>,
+        address: ir::Address,
+    ) {
         // Registers have no 8-bit types.
         let whole = if ty == Ty::U8 { Ty::U16 } else { ty };
         for &dst in &dst {
@@ -176,8 +185,8 @@ impl Builder {
             });
         }
         let load = Op::Load {
-            space: Space::Global,
-            cache: Cache::Constant,
+            space,
+            cache,
             ty,
             dst,
             address,
@@ -305,10 +314,12 @@ impl Builder {
     /// others: they have none.
     #[track_caller]
     pub fn load_shared_uniform(&self, address: impl AddressOf<u32>) -> Reg<'_, u32> {
-        let word = self.var(0u32);
-        self.where_(self.lane().equals(0), || {
-            word.set(self.load_shared(address))
-        });
+        // Straight into a register that has been written: ptxas would keep the old contents of one that
+        // has not, for lanes that load nothing.
+        let word = self.uninit::<u32>();
+        let from = (Space::Shared, Cache::Default);
+        let cond = self.lane().equals(0);
+        self.load_or_zero(cond, from, Ty::U32, vec![word.id], address.address());
         word.uniform()
     }
 

@@ -1,0 +1,123 @@
+//! [`Results`]: output and the logarithms of sums, in global memory. Consumers store a tile's from their
+//! registers: its place in shared memory has the next tile of queries by then. Rows without any key are
+//! the planner's.
+
+use flex_block_attn_ptx::builder::Pair;
+use flex_block_attn_ptx::{Arg, Builder, Reg};
+use flex_block_attn_tile::{RegTile, RowPair, Warpgroup, four_of_sixteen};
+
+use super::problem::Problem;
+use super::queries::Note;
+use super::{Args, OWN};
+use crate::canvas;
+use crate::chunk::{self, CHUNK, Lanes};
+
+/// Where results go.
+pub(super) struct Results<'k> {
+    /// Address of the output, and bytes from one row, head and batch to the next.
+    out: Reg<'k, u64>,
+    row: Reg<'k, u64>,
+    head: Reg<'k, u64>,
+    batch: Reg<'k, u64>,
+    /// Address of the logarithms.
+    lse: Reg<'k, u64>,
+}
+
+/// The arguments for [`Results::new`].
+pub(super) fn args(args: &Args<'_>) -> impl Iterator<Item = Arg> {
+    chunk::args(args.out)
+        .into_iter()
+        .chain([Arg::U64(args.lse)])
+}
+
+impl<'k> Results<'k> {
+    /// Declares its parameters.
+    pub(super) fn new(k: &'k Builder) -> Self {
+        Self {
+            out: k.param("out"),
+            row: k.param("out_row_stride"),
+            head: k.param("out_head_stride"),
+            batch: k.param("out_batch_stride"),
+            lse: k.param("lse"),
+        }
+    }
+
+    /// Stores a warpgroup's output and logarithms, as far as there are such queries.
+    pub(super) fn store(
+        &self,
+        problem: &Problem<'k>,
+        wg: Warpgroup<'k>,
+        note: Note<'k>,
+        (output, pair): (&RegTile<'k>, Pair),
+        log_sum: RowPair<'k>,
+    ) {
+        let k = problem.k;
+        let first = note.first + wg.index * OWN + wg.row();
+        let lse = self.logarithm(problem, note, first);
+        // A row lies in the four threads of a quad: one of them writes.
+        let writes = (wg.lane & 3).equals(0);
+        for (i, log_sum) in (0..).zip(log_sum) {
+            k.where_(writes & (first + 8 * i).lt(problem.q_len), || {
+                k.store_global(lse.at(4 * 8 * i), log_sum);
+            });
+        }
+        let own = self.line(note) + (four_of_sixteen(wg.lane) * 2).to_u64();
+        let fours = output.fours(wg.lane, pair);
+        for row in 0..2 {
+            let place = first + 8 * row as u32;
+            let (token, inside) = canvas::token(&problem.grid, place, problem.q_len);
+            let address = own + token.to_u64() * self.row;
+            // Products are in flight: branches that only some threads take would have ptxas wait for
+            // them.
+            k.where_(inside, || {
+                for (i, four) in (0..).zip(&fours) {
+                    k.store_globals(address.at(2 * 16 * i), four[row]);
+                }
+            });
+        }
+    }
+
+    /// Stores zeros and logarithms for `queries` queries without any key. A whole warp.
+    pub(super) fn store_none(
+        &self,
+        problem: &Problem<'k>,
+        note: Note<'k>,
+        [queries, head_dim]: [u32; 2],
+        log_sum: Reg<'k, f32>,
+    ) {
+        let k = problem.k;
+        k.for_(k.lane(), queries, 32, |i| {
+            let place = note.first + i;
+            k.if_(place.lt(problem.q_len), || {
+                k.store_global(self.logarithm(problem, note, place), log_sum);
+            });
+        });
+        let lanes = Lanes::new(head_dim);
+        let own = (k.lane() & (lanes.each - 1)) * (2 * CHUNK);
+        let own = self.line(note) + own.to_u64();
+        let zero = k.var(0u32);
+        k.for_(k.lane() / lanes.each, queries, lanes.rows, |i| {
+            let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
+            k.if_(inside, || {
+                k.store_globals(own + token.to_u64() * self.row, [zero; 4]);
+            });
+        });
+        k.warp_sync();
+    }
+
+    /// Where the output of a note's head starts.
+    fn line(&self, note: Note<'k>) -> Reg<'k, u64> {
+        self.out + note.head().to_u64() * self.head + note.batch().to_u64() * self.batch
+    }
+
+    /// Where the logarithm of a query is.
+    fn logarithm(
+        &self,
+        problem: &Problem<'k>,
+        note: Note<'k>,
+        query: Reg<'k, u32>,
+    ) -> Reg<'k, u64> {
+        let line = note.batch() * problem.heads + note.head();
+        self.lse + ((line.times_wide(problem.q_len) + query.to_u64()) << 2)
+    }
+}
