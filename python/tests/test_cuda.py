@@ -12,6 +12,7 @@ import mask_functions
 import pytest
 import torch
 from reference import attention, relative_error, token_mask
+from ssta_choices import compare_masks, near_ties_of_settings, random_tokens
 from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
@@ -40,7 +41,11 @@ def _why_not() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+pytestmark = [
+    pytest.mark.skipif(_why_not() is not None, reason=str(_why_not())),
+    # torch's thread for gradients says so when a product is the first that it computes.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 
 def tensor(shape, layout, dtype, generator):
@@ -102,8 +107,6 @@ def test_random_problems(seed: int):
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
 
 
-# torch's thread for gradients says so when the reference's product is the first that it computes.
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("seed", range(1000, 1320))
 def test_random_gradients(seed: int):
     x = Random(seed, 1000)
@@ -546,6 +549,24 @@ def test_videos_without_padding(sparse_type):
     expected, wanted = ssta_3d_attention(*(x.cpu().float() for x in (q, k, v)), **options)
     assert abs(float(density) - float(wanted)) < 1e-3
     assert relative_error(out.cpu(), expected) < (0.01 if sparse_type == "sta" else 0.05)
+
+
+def test_masks_are_those_of_the_formulas():
+    """In 200 random settings, up to near-ties, which are counted: of tiles, and of tokens as they
+    lie."""
+    ties, blocks = near_ties_of_settings(200, "cuda")
+    assert ties <= blocks / 1000
+
+
+@pytest.mark.parametrize("thw, topk", [((31, 30, 52), 32), ((31, 45, 80), 64)])
+def test_masks_of_released_models_are_those_of_the_formulas(thw, topk):
+    sizes = {"thw": thw, "tile_thw": (6, 8, 8), "kernel_thw": (3, 3, 3), "text_len": 256}
+    choice = {"topk": topk, "mask_share_within_head": False, "adaptive_pool": None}
+    choice |= {"sampling_type": "importance", "lambda_": 0.7}
+    q, k, _ = random_tokens(sizes, 1, 1, 128, torch.bfloat16)
+    ties, blocks = compare_masks(q, k, sizes, choice, "cuda")
+    print(f"{ties} near-ties in {blocks} chosen blocks")
+    assert ties <= blocks / 1000
 
 
 def test_a_choice_is_replayed_with_a_graph():
