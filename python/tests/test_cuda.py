@@ -28,7 +28,7 @@ from flex_block_attn import (
     ops,
     video_attention,
 )
-from flex_block_attn.moba import moba_attention
+from flex_block_attn.moba import moba_attention, moba_attention_varlen
 from flex_block_attn.ssta_attention import ssta_3d_attention
 from flex_block_attn.tiles import Canvas
 
@@ -584,11 +584,37 @@ def test_a_choice_is_replayed_with_a_graph():
         assert torch.equal(out, expected) and torch.equal(density, expected_density)
 
 
-def test_moba_is_that_of_the_cpu():
-    q, k, v = (x[:, :, :500] for x in video(1))
-    out = moba_attention(q, k[:, :2], v[:, :2], 128, 2)
-    expected = moba_attention(q.cpu(), k[:, :2].cpu(), v[:, :2].cpu(), 128, 2)
-    assert relative_error(out.cpu(), expected) < 0.05
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_moba_is_that_of_the_cpu(block_size):
+    """Output and gradients, of one sequence and of several. A near-tie may be chosen otherwise."""
+    q, k, v = (x[0, :, :500] for x in video(1))
+    q, k, v = (x.detach().transpose(0, 1) for x in (q, k[:2], v[:2]))
+    for cu_seqlens in ([0, 500], [0, 130, 131, 400, 500], [0, 128, 384, 500]):
+        results = []
+        for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+            out = moba_attention_varlen(*leaves, cu_seqlens, 128, 2, block_size=block_size)
+            if len(cu_seqlens) == 2:
+                first = [x.transpose(0, 1)[None] for x in leaves]
+                one = moba_attention(*first, 128, 2, block_size=block_size)
+                assert torch.equal(one[0].transpose(0, 1), out)
+            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            results.append((out.detach(), *gradients))
+        for got, expected in zip(*results, strict=True):
+            assert relative_error(got.cpu(), expected) < 0.05
+
+
+def test_moba_is_replayed_with_a_graph():
+    q, k, v = (x[:, :, :500].contiguous() for x in video(1))
+    moba_attention(q, k, v, 128, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moba_attention(q, k, v, 128, 2)
+    for _ in range(3):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        assert torch.equal(out, moba_attention(q, k, v, 128, 2))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
