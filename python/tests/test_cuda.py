@@ -714,6 +714,12 @@ GALLERY = {
     "dilated": lambda: mask_functions.dilated(200, 3),
     "window of each head": lambda: mask_functions.per_head_window(_numbers(4, below=500)),
     "neighbourhood": lambda: mask_functions.natten(25, 28, 7),
+    "tiled neighbourhood": lambda: mask_functions.tiled_natten(28, 28, 7, 4),
+    "stand-alone": lambda: mask_functions.stand_alone(28, 9),
+    "with an offset": lambda: mask_functions.with_offset(mask_functions.left_window(99), 30),
+    "pictures in text": lambda: mask_functions.transfusion(
+        _numbers(2, below=200), 300 + _numbers(2, below=300)
+    ),
     "sliding tiles": lambda: mask_functions.sliding_tiles((5, 10, 14), (2, 4, 4), (1, 1, 1)),
     "flamingo": lambda: mask_functions.flamingo(_numbers(2, 700, below=40)),
     "strided": lambda: mask_functions.strided(37),
