@@ -65,7 +65,8 @@ def _maker(library: str, mask_mod: Function, tokens: int, device: str) -> Callab
 
     make = flex_attention.create_block_mask
     if library == "torch compiled":
-        make = torch.compile(make)
+        # For each length anew: a length that may be any would be found from the second on.
+        make = torch.compile(make, dynamic=False)
     return lambda: make(mask_mod, None, None, tokens, tokens, device=device)
 
 

@@ -583,7 +583,8 @@ class _Known:
     changes a tensor gets another mask.
     """
 
-    MASKS, BYTES = 8, 2**25
+    # Enough for one of a million tokens.
+    MASKS, BYTES = 8, 2**26
 
     def __init__(self) -> None:
         self._masks: OrderedDict[tuple, BlockMask] = OrderedDict()
@@ -615,7 +616,7 @@ _KNOWN = _Known()
 
 
 def forget_masks() -> None:
-    """Frees what :func:`create_block_mask` keeps: plans of up to 32 MiB, of 8 masks at most."""
+    """Frees what :func:`create_block_mask` keeps: plans of up to 64 MiB, of 8 masks at most."""
     _KNOWN.clear()
 
 

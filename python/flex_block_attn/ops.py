@@ -3,9 +3,9 @@ masks with an expression ``::exact_forward`` and ``::exact_backward``, which are
 tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
-Called by :mod:`.api` and :mod:`.masks` where the short way of :mod:`.direct` is not open. Being
-operators, with what they return known without running them and with their derivative, they compile
-into graphs, and autograd and checkpointing see one node each.
+Called by :mod:`.api`, :mod:`.masks` and :mod:`.moba` where the short way of :mod:`.direct` is not
+open. Being operators, with what they return known without running them and with their derivative,
+they compile into graphs, and autograd and checkpointing see one node each.
 
 Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
 what the call itself does.
@@ -20,6 +20,8 @@ from . import _native, launch
 from .launch import Exact
 
 _LIBRARY = "flex_block_attn"
+# In an entry of a plan's list: the block is partial.
+_PARTIAL = torch.iinfo(torch.int32).min
 
 torch.library.define(
     f"{_LIBRARY}::plan",
@@ -127,6 +129,20 @@ def _plan_fake(blocks: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: 
     # As in the library's plan: counts, order and lists of both sides.
     words = 2 * (rows + columns + rows * columns)
     return blocks.new_empty((*blocks.shape[:2], words), dtype=torch.int32)
+
+
+def partial_diagonal(plan: Tensor, blocks: int) -> Tensor:
+    """The plan of a mask of so many rows and columns, given back with the blocks on its diagonal
+    partial: in them the expression counts that a call comes with."""
+    # Of rows, then of columns: counts, order and lists.
+    sides = plan.unflatten(-1, (2, blocks * (2 + blocks)))
+    counts = sides[..., :blocks, None]
+    lists = sides[..., 2 * blocks :].unflatten(-1, (blocks, blocks))
+    place = torch.arange(blocks, dtype=torch.int32, device=plan.device)
+    # Lists end before the memory that they have.
+    partial = (lists == place[:, None]) & (place < counts)
+    lists.bitwise_or_(partial.to(torch.int32) * _PARTIAL)
+    return plan
 
 
 # --- forward ------------------------------------------------------------------------------------

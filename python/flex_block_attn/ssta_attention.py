@@ -104,6 +104,7 @@ def create_moba_3d_mask(
     mask_share_within_head: bool = True,
     sampling_type: str | None = None,
     adaptive_pool: Triple | None = None,
+    padding: str | None = None,
 ) -> Tensor:
     """The mask of chosen tiles: each tile sees those whose mean key suits its mean query. Blocks
     of text see everything and are seen by all. No tile is forced to see itself.
@@ -124,6 +125,9 @@ def create_moba_3d_mask(
             :func:`flex_block_attn.selection.importance`.
         adaptive_pool: cells of a tile along each axis whose means are compared side by side; one
             if not given.
+        padding: None where q and k are in tile order. Else they are as
+            :func:`flex_block_attn.video_attention` takes them, in (time, height, width) order with
+            text behind, and this is its argument of that name: nothing is moved to choose tiles.
 
     Returns:
         bool (batch, heads or 1, blocks, blocks), on q's device.
@@ -132,8 +136,9 @@ def create_moba_3d_mask(
     choice = _Choice.new(
         topk, threshold, lambda_, mask_share_within_head, sampling_type, adaptive_pool
     )
-    _check_tiles(q, k, canvas)
-    return _choose(*_pooled(q, k, canvas, choice), canvas, choice, _text(canvas, q.device))
+    _check_order(q, k, canvas, padding)
+    pooled = _pooled(q, k, canvas, choice, padding)
+    return _choose(*pooled, canvas, choice, _text(canvas, q.device))
 
 
 def create_ssta_3d_mask(
@@ -151,6 +156,7 @@ def create_ssta_3d_mask(
     mask_share_within_head: bool = True,
     sampling_type: str | None = None,
     adaptive_pool: Triple | None = None,
+    padding: str | None = None,
 ) -> Tensor:
     """Sliding tiles and chosen tiles: the union of the two masks.
 
@@ -167,9 +173,9 @@ def create_ssta_3d_mask(
     choice = _Choice.new(
         topk, threshold, lambda_, mask_share_within_head, sampling_type, adaptive_pool
     )
-    _check_tiles(q, k, canvas)
+    _check_order(q, k, canvas, padding)
     _check_text_mask(text_mask, q, canvas)
-    pooled = _pooled(q, k, canvas, choice)
+    pooled = _pooled(q, k, canvas, choice, padding)
     mask = _choose(*pooled, canvas, choice, _sta(canvas, q.device).blocks)
     return _without_padded_text(mask, text_mask, canvas)
 
@@ -226,6 +232,17 @@ def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         listed = ", ".join(f'"{each}"' for each in allowed)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _check_order(q: Any, k: Any, canvas: Canvas, padding: str | None) -> None:
+    """Raises if q and k are not what tiles can be chosen of, in tile order or as they lie."""
+    if padding is None:
+        _check_tiles(q, k, canvas)
+        return
+    _one_of("padding", padding, video.PADDINGS)
+    for name, x in (("q", q), ("k", k)):
+        check_tokens(name, x, canvas.tokens, "canvas_thw and text_len need")
+    _check_pair(q, k)
 
 
 def _check_tiles(q: Any, k: Any, canvas: Canvas) -> None:
@@ -293,24 +310,20 @@ def _text(canvas: Canvas, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _pooled(q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice) -> list[Tensor]:
-    """What tiles are compared by, of tokens in tile order."""
+def _pooled(
+    q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice, padding: str | None
+) -> list[Tensor]:
+    """What tiles are compared by: of tokens in tile order, or, with a padding, as they lie."""
+    if padding is not None:
+        if choice.cells is None:
+            return [means_of_tiles(x, canvas, padding) for x in (q, k)]
+        # Cells are means of padding, too: one that is half empty counts half.
+        places = places_of(canvas, "zero", q.device)
+        q, k = (ToTiles.apply(x, *places) for x in (q, k))
     tiles = (x.narrow(2, 0, canvas.video_blocks * canvas.block) for x in (q, k))
     if choice.cells is None:
         return [block_means(x, canvas.block) for x in tiles]
     return [tile_means(x, canvas.tile, choice.cells) for x in tiles]
-
-
-@torch.no_grad()
-def _pooled_in_place(
-    q: Tensor, k: Tensor, canvas: Canvas, choice: _Choice, padding: str
-) -> list[Tensor]:
-    """The same of tokens as they lie."""
-    if choice.cells is None:
-        return [means_of_tiles(x, canvas, padding) for x in (q, k)]
-    places = places_of(canvas, "zero", q.device)
-    # Cells are means of padding, too: one that is half empty counts half.
-    return _pooled(*(ToTiles.apply(x, *places) for x in (q, k)), canvas, choice)
 
 
 @torch.no_grad()
@@ -419,7 +432,7 @@ def ssta_3d_attention(
 
     if pad_type == "exact" or pad_type == "zero" and q.is_cuda and video.is_native(q, canvas):
         # Tokens stay where they are.
-        pooled = choice and _pooled_in_place(q, k, canvas, choice, pad_type)
+        pooled = choice and _pooled(q, k, canvas, choice, pad_type)
         mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
         plan = mask.plan if isinstance(mask, BlockMask) else video.plan_of(mask, q, canvas)
         settings = default_scale(q), is_deterministic(False)
@@ -427,7 +440,7 @@ def ssta_3d_attention(
     else:
         places = places_of(canvas, pad_type, q.device)
         tiled = [ToTiles.apply(x, *places) for x in (q, k, v)]
-        pooled = choice and _pooled(*tiled[:2], canvas, choice)
+        pooled = choice and _pooled(*tiled[:2], canvas, choice, None)
         mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
         if isinstance(mask, BlockMask):
             out = flex_block_attn(*tiled, mask)

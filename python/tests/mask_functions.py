@@ -65,6 +65,50 @@ def natten(height, width, kernel):
     return mask_mod
 
 
+def tiled_natten(height, width, kernel, tile):
+    """Tokens in the order of square tiles, row by row inside of each."""
+
+    def place(token):
+        number, inside = token // (tile * tile), token % (tile * tile)
+        across = width // tile
+        return number // across * tile + inside // tile, number % across * tile + inside % tile
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        (q_row, q_column), (kv_row, kv_column) = place(q_idx), place(kv_idx)
+        row = q_row.clamp(kernel // 2, (height - 1) - kernel // 2)
+        column = q_column.clamp(kernel // 2, (width - 1) - kernel // 2)
+        near = (row - kv_row).abs() <= kernel // 2
+        return near & ((column - kv_column).abs() <= kernel // 2)
+
+    return mask_mod
+
+
+def stand_alone(width, kernel):
+    """Rows and columns of a picture that are near, cut off at its borders."""
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        row = abs(q_idx // width - kv_idx // width)
+        column = abs(q_idx % width - kv_idx % width)
+        return (row <= kernel // 2) & (column <= kernel // 2)
+
+    return mask_mod
+
+
+def with_offset(mask_mod, offset):
+    """Of queries that come after as many tokens, which tensors hold while decoding."""
+    return lambda b, h, q, kv: mask_mod(b, h, q + offset, kv)
+
+
+def transfusion(starts, ends):
+    """Causal, and pictures' tokens see the whole picture: a window of tokens for each batch."""
+
+    def picture(b, h, q, kv):
+        inside = (q >= starts[b]) & (q < ends[b])
+        return inside & (kv >= starts[b]) & (kv < ends[b])
+
+    return or_masks(causal, picture)
+
+
 def sliding_tiles(canvas, tile, reach):
     """Sliding tile attention, token by token."""
     _, height, width = canvas

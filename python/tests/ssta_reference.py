@@ -57,19 +57,22 @@ def round_to(x, dtype):
     return torch.from_numpy(np.asarray(x)).to(dtype).double().numpy()
 
 
-def pooled(x, thw, tile, dtype, cells):
-    """One head's tiled tokens: for each tile its cells' means side by side, rounded to dtype."""
+def pooled(x, thw, tile, dtype, cells, padding="zero"):
+    """One head's tiled tokens: for each tile its cells' means side by side, rounded to dtype. With
+    "exact" padding the means are of places in the video."""
     block = math.prod(tile)
     result = []
-    for number in range(math.prod(padded(thw, tile)) // block):
+    for number, places in enumerate(tile_tokens(thw, tile)):
         tokens = x[number * block : (number + 1) * block].reshape(*tile, -1)
+        seen = [padding == "zero" or all(at < n for at, n in zip(p, thw)) for p in places]
+        seen = np.array(seen).reshape(tile)
         features = []
         for cell in itertools.product(*map(range, cells)):
             t, h, w = (
                 slice(math.floor(i * n / p), math.ceil((i + 1) * n / p))
                 for i, n, p in zip(cell, tile, cells, strict=True)
             )
-            features.append(tokens[t, h, w].reshape(-1, tokens.shape[-1]).mean(0))
+            features.append(tokens[t, h, w][seen[t, h, w]].mean(0))
         result.append(np.concatenate(features))
     return round_to(np.array(result), dtype)
 

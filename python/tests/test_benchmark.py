@@ -2,6 +2,7 @@
 the columns of its files say of one another."""
 
 import csv
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import flex_block_attn as package
 from benchmark import machine, peers
 from benchmark import measure as measuring
+from benchmark import video as video_ways
 from benchmark.__main__ import chosen, main, options
 from benchmark.attention import Attention, Prepared
 from benchmark.clock import peak_mib
@@ -372,6 +374,42 @@ def test_mask_expressions_are_measured_once_the_package_has_them(tmp_path, monke
     assert [r["impl"] for r in found] == ["ours", "SDPA"] * 2
     assert float(found[0]["density"]) == pytest.approx(201 / 400, abs=1e-4)
     assert float(found[0]["mask_ms"]) > 0
+
+
+# --- ways of videos ------------------------------------------------------------------------------
+
+CLIP = SMOKE["ssta 3x6x8 h2"]
+
+
+def test_every_way_of_a_video_is_checked_and_measured(monkeypatch, capsys):
+    monkeypatch.setattr(video_ways, "SMALL", CLIP)
+    video_ways.main(["--small", "--device", "cpu", "--rounds", "1", "--turn", "0.1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    names = [re.split(r"\s\s+", line)[1] for line in lines]
+    assert names == [
+        *(f"ssta, {padding}" for padding in ("zero", "repeat", "exact", "zero, by copies")),
+        *(f"{way}, {p}" for way in ("video_attention", "choosing") for p in ("exact", "zero")),
+    ]
+    assert all(line.endswith("% of the call") for line in lines[-2:])
+
+
+def test_ways_of_a_video_by_copies_and_in_place_are_one():
+    q, k, v, _ = video_ways.tensors(CLIP, 4, CPU)
+    masks = {p: video_ways.planned(CLIP.video, p, q, k) for p in ("zero", "exact")}
+    ways = video_ways.ways(CLIP.video, masks)
+    wanted = ways["ssta, zero"](q, k, v)
+    for name in ("ssta, zero, by copies", "video_attention, zero"):
+        assert relative_error(ways[name](q, k, v), wanted) < 5e-3
+    exact = ways["ssta, exact"](q, k, v)
+    assert relative_error(ways["video_attention, exact"](q, k, v), exact) < 5e-3
+    assert relative_error(exact, wanted) > 0.05
+
+
+def test_a_wrong_way_of_a_video_is_not_measured(monkeypatch):
+    monkeypatch.setattr(video_ways, "SMALL", CLIP)
+    monkeypatch.setattr(video_ways, "by_copies", lambda of: lambda q, k, v: q + k + v)
+    with pytest.raises(AssertionError, match="ssta, zero, by copies: differs from float64"):
+        video_ways.check(CPU)
 
 
 # --- peers that need a GPU, over lists that are read here ----------------------------------------

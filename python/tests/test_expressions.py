@@ -25,8 +25,12 @@ from mask_functions import (
     per_head_window,
     prefix,
     sliding_tiles,
+    stand_alone,
     strided,
+    tiled_natten,
+    transfusion,
     window,
+    with_offset,
 )
 from reference import LSE_TOLERANCE, TOLERANCE, random_qkv, relative_error
 from torch.nn.attention import flex_attention
@@ -77,6 +81,11 @@ def functions(draw, tokens):
         and_masks(left_window(size), per_head_window(numbers(HEADS, below=150))),
         natten(-(-tokens // width), width, draw(st.sampled_from([3, 5]))),
         sliding_tiles((4, 6, width), (2, 3, 4), draw(st.tuples(*[st.integers(0, 2)] * 3))),
+        tiled_natten(-(-tokens // (4 * width)) * 4, 4 * width, draw(st.sampled_from([3, 7])), 4),
+        stand_alone(width, draw(st.integers(1, 9))),
+        with_offset(left_window(size), numbers(below=200)),
+        with_offset(left_window(size), draw(st.integers(0, 200))),
+        transfusion(*numbers(2, BATCH, below=tokens + 1).sort(0).values),
         flamingo(numbers(BATCH, tokens, below=5)),
         strided(draw(st.integers(1, 40))),
         everything,
@@ -310,7 +319,7 @@ def test_large_plans_are_not_kept():
     def make():
         return create_block_mask(causal, None, None, 48_000, 48_000, BLOCK_SIZE=16)
 
-    assert make().plan.nbytes > 2**25
+    assert make().plan.nbytes > 2**26
     assert make().plan is not make().plan
 
 
@@ -319,6 +328,9 @@ def test_long_sequences_get_larger_blocks():
         mask = create_block_mask(left_window(1000), None, None, tokens, tokens)
         assert (mask.q_block_size, mask.kv_block_size) == (block, block)
         assert mask.plan.numel() < 1e7
+        # It is kept whatever its length.
+        again = create_block_mask(left_window(1000), None, None, tokens, tokens)
+        assert again.plan is mask.plan
 
 
 def test_a_mask_that_nobody_wants_anything_of():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import TOLERANCE, random_qkv, relative_error
 
 from flex_block_attn import flex_block_attn_func
-from flex_block_attn.moba import create_moba_mask, moba_attention
+from flex_block_attn.moba import create_moba_mask, moba_attention, moba_attention_varlen
 
 
 def seen_chunks(q, k, chunk_size, topk, block_size):
@@ -82,6 +82,46 @@ def test_no_query_sees_the_future():
     assert torch.equal(out[:, :, :100], again[:, :, :100])
 
 
+@pytest.mark.parametrize(
+    "lengths", [(37, 63, 1, 100), (0, 50, 0, 31), (64, 32, 45), (160,), (16, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sequences_of_any_lengths_are_each_for_itself(lengths, dtype):
+    tokens, ends = sum(lengths), torch.tensor((0, *lengths)).cumsum(0)
+    q, k, v = (torch.randn(tokens, h, 16).to(dtype).requires_grad_() for h in (4, 2, 2))
+    for cu_seqlens in (ends, ends.int(), ends.tolist()):
+        out = moba_attention_varlen(q, k, v, cu_seqlens, 32, 2, block_size=16, scale=0.3)
+    one = (x.split(lengths) for x in (q, k, v))
+    expected = [
+        moba_attention(*(x.transpose(0, 1)[None] for x in part), 32, 2, block_size=16, scale=0.3)
+        for part in zip(*one, strict=True)
+        if len(part[0])
+    ]
+    expected = torch.cat(expected, dim=2)[0].transpose(0, 1)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    dout = torch.randn_like(out)
+    pairs = (torch.autograd.grad(x, (q, k, v), dout) for x in (out, expected))
+    for got, wanted in zip(*pairs, strict=True):
+        assert relative_error(got, wanted) < TOLERANCE[dtype]
+
+
+def test_compiles_to_one_graph():
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, (4, 2), 150, 150, 16))
+
+    def packed(*inputs):
+        inputs = (x[0].transpose(0, 1) for x in inputs)
+        return moba_attention_varlen(*inputs, [0, 70, 150], 32, 2, block_size=16)
+
+    for attend in (lambda *x: moba_attention(*x, 32, 2, block_size=16), packed):
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        expected, got = attend(q, k, v), compiled(q, k, v)
+        assert torch.allclose(got, expected)
+        wanted = torch.autograd.grad(expected.sum(), (q, k, v))
+        for one, other in zip(torch.autograd.grad(got.sum(), (q, k, v)), wanted, strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
 def test_all_chunks_are_causal_attention():
     q, k, v = random_qkv(2, 2, 150, 150, 16, torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -115,3 +155,12 @@ def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError) as caught:
         moba_attention(**fine | arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("cu_seqlens", [[], [0], [0, 63], [1, 64], [0, 40, 30, 64]])
+def test_sequences_that_are_none_are_named(cu_seqlens):
+    q = torch.zeros(64, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to the 64 tokens"):
+        moba_attention_varlen(q, q, q, cu_seqlens, 32, 2, block_size=16)
+    with pytest.raises(ValueError, match="v must be .* of q's 64 tokens, got shape .60, 2, 8"):
+        moba_attention_varlen(q, q, q[:60], [0, 64], 32, 2, block_size=16)

@@ -1,7 +1,6 @@
 """Sparse attention of video models against the formulas, written out in ``ssta_reference.py``.
 
-Masks must be equal. Where two tiles' scores differ by less than rounding leaves certain, either may
-be taken: such near-ties are counted, and must be few.
+Masks must be equal, up to near-ties: see ``ssta_choices.py``.
 """
 
 import math
@@ -13,6 +12,17 @@ import ssta_reference as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ssta_choices import (
+    TIE,
+    TILES,
+    compare_choice,
+    in_order,
+    near_ties_of_settings,
+    random_tokens,
+    reference_choice,
+    tiled,
+    without_topk,
+)
 
 from flex_block_attn import BlockMask, selection
 from flex_block_attn.ssta_attention import (
@@ -24,12 +34,7 @@ from flex_block_attn.ssta_attention import (
     untile,
 )
 
-TILES = [(1, 4, 4), (2, 2, 4), (2, 4, 4), (1, 1, 16), (4, 4, 3), (2, 8, 1)]
 OUT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-# Score differences, relative to the row's largest score, that sums in another order may make: a
-# mean may be rounded to the next number of its dtype.
-TIE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
 SIZES = st.fixed_dictionaries(
     {
         "thw": st.tuples(st.integers(2, 5), st.integers(1, 7), st.integers(1, 7)),
@@ -56,67 +61,6 @@ CHOICES = st.fixed_dictionaries(
         ]
     ).map(lambda kind: choice | kind)
 )
-
-
-def in_order(sizes):
-    """thw, tile_thw, kernel_thw and text_len."""
-    return tuple(sizes[name] for name in ("thw", "tile_thw", "kernel_thw", "text_len"))
-
-
-def random_tokens(sizes, batch, heads, head_dim, dtype):
-    """q, k and v in (t, h, w) order with text behind; scaled so that choices by mass differ."""
-    tokens = math.prod(sizes["thw"]) + sizes["text_len"]
-    return [torch.randn(batch, heads, tokens, head_dim).mul(0.5).to(dtype) for _ in "qkv"]
-
-
-def tiled(x, sizes, pad_type="zero"):
-    """Each head of a tensor as the reference tiles it: float64 (batch, heads, places, head_dim)."""
-    names = "thw", "tile_thw", "text_len"
-    settings = [*(sizes[name] for name in names), pad_type]
-    return np.array(
-        [[reference.to_tiles(head, *settings) for head in one] for one in x.double().numpy()]
-    )
-
-
-def reference_choice(q, k, sizes, choice, dtype):
-    """Tiles chosen for tiled q and k: mask, scores and counts of each batch and head."""
-    cells = choice["adaptive_pool"] or (1, 1, 1)
-    if choice.get("threshold", 0) > 0:
-        cells = (2, 2, 2)
-    result = []
-    for one_q, one_k in zip(q, k, strict=True):
-        pools = [
-            [reference.pooled(head, sizes["thw"], sizes["tile_thw"], dtype, cells) for head in x]
-            for x in (one_q, one_k)
-        ]
-        if choice["mask_share_within_head"]:
-            pools = [[np.mean(x, axis=0)] for x in pools]
-        for head_q, head_k in zip(*pools, strict=True):
-            scores = reference.scores_of(head_q, head_k, choice.get("lambda_"))
-            counts = reference.counts_of(scores, choice["topk"], choice.get("threshold", 0))
-            result.append((reference.chosen(scores, counts), scores, counts))
-    return result
-
-
-def near_ties(got, expected, scores, counts, tie):
-    """Blocks that differ; each must be within `tie` of the last that is kept, or, where the number
-    of kept blocks depends on scores, be the last."""
-    differing = got != expected
-    for row in np.flatnonzero(differing.any(1)):
-        order = np.sort(scores[row])[::-1]
-        scale = max(np.abs(scores[row]).max(), 1e-30)
-        last, count = order[counts[row] - 1], int(got[row].sum())
-        assert abs(count - counts[row]) <= 1, f"row {row} keeps {count}, not {counts[row]}"
-        gaps = np.abs(scores[row][differing[row]] - last) / scale
-        assert count != counts[row] or gaps.max() < tie, f"row {row}: {gaps.max()} apart"
-    return int(differing.sum())
-
-
-def compare_choice(got, expected, tie):
-    """Sum of near-ties over the video part of masks (batch, heads, tiles, tiles)."""
-    flat = got.flatten(0, 1).numpy()
-    assert len(flat) == len(expected)
-    return sum(near_ties(one, *other, tie) for one, other in zip(flat, expected, strict=True))
 
 
 # --- tiles --------------------------------------------------------------------------------------
@@ -185,45 +129,10 @@ def test_chosen_masks(sizes, choice, dtype, seed):
     assert torch.equal(both, mask | create_sta_3d_mask(thw, tile_thw, window, text_len))
 
 
-def without_topk(choice):
-    return {name: value for name, value in choice.items() if name != "topk"}
-
-
 def test_near_ties_are_few():
     """200 settings as models have them: of all chosen blocks, those that another order of sums
     chooses otherwise."""
-    ties = blocks = 0
-    for seed in range(200):
-        torch.manual_seed(seed)
-        numbers = np.random.default_rng(seed)
-        sizes = {
-            "thw": tuple(int(n) for n in numbers.integers(3, 9, 3)),
-            "tile_thw": TILES[numbers.integers(len(TILES))],
-            "text_len": int(numbers.integers(0, 40)),
-        }
-        choice = {
-            "topk": int(numbers.integers(1, 20)),
-            "mask_share_within_head": bool(numbers.integers(2)),
-            "adaptive_pool": None,
-            "sampling_type": "importance" if seed % 2 else "similarity",
-            **({"lambda_": 0.7} if seed % 2 else {}),
-        }
-        dtype = torch.bfloat16
-        q, k, _ = random_tokens(sizes, 1, 2, 16, dtype)
-        q, k = tiled(q, sizes), tiled(k, sizes)
-        expected = reference_choice(q, k, sizes, choice, dtype)
-        n = len(expected[0][0])
-        mask = create_moba_3d_mask(
-            *(torch.from_numpy(x).to(dtype) for x in (q, k)),
-            sizes["thw"],
-            choice["topk"],
-            sizes["tile_thw"],
-            sizes["text_len"],
-            **without_topk(choice),
-        )
-        ties += compare_choice(mask[:, :, :n, :n], expected, TIE[dtype])
-        blocks += sum(int(mask.sum()) for mask, _, _ in expected)
-    print(f"{ties} near-ties in {blocks} chosen blocks")
+    ties, blocks = near_ties_of_settings(200, "cpu")
     assert ties <= blocks / 1000
 
 
@@ -596,6 +505,13 @@ BAD = [
                                  sampling_type="similarity"), ValueError,
      "q must be (batch, heads, sequence, head_dim) of at least 4 tiles of 16 tokens, got shape "
      "(1, 2, 63, 8)"),
+    (lambda: create_moba_3d_mask(Q, Q, (4, 4, 4), 1, (1, 4, 4), 4, padding="exact",
+                                 sampling_type="similarity"), ValueError,
+     "q must be (batch, heads, sequence, head_dim) of 68 tokens, which canvas_thw and text_len "
+     "need, got shape (1, 2, 69, 8)"),
+    (lambda: create_moba_3d_mask(Q, Q, (4, 4, 4), 1, (1, 4, 4), 5, padding="repeat",
+                                 sampling_type="similarity"), ValueError,
+     'padding must be one of "exact", "zero", got \'repeat\''),
     (lambda: tile(Q, (4, 4, 4), (1, 4, 4)), ValueError,
      "x must be (batch, heads, sequence, head_dim) of 64 tokens, which canvas_thw needs, got shape "
      "(1, 2, 69, 8)"),

@@ -109,8 +109,19 @@ pub struct Pool<'a, T: Element> {
     /// The tokens of each cell, counted from the start of a block. A cell's mean is over the tokens
     /// that there are, and 0 without any.
     pub cells: &'a [Vec<usize>],
+    /// Where the tokens of blocks are, if they do not lie in the order of blocks.
+    pub order: Option<Order<'a>>,
     /// How many threads work.
     pub threads: NonZeroUsize,
+}
+
+/// Blocks of tokens that lie elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct Order<'a> {
+    /// For each place of each block the token that is there; `None` is zeros.
+    pub tokens: &'a [Option<usize>],
+    /// Whether a mean is over zeros, too.
+    pub zeros_count: bool,
 }
 
 /// Writes the means of all cells of all blocks, (batch, heads, blocks, cells, head_dim). They are

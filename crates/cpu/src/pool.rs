@@ -9,7 +9,8 @@ use crate::{Element, Pool};
 pub(crate) fn pool<T: Element>(args: &Pool<'_, T>, means: &mut [f32]) {
     let [batch, heads, len, head_dim] = args.tensor.shape();
     let features = args.cells.len() * head_dim;
-    let of_head = len.div_ceil(args.block) * features;
+    let places = args.order.map_or(len, |order| order.tokens.len());
+    let of_head = places.div_ceil(args.block) * features;
     assert_eq!(means.len(), batch * heads * of_head, "one mean for each");
     if means.is_empty() {
         return;
@@ -24,22 +25,25 @@ pub(crate) fn pool<T: Element>(args: &Pool<'_, T>, means: &mut [f32]) {
             let block = number * args.block;
             for (cell, means) in args.cells.iter().zip(means.chunks_exact_mut(head_dim)) {
                 sums.fill(T::Real::ZERO);
-                let mut count = 0;
-                for token in cell.iter().map(|offset| block + offset) {
-                    if token < len {
+                let mut count = 0u32;
+                let there = cell.iter().map(|offset| block + offset);
+                for place in there.filter(|&place| place < places) {
+                    let found = args.order.map_or(Some(place), |order| order.tokens[place]);
+                    if let Some(token) = found {
                         T::widen(row(token), &mut values);
                         for (sum, &value) in sums.iter_mut().zip(&values) {
                             *sum += value;
                         }
-                        count += 1;
                     }
+                    let counts = args.order.is_some_and(|order| order.zeros_count);
+                    count += u32::from(found.is_some() || counts);
                 }
                 let share = T::Real::of(1.0 / f64::from(count.max(1)));
                 for sum in &mut sums {
                     *sum = *sum * share;
                 }
                 rounded.clear();
-                rounded.extend_from_slice(row(block));
+                rounded.extend_from_slice(row(0));
                 T::narrow(&sums, &mut rounded);
                 T::widen(&rounded, &mut values);
                 for (mean, &value) in means.iter_mut().zip(&values) {

@@ -112,7 +112,7 @@ impl Video {
     }
 
     /// For each place the token that is there.
-    fn order(&self) -> Vec<Option<usize>> {
+    pub(crate) fn order(&self) -> Vec<Option<usize>> {
         let [time, height, width] = self.thw;
         let [a, b, c] = self.tile;
         let [n_t, n_h, n_w] = self.tiles();

@@ -2,9 +2,9 @@
 
 use flex_block_attn::builders::{self, StaCanvas};
 use flex_block_attn::select::{
-    Choice, LEAST_BLOCKS, Pooled, Scores, Scoring, TEMPERATURE, video_tiles,
+    Choice, LEAST_BLOCKS, Pooled, Scores, Scoring, TEMPERATURE, tiles_in_place, video_tiles,
 };
-use flex_block_attn::{BlockMask, Error, Extents, Tensor, bf16, f16};
+use flex_block_attn::{BlockMask, Error, Extents, Padding, Tensor, Video, bf16, f16};
 use flex_block_attn_lab::cases::{Case, Number};
 use flex_block_attn_lab::reference::Sizes;
 use proptest::prelude::*;
@@ -269,6 +269,111 @@ proptest! {
     }
 }
 
+/// For each place of each tile the token there, `None` beside the video.
+fn places(video: &Video) -> Vec<Option<usize>> {
+    let (tiles, [time, height, width]) = (video.tiles(), video.thw);
+    let number = |at: usize, n: [usize; 3]| [at / (n[1] * n[2]), at / n[2] % n[1], at % n[2]];
+    let count = tiles.iter().product::<usize>() * video.block();
+    (0..count)
+        .map(|place| {
+            let corner = number(place / video.block(), tiles);
+            let inner = number(place % video.block(), video.tile);
+            let at = |axis| corner[axis] * video.tile[axis] + inner[axis];
+            let [t, h, w] = std::array::from_fn(at);
+            (t < time && h < height && w < width).then_some((t * height + h) * width + w)
+        })
+        .collect()
+}
+
+/// Tokens put tile by tile, zeros beside the video, and the text behind.
+fn in_tiles<T: Number>(values: &[T], video: &Video, head_dim: usize) -> Vec<T> {
+    let mut tiled = Vec::new();
+    let text = video.tokens() - video.text_len;
+    for head in values.chunks_exact(video.tokens() * head_dim) {
+        for token in places(video) {
+            match token {
+                Some(token) => tiled.extend_from_slice(&head[token * head_dim..][..head_dim]),
+                None => tiled.extend(vec![T::from_f64(0.0); head_dim]),
+            }
+        }
+        tiled.extend_from_slice(&head[text * head_dim..]);
+    }
+    tiled
+}
+
+fn compare_in_place<T: Number>(setting: &Setting, video: &Video) -> Result<(), TestCaseError> {
+    let Setting { sizes, choice, .. } = setting;
+    let canvas = StaCanvas {
+        tiles: video.tiles(),
+        window: [1, 1, 1],
+        tile_tokens: video.block(),
+        text_tokens: video.text_len,
+    };
+    let case = Case {
+        sizes: *sizes,
+        mask: builders::full(canvas.extents().unwrap()),
+        scale: 1.0,
+        seed: setting.seed,
+        threads: 1,
+    };
+    let shape = |heads, tokens| [sizes.batch, heads, tokens, sizes.head_dim];
+    let [q, k] = [(0, sizes.q_heads), (1, sizes.kv_heads)].map(|(which, heads)| {
+        let lying = shape(heads, video.tokens());
+        let values: Vec<T> = case.values(which, lying.iter().product());
+        let tiled = in_tiles(&values, video, sizes.head_dim);
+        ((values, lying), (tiled, shape(heads, video.places())))
+    });
+    let tensor = |(values, shape)| Tensor::new(values, shape).unwrap();
+    let lying = [&q.0, &k.0].map(|(values, shape)| tensor((values, *shape)));
+    let tiled = [&q.1, &k.1].map(|(values, shape)| tensor((values, *shape)));
+    let got = tiles_in_place(lying[0], lying[1], video, choice).unwrap();
+    let expected = video_tiles(tiled[0], tiled[1], &canvas, choice).unwrap();
+    prop_assert!(got == expected);
+
+    // Means without padding: of the tokens that there are.
+    let exact = Video {
+        padding: Padding::Exact,
+        ..*video
+    };
+    let pooled = Pooled::video(lying[1], &exact, [1; 3], None).unwrap();
+    let [_, _, tiles, head_dim] = pooled.shape();
+    let wide: Vec<f64> = k.0.0.iter().map(|value| value.to_f64()).collect();
+    let heads = wide.chunks_exact(video.tokens() * head_dim);
+    let means = pooled.values().chunks_exact(tiles * head_dim);
+    for (head, means) in heads.zip(means) {
+        let means = means.chunks_exact(head_dim);
+        for (tile, got) in places(video).chunks_exact(video.block()).zip(means) {
+            let there: Vec<&[f64]> = tile
+                .iter()
+                .flatten()
+                .map(|token| &head[token * head_dim..][..head_dim])
+                .collect();
+            for (got, expected) in got.iter().zip(mean(&there)) {
+                prop_assert!(
+                    (f64::from(*got) - expected).abs() < 1e-2,
+                    "{got}, {expected}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn tiles_of_tokens_as_they_lie_are_those_of_tokens_in_tiles(
+        setting in settings(),
+        thw in [1usize..6, 1usize..6, 1usize..10],
+        text_len in 0usize..40,
+    ) {
+        let video = Video { thw, tile: TILE, text_len, padding: Padding::Zero };
+        compare_in_place::<f32>(&setting, &video)?;
+        compare_in_place::<bf16>(&setting, &video)?;
+    }
+}
+
 #[test]
 fn ssta_is_the_union_and_padded_text_is_cut() {
     let canvas = StaCanvas {
@@ -389,6 +494,22 @@ fn mistakes_are_named() {
     assert_eq!(
         text(video_tiles(spread, right, &canvas, &similar)),
         "the last dimension of x must be contiguous, but its stride is 2"
+    );
+    let video = Video {
+        thw: [2, 4, 8],
+        tile: TILE,
+        text_len: 0,
+        padding: Padding::Zero,
+    };
+    assert_eq!(
+        text(tiles_in_place(right, short, &video, &similar)),
+        "k must be of all tokens of the video, got 63 tokens"
+    );
+    let cells = Some([[2, 4, 2], [1, 1, 1]]);
+    let other = Choice { cells, ..similar };
+    assert_eq!(
+        text(tiles_in_place(right, right, &video, &other)),
+        "cells must be of the video's tile, got [2, 4, 2]"
     );
     let pooled = Pooled::blocks(right, 16, None).unwrap();
     let scores = Scores::similarity(&pooled, &pooled).unwrap();

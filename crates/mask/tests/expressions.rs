@@ -491,3 +491,28 @@ fn plans_with_partial_blocks_need_an_expression() {
     assert_eq!(words, plan.words());
     assert!(Plan::write(&mask, &mut words[1..]).is_err());
 }
+
+#[test]
+fn masks_that_threads_share() {
+    // 70 x 70 blocks, of three heads: far more than one piece of work.
+    let tokens = 1115;
+    let width = Table::new(&[3], vec![40, 300, 2000]).unwrap();
+    let apart = q() - kv();
+    let window = apart.clone().abs().less_than(width.at([h()]));
+    let condition = expression(&(window & (apart % 3).equals(0)));
+    let mask = BlockMask::from_expression(square(tokens, 16), 2, 3, &condition).unwrap();
+    assert_eq!((mask.batch(), mask.heads()), (1, 3));
+    let rows = tokens.div_ceil(16);
+    for (head, width) in [40, 300, 2000].into_iter().enumerate() {
+        for (row, column) in (0..rows * rows).map(|at| (at / rows, at % rows)) {
+            let range = |block: usize| block * 16..(block * 16 + 16).min(tokens);
+            let counts = |query: usize, key: usize| {
+                query.abs_diff(key) < width && query.abs_diff(key).is_multiple_of(3)
+            };
+            let some = range(row).any(|query| range(column).any(|key| counts(query, key)));
+            assert_eq!(mask.contains(0, head, row, column), some);
+            // Of two neighbours one is no multiple of 3 away.
+            assert_eq!(mask.is_partial(0, head, row, column), some);
+        }
+    }
+}

@@ -7,8 +7,8 @@
 //! 2. [`Scores`]: how well a pooled key suits a pooled query;
 //! 3. [`Scores::keep_top`] and [`Scores::keep_mass`]: the best of each row, added to a mask.
 //!
-//! [`video_tiles`] puts them together as video models do (MoBA over tiles; with sliding tiles it is
-//! SSTA). Sources: MoBA, arXiv 2502.13189; STA, arXiv 2502.04507; SSTA, the technical report of
+//! [`video_tiles`] and [`tiles_in_place`] put them together as video models do (MoBA over tiles; with
+//! sliding tiles it is SSTA). Sources: MoBA, arXiv 2502.13189; STA, arXiv 2502.04507; SSTA, the technical report of
 //! HunyuanVideo-1.5, arXiv 2511.18870.
 //!
 //! ```
@@ -35,12 +35,12 @@ mod scores;
 use std::num::NonZeroUsize;
 
 use flex_block_attn_mask::builders::StaCanvas;
-use flex_block_attn_mask::{BlockMask, MaskError};
+use flex_block_attn_mask::{BlockMask, Extents, MaskError};
 
 pub use pooled::Pooled;
 pub use scores::Scores;
 
-use crate::{Result, Tensor};
+use crate::{Result, Tensor, Video};
 
 /// By what tiles are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -133,12 +133,89 @@ pub fn video_tiles(
             }
             Some([tile, cells]) => Pooled::tiles(x, tile, cells, choice.threads)?,
         };
-        Ok(match choice.share_heads {
-            true => pooled.over_heads(),
-            false => pooled,
-        })
+        Ok(over_heads(pooled, choice))
     };
-    let (q, k) = (pool("q", q)?, pool("k", k)?);
+    let pooled = [pool("q", q)?, pool("k", k)?];
+    choose(pooled, extents, tiles, choice)
+}
+
+/// [`video_tiles`] of tokens that lie as they come, in (time, height, width) order with text behind:
+/// the mask for an attention over them, whose [`Options::video`](crate::Options::video) is this one.
+///
+/// ```
+/// use flex_block_attn::builders::{self, StaCanvas};
+/// use flex_block_attn::select::{Choice, Scoring, tiles_in_place};
+/// use flex_block_attn::{Options, Padding, Plan, Tensor, TensorMut, Video, forward};
+///
+/// let video =
+///     Video { thw: [3, 5, 9], tile: [2, 4, 4], text_len: 20, padding: Padding::Zero };
+/// let shape = [1, 2, video.tokens(), 8];
+/// let values: Vec<f32> = (0..shape.iter().product()).map(|i| (i as f32).sin()).collect();
+/// let tokens = Tensor::new(&values, shape)?;
+///
+/// let choice = Choice::new(3, Scoring::Importance { lambda: 0.7 });
+/// let sliding = builders::sta(&StaCanvas {
+///     tiles: video.tiles(),
+///     window: [1, 3, 1],
+///     tile_tokens: video.block(),
+///     text_tokens: video.text_len,
+/// })?;
+/// let plan = Plan::new(&tiles_in_place(tokens, tokens, &video, &choice)?.union(&sliding)?);
+///
+/// let places = 2 * video.places();
+/// let (mut out, mut lse) = (vec![0f32; values.len()], vec![0f32; places]);
+/// let options = Options { video: Some(video), ..Options::default() };
+/// let (out, lse) =
+///     (TensorMut::new(&mut out, shape)?, TensorMut::new(&mut lse, [1, 2, places / 2, 1])?);
+/// forward(tokens, tokens, tokens, plan.view(), &options, out, lse)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// Those of the pieces; another number of tokens than the video's; cells of other tiles.
+pub fn tiles_in_place(
+    q: Tensor<'_>,
+    k: Tensor<'_>,
+    video: &Video,
+    choice: &Choice,
+) -> Result<BlockMask> {
+    video.check_sizes()?;
+    let [tile, cells] = choice.cells.unwrap_or([video.tile, [1; 3]]);
+    if tile != video.tile {
+        return Err(parameter(
+            "cells",
+            format!("{tile:?}"),
+            "of the video's tile",
+        ));
+    }
+    let pool = |argument: &'static str, x: Tensor<'_>| {
+        if x.shape[2] != video.tokens() {
+            let got = format!("{} tokens", x.shape[2]);
+            return Err(parameter(argument, got, "of all tokens of the video"));
+        }
+        let pooled = Pooled::video(x, video, cells, choice.threads)?;
+        Ok(over_heads(pooled, choice))
+    };
+    let pooled = [pool("q", q)?, pool("k", k)?];
+    let (places, block) = (video.places(), video.block());
+    let extents = Extents::new(places, places, block, block)?;
+    choose(pooled, extents, video.tiles().iter().product(), choice)
+}
+
+fn over_heads(pooled: Pooled, choice: &Choice) -> Pooled {
+    match choice.share_heads {
+        true => pooled.over_heads(),
+        false => pooled,
+    }
+}
+
+/// The mask of pooled queries and keys of so many tiles, with text that sees and is seen by all.
+fn choose(
+    [q, k]: [Pooled; 2],
+    extents: Extents,
+    tiles: usize,
+    choice: &Choice,
+) -> Result<BlockMask> {
     let scores = match choice.scoring {
         Scoring::Similarity | Scoring::Mass { .. } => Scores::similarity(&q, &k)?,
         Scoring::Importance { lambda } => Scores::importance(&q, &k, lambda)?,

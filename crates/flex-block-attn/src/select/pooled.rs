@@ -7,7 +7,7 @@ use flex_block_attn_cpu as cpu;
 use half::{bf16, f16};
 
 use super::parameter;
-use crate::{DType, Result, Tensor, attention, check};
+use crate::{DType, Padding, Result, Tensor, Video, attention, check};
 
 /// Means of tokens, float32 (batch, heads, blocks, features), dense. They are rounded to the
 /// tokens' own type first: models were trained so, and a choice among close scores depends on it.
@@ -29,7 +29,7 @@ impl Pooled {
         }
         // A block of more tokens than there are is all of them.
         let all = (0..block.min(x.shape[2])).collect();
-        Self::new(x, block, &[all], threads)
+        Self::new(x, block, &[all], None, threads)
     }
 
     /// For each tile, the means of its cells side by side. Tokens are in tile order, in whole tiles
@@ -45,54 +45,61 @@ impl Pooled {
         cells: [usize; 3],
         threads: Option<NonZeroUsize>,
     ) -> Result<Self> {
-        for (argument, triple) in [("tile", tile), ("cells", cells)] {
-            if triple.contains(&0) {
-                let got = format!("{triple:?}");
-                return Err(parameter(argument, got, "three positive numbers"));
-            }
-        }
+        let lists = cells_of(tile, cells)?;
         let block = tile.iter().product();
         if !x.shape[2].is_multiple_of(block) {
             let got = format!("{} tokens", x.shape[2]);
             return Err(parameter("x", got, "whole tiles"));
         }
-        let edges = |axis: usize| -> Vec<Range<usize>> {
-            let (n, p) = (tile[axis], cells[axis]);
-            (0..p)
-                .map(|i| i * n / p..((i + 1) * n).div_ceil(p))
-                .collect()
-        };
-        let [time, height, width] = [edges(0), edges(1), edges(2)];
-        let mut lists = Vec::new();
-        for t in &time {
-            for h in &height {
-                for w in &width {
-                    let rows = t
-                        .clone()
-                        .flat_map(|t| h.clone().map(move |h| t * tile[1] + h));
-                    let tokens = rows.flat_map(|row| w.clone().map(move |w| row * tile[2] + w));
-                    lists.push(tokens.collect());
-                }
-            }
+        Self::new(x, block, &lists, None, threads)
+    }
+
+    /// The same for the tiles of a video whose tokens lie as they come, with its text behind. A mean
+    /// is over what the video's padding puts beside the tokens, too. Where a tile has several cells
+    /// that is zeros in any case: a cell that is half empty counts half.
+    ///
+    /// # Errors
+    /// Sizes that make no sense; an axis of 0 cells; another number of tokens than the video has; a
+    /// tensor whose last dimension is not contiguous.
+    pub fn video(
+        x: Tensor<'_>,
+        video: &Video,
+        cells: [usize; 3],
+        threads: Option<NonZeroUsize>,
+    ) -> Result<Self> {
+        video.check_sizes()?;
+        let lists = cells_of(video.tile, cells)?;
+        if x.shape[2] != video.tokens() {
+            let got = format!("{} tokens", x.shape[2]);
+            return Err(parameter("x", got, "of all tokens of the video"));
         }
-        Self::new(x, block, &lists, threads)
+        let tokens = video.order();
+        let order = cpu::Order {
+            tokens: &tokens[..tokens.len() - video.text_len],
+            zeros_count: video.padding == Padding::Zero || lists.len() > 1,
+        };
+        Self::new(x, video.block(), &lists, Some(order), threads)
     }
 
     fn new(
         x: Tensor<'_>,
         block: usize,
         cells: &[Vec<usize>],
+        order: Option<cpu::Order<'_>>,
         threads: Option<NonZeroUsize>,
     ) -> Result<Self> {
         check::pooled(&x)?;
         let [batch, heads, len, head_dim] = x.shape;
-        let shape = [batch, heads, len.div_ceil(block), cells.len() * head_dim];
+        let places = order.map_or(len, |order| order.tokens.len());
+        let features = cells.len() * head_dim;
+        let shape = [batch, heads, places.div_ceil(block), features];
         let mut values = vec![0.0; shape.iter().product()];
+        let how = (block, cells, order, attention::threads(threads));
         match x.dtype {
-            DType::F16 => pool::<f16>(x, block, cells, threads, &mut values),
-            DType::BF16 => pool::<bf16>(x, block, cells, threads, &mut values),
-            DType::F32 => pool::<f32>(x, block, cells, threads, &mut values),
-            DType::F64 => pool::<f64>(x, block, cells, threads, &mut values),
+            DType::F16 => pool::<f16>(x, how, &mut values),
+            DType::BF16 => pool::<bf16>(x, how, &mut values),
+            DType::F32 => pool::<f32>(x, how, &mut values),
+            DType::F64 => pool::<f64>(x, how, &mut values),
         }
         Ok(Self { shape, values })
     }
@@ -153,18 +160,48 @@ impl Pooled {
     }
 }
 
+/// The places of each cell, counted from the start of a tile.
+fn cells_of(tile: [usize; 3], cells: [usize; 3]) -> Result<Vec<Vec<usize>>> {
+    for (argument, triple) in [("tile", tile), ("cells", cells)] {
+        if triple.contains(&0) {
+            let got = format!("{triple:?}");
+            return Err(parameter(argument, got, "three positive numbers"));
+        }
+    }
+    let edges = |axis: usize| -> Vec<Range<usize>> {
+        let (n, p) = (tile[axis], cells[axis]);
+        (0..p)
+            .map(|i| i * n / p..((i + 1) * n).div_ceil(p))
+            .collect()
+    };
+    let [time, height, width] = [edges(0), edges(1), edges(2)];
+    let mut lists = Vec::new();
+    for t in &time {
+        for h in &height {
+            for w in &width {
+                let rows = t
+                    .clone()
+                    .flat_map(|t| h.clone().map(move |h| t * tile[1] + h));
+                let places = rows.flat_map(|row| w.clone().map(move |w| row * tile[2] + w));
+                lists.push(places.collect());
+            }
+        }
+    }
+    Ok(lists)
+}
+
+/// Of a tensor, and of tokens of a block, cells, their order and threads.
 fn pool<T: cpu::Element>(
     x: Tensor<'_>,
-    block: usize,
-    cells: &[Vec<usize>],
-    threads: Option<NonZeroUsize>,
+    (block, cells, order, threads): (usize, &[Vec<usize>], Option<cpu::Order<'_>>, NonZeroUsize),
     means: &mut [f32],
 ) {
     let args = cpu::Pool::<T> {
         tensor: attention::view(x),
         block,
         cells,
-        threads: attention::threads(threads),
+        order,
+        threads,
     };
     cpu::pool(&args, means);
 }

@@ -59,10 +59,9 @@ impl BlockMask {
         }
         let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
         let blocks = batch * heads * rows * columns;
-        // Strips for one thread are whole matrices; several find more even shares in smaller ones.
-        let strip = match parallel::threads(blocks) {
+        let strip = match parallel::pieces(blocks) {
             1 => rows,
-            threads => rows.div_ceil(4 * threads).next_multiple_of(8),
+            pieces => rows.div_ceil(pieces).next_multiple_of(8),
         };
         let strips = mask.strips(strip);
         let search = || Search {
