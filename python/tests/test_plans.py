@@ -208,6 +208,26 @@ def test_a_rank_receives_what_its_rows_keep_and_no_more():
     assert second.step.send == [16, 0] and second.tokens.tolist() == list(range(16, 32))
 
 
+def test_two_ranks_that_want_nearly_all_keys_send_all():
+    """They then need not be picked out; in parts, or between more ranks, they still are."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(2, 16, 16, generator=generator) < 0.05
+    for density, wanted in ((0.0, False), (0.5, True)):
+        mask = BlockMask(
+            blocks | (torch.rand(2, 16, 16, generator=generator) < density), 256, 256, 16, 16
+        )
+        layout = Layout.even(256, 256, 16, 16, ranks=2)
+        plan = ContextPlan(mask, layout=layout)
+        (((moves, _)),) = plan.of_rank(0, CPU, 2).steps()
+        assert moves.step.is_whole == wanted
+        report = plan.report(heads=2, head_dim=64)
+        assert (report.bytes_moved == report.ring_bytes) == wanted
+        if wanted:
+            assert moves.step.send == [0, 128] and moves.step.receive == [0, 128]
+        parts = ContextPlan(mask, layout=layout, chunks=2).of_rank(0, CPU, 2).steps()
+        assert not any(moves.step.is_whole for moves, _ in parts)
+
+
 def test_nothing_is_exchanged_where_nothing_is_wanted():
     mask = BlockMask(torch.eye(8, dtype=torch.bool), 128, 128, 16, 16)
     assert ContextPlan(mask, 4).of_rank(0, CPU, 1).steps() == []

@@ -5,7 +5,7 @@ Called by users and by :mod:`.plan`. A layout outlives masks: a model divides it
 each layer's mask is then planned for the same layout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from math import lcm
@@ -74,6 +74,16 @@ class Positions:
             x.narrow(2, self._start, self._count).copy_(part)
         else:
             x.index_copy_(2, self._positions, part)
+
+    def fill(self, x: Tensor, write: Callable[[Tensor], Any]) -> Any:
+        """As :meth:`put`, of a part that a function writes into what it is given; what the function
+        returns."""
+        if self._together:
+            return write(x.narrow(2, self._start, self._count))
+        part = x.new_empty((*x.shape[:2], self._count, *x.shape[3:]))
+        result = write(part)
+        self.put(x, part)
+        return result
 
 
 @dataclass(frozen=True)
