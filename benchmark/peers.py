@@ -135,8 +135,9 @@ def flex(problem: Problem) -> Attention:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     case = problem.case
-    # Each shape is compiled anew; too many of them, and torch would quietly stop to compile.
-    torch.compiler.reset()
+    shape = case.batch, case.heads, case.q_len, case.kv_len, case.head_dim, case.dtype
+    heads_of_mask = None if problem.blocks is None else problem.blocks.shape[1]
+    _compile_for((problem.rule or case.mask == "ssta", *shape, heads_of_mask))
     compiled = torch.compile(flex_attention, dynamic=False)
     if problem.is_dense:
         return Attention(lambda q, k, v, _: compiled(q, k, v))
@@ -166,6 +167,20 @@ def flex(problem: Problem) -> Attention:
         )
 
     return Attention(run, lists)
+
+
+# Shapes that something is compiled for. Cases of one shape share what is compiled; but of too many
+# shapes, each with and without gradients, torch would quietly stop to compile.
+_compiled_for: set[tuple[Any, ...]] = set()
+_MOST_SHAPES = 3
+
+
+def _compile_for(shape: tuple[Any, ...]) -> None:
+    """Forgets others where there would be too many."""
+    if shape not in _compiled_for and len(_compiled_for) == _MOST_SHAPES:
+        torch.compiler.reset()
+        _compiled_for.clear()
+    _compiled_for.add(shape)
 
 
 # --- other libraries -----------------------------------------------------------------------------
