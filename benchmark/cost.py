@@ -18,9 +18,10 @@ READY = 0.6
 COMPILES = {"Flex": 20.0}
 # Calls besides those in turns: the first, one for the results, one for memory, one to warm up.
 OTHER_CALLS = 4
-# Who has what: whole attention, causal or not, or lists of blocks; any pass, or only forward.
+# Who has what: whole attention, causal or not; lists of blocks, and of how many tokens; only a
+# forward pass.
 DENSE = {"FA3", "FA4", "cuDNN", "FA2", "Flex"}
-SPARSE = {"FA4", "Flex", "VSA"}
+SPARSE = {"FA4": 128, "Flex": 128, "VSA": 64}
 FORWARD_ONLY = {"FA3"}
 
 
@@ -48,7 +49,10 @@ def has(name: str, case: Case, backward: bool, device: str) -> bool:
         return True
     if backward and name in FORWARD_ONLY:
         return False
-    return name in (DENSE if case.mask in ("dense", "causal", "local") else SPARSE)
+    if case.mask in ("dense", "causal", "local"):
+        return name in DENSE
+    block = SPARSE.get(name)
+    return block is not None and case.q_block % block == 0 and case.kv_block % block == 0
 
 
 def seconds(

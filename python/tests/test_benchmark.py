@@ -324,6 +324,8 @@ def test_what_a_pass_takes_grows_with_its_work():
     # Nobody waits for who is not there: FA3 has no backward pass, and no blocks.
     blocks = SUITES["random-h24"].cases[0]
     assert of(long, ["FA3"], True) == of(long, [], True) and of(blocks, ["FA3"]) == of(blocks)
+    small = next(case for case in SUITES["bars"].cases if case.name == "64 0.2 h24 s30720")
+    assert of(small, ["FA4", "Flex"]) == of(small) < of(small, ["VSA"])
 
 
 @pytest.mark.parametrize("name", PRESENT)
