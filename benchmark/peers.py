@@ -38,17 +38,16 @@ def ours(problem: Problem) -> Attention:
     if problem.rule:
         if not hasattr(package, "create_block_mask"):
             raise Absent("has no create_block_mask")
-        return Attention(
-            run,
-            lambda _, backward: package.create_block_mask(
-                problem.mask_mod,
-                None,
-                None,
-                *lengths,
-                device=problem.device,
-                BLOCK_SIZE=blocks,
-            ),
-        )
+
+        def make(_: Any, backward: bool) -> BlockMask:
+            # Masks made last are kept, but what is asked is how long one takes to make.
+            package.forget_masks()
+            rule, device = problem.mask_mod, problem.device
+            return package.create_block_mask(
+                rule, None, None, *lengths, device=device, BLOCK_SIZE=blocks
+            )
+
+        return Attention(run, make)
     return Attention(run, lambda chosen, backward: BlockMask(chosen, *lengths, *blocks))
 
 

@@ -471,6 +471,14 @@ def test_mask_expressions_are_measured_once_the_package_has_them(tmp_path, monke
     assert float(found[0]["mask_ms"]) > 0
 
 
+def test_masks_are_made_anew_each_time():
+    """The package would find it among those that it keeps."""
+    problem = Problem.of(SMOKE["causal s200"], CPU)
+    make = peers.ours(problem).make_mask
+    one, other = make(None, False), make(None, False)
+    assert one.plan.data_ptr() != other.plan.data_ptr()
+
+
 # --- peers that need a GPU, over lists that are read here ----------------------------------------
 
 
