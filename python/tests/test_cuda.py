@@ -6,10 +6,7 @@ All of it needs a Hopper GPU; without one the tests are skipped and say why.
 import csv
 import math
 import random
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import mask_functions
 import pytest
@@ -741,24 +738,6 @@ def test_masks_of_functions_go_between_devices_once():
     assert on_host.to("cuda") is on_device and on_device.to("cpu") is on_host
     assert torch.equal(on_device.to_dense().cpu(), on_host.to_dense())
     assert torch.equal(on_device[0, 0, 1].to_dense().cpu(), on_host.to_dense()[:, :, 128:256])
-
-
-# --- several GPUs --------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-@pytest.mark.parametrize("chunks", [[], ["--chunks", "2"]], ids=["all keys", "in parts"])
-def test_divisions_are_compared_with_one_gpu(chunks):
-    """On all GPUs; the program fails where outputs or gradients differ. A kept plan never has the
-    host wait."""
-    command = [sys.executable, "-m", "benchmark.distributed", "--small", "--rounds", "1", *chunks]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--turn", "1"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
-    waits = {(line[0], line[1]): line[-1] for line in cells[4:] if line}
-    assert {case for case, _ in waits} >= {"SSTA, near tiles", "dense", "dense, 1 head", "STA"}
-    assert {number for (_, by), number in waits.items() if by != "tokens, new mask"} == {"0"}
 
 
 # --- the benchmark -------------------------------------------------------------------------------

@@ -3,14 +3,16 @@ queries. Out: those over all keys.
 
 Called by :mod:`.context` and :mod:`.shared`. As in FlashAttention and flash-decoding: an output
 over some keys counts with the share that they have in the sum of exponentials, which is what lses
-are logarithms of. Tensors are as large as q, and nothing runs meanwhile: each is read and written
-as few times as torch allows.
+are logarithms of. Tensors are as large as q, and nothing runs meanwhile: a kernel reads and writes
+each once; what it does not take is read and written as few times as torch allows.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from .. import launch
 
 # Some rows of a tensor, or all.
 Select = Callable[[Tensor], Tensor]
@@ -50,6 +52,9 @@ class Merged:
             part, lse = self._parts[0]
             out.copy_(part)
             return lse
+        combined = launch.combine(self._parts, out)
+        if combined is not None:
+            return combined
         lse = torch.stack([lse for _, lse in self._parts]).logsumexp(dim=0)
         # Rows without any key: exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
         base = lse.masked_fill(lse == -torch.inf, 0.0)
