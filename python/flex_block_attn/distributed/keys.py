@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..masks import BlockMask
-from .exchange import Exchange
+from .exchange import Exchange, wide
 from .plan import RankPlan
 from .steps import Moves
 
@@ -69,7 +69,7 @@ class _Some:
     def __init__(self, k: Tensor, v: Tensor, moves: Moves, groups: int, group: Any):
         self._moves, self._groups, self._dtype = moves, groups, k.dtype
         # (groups, tokens, batch, heads of a group, head_dim)
-        parts = [_wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
+        parts = [wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
         rows = parts[0].new_empty((sum(moves.step.send), 2, *parts[0].shape[2:]))
         for i, part in enumerate(parts):
             torch.ops.aten.index.Tensor_out(part, [moves.groups, moves.tokens], out=rows[:, i])
@@ -102,18 +102,9 @@ class _Whole:
 Returning = _Whole | tuple[Moves, Exchange, torch.dtype]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """The same bytes as numbers of 16, where they lie so: torch's copies through indices and
-    between layouts take as long for a small number as for a large one."""
-    count = 16 // x.element_size()
-    steps = *x.stride()[:-1], x.shape[-1], x.storage_offset()
-    fits = x.stride(-1) == 1 and not any(step % count for step in steps)
-    return x.view(torch.complex128) if fits else x
-
-
 def _rows_of(k: Tensor, v: Tensor, groups: int) -> Tensor:
     """Rows as they travel, (groups * tokens, 2, batch, heads of a group, head_dim)."""
-    parts = [_wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
+    parts = [wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
     return torch.stack(parts, dim=2).flatten(0, 1)
 
 

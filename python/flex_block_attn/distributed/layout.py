@@ -18,7 +18,7 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import assign
 from .cut import whole_blocks
-from .exchange import gathered, place_in
+from .exchange import gathered, place_in, wide
 
 # A row that keeps so many times the blocks of the middle one is shared: it would want keys that
 # nothing else on its rank wants, and take as long as all else there.
@@ -114,7 +114,11 @@ class Rows:
 
     def join(self, own: Tensor, shared: Tensor, dim: int = 2) -> Tensor:
         """The joint tensor of values of the rank's own rows and of all shared ones."""
-        return torch.cat((own, shared) if self.shared_last else (shared, own), dim=dim)
+        parts = (own, shared) if self.shared_last else (shared, own)
+        large = [wide(x) for x in parts]
+        if {x.dtype for x in large} != {torch.complex128}:
+            return torch.cat(parts, dim=dim)
+        return torch.cat(large, dim=dim).view(own.dtype)
 
     def part(self, joint: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:
         """The reverse of :meth:`join`."""
