@@ -174,7 +174,7 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
         own = job.seconds(args)
         # What is told errs by the machine, as it did before.
         scale = elapsed / told if told else 1.0
-        left -= own
+        left = max(0.0, left - own)
         if args.budget and finished and elapsed + scale * own > args.budget:
             # A smaller one may still fit.
             continue

@@ -87,10 +87,10 @@ fn numbers([batch, heads, len, _]: [usize; 4], strides: [isize; 4]) -> Result<[u
         (..=1, _) => Some(0),
         (_, stride) => stride.ok(),
     };
-    if len <= 1 || strides[2] == 1 {
-        if let (Some(head), Some(batch)) = (stride(heads, strides[1]), stride(batch, strides[0])) {
-            return Ok([head, batch]);
-        }
+    if (len <= 1 || strides[2] == 1)
+        && let (Some(head), Some(batch)) = (stride(heads, strides[1]), stride(batch, strides[0]))
+    {
+        return Ok([head, batch]);
     }
     Err(refused(
         "lse",

@@ -273,7 +273,7 @@ impl Combine {
 
         let mut whole = vec![0.0; rows * head_dim];
         let mut lses = vec![f64::NEG_INFINITY; rows];
-        for i in 0..rows {
+        for (i, total_lse) in lses.iter_mut().enumerate() {
             let weights: Vec<f64> = (0..values.len())
                 .map(|part| f64::from(lse(part, i)).exp())
                 .collect();
@@ -281,7 +281,7 @@ impl Combine {
             if sum == 0.0 {
                 continue;
             }
-            lses[i] = sum.ln();
+            *total_lse = sum.ln();
             for (out, weight) in values.iter().zip(weights) {
                 let row = i * head_dim..(i + 1) * head_dim;
                 for (total, x) in whole[row.clone()].iter_mut().zip(&out[row]) {
