@@ -4,12 +4,15 @@ In: options (``--help``). Out: rows of ``results/<device>/results.csv`` as they 
 each case. Called by ``make bench``. :mod:`benchmark.report` makes pages and plots of the files.
 
 A restart goes on where the last run of the same commit ended. Statuses: 0, 1 if ours was wrong or
-failed somewhere, 2 for options that make no sense.
+failed somewhere, 2 for options that make no sense. Where an implementation leaves the GPU unusable
+for the process, another process goes on.
 """
 
 import argparse
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from .cost import seconds
 from .machine import Machine, describe
 from .measure import PASSES, Broken, Measured, measure
 from .peers import PEERS
@@ -30,6 +34,14 @@ except ImportError:
     tqdm = None
 
 
+# (rounds, milliseconds of a turn), if not given: the best figures, or the most within a budget.
+TURNS, TURNS_OF_BUDGET = (5, 100.0), (3, 50.0)
+# Whose time goes into compiling for each shape of tensors.
+COMPILED = ("Flex",)
+# What `main` returns where another process is to go on.
+AGAIN = 3
+
+
 class Job(NamedTuple):
     """A pass of a case, and the peers whose figures are wanted."""
 
@@ -37,6 +49,11 @@ class Job(NamedTuple):
     case: Case
     passed: str
     peers: list[str]
+
+    def seconds(self, args: argparse.Namespace) -> float:
+        """About how long it takes."""
+        backward = self.passed == "backward"
+        return seconds(self.case, self.peers, backward, args.device, args.rounds, args.turn)
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,16 +66,29 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default=_default_device(), help="where to compute")
     add("--suite", nargs="+", choices=list(SUITES), help="all that are for the device, if none")
     add("--case", nargs="+", help="names or patterns, as 'random 0.2*'; all, if none")
-    add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="beside ours")
+    add(
+        "--peers",
+        nargs="*",
+        choices=list(PEERS),
+        help="beside ours; all, if not given, but with a budget on a GPU without "
+        f"{', '.join(COMPILED)}, which compiles for each shape",
+    )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of each case")
-    add("--rounds", type=int, default=5, help="how often implementations take turns")
-    add("--turn", type=float, default=100.0, help="milliseconds of a turn")
+    often, long = (f"{a:g}, with a budget {b:g}" for a, b in zip(TURNS, TURNS_OF_BUDGET))
+    add("--rounds", type=int, help=f"how often implementations take turns; {often}")
+    add("--turn", type=float, help=f"milliseconds of a turn; {long}")
     add("--budget", type=float, metavar="SECONDS", help="no case begins that would end after it")
     add("--results", type=Path, default=DEFAULT_FOLDER, help="folder of results")
     add("--commit", help="what is measured, where git does not know")
     add("--retry", action="store_true", help="who was absent or failed before, once more")
     add("--list", action="store_true", help="print what would be measured, and end")
     args = parser.parse_args(arguments)
+    rounds, milliseconds = TURNS if args.budget is None else TURNS_OF_BUDGET
+    args.rounds = rounds if args.rounds is None else args.rounds
+    args.turn = milliseconds if args.turn is None else args.turn
+    if args.peers is None:
+        short = args.budget is not None and args.device == "cuda"
+        args.peers = [name for name in PEERS if not (short and name in COMPILED)]
     if args.rounds < 1:
         parser.error(f"--rounds must be positive, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -76,7 +106,7 @@ def _default_device() -> str:
 
 
 def chosen(args: argparse.Namespace) -> list[Job]:
-    """What is asked for, the most important first."""
+    """What is asked for, the most important first; of these one of each suite after the other."""
     suites = args.suite or [
         name
         for name, suite in SUITES.items()
@@ -88,7 +118,13 @@ def chosen(args: argparse.Namespace) -> list[Job]:
         for each in SUITES[name].cases
         if not args.case or any(fnmatchcase(each.name, pattern) for pattern in args.case)
     ]
-    cases.sort(key=lambda pair: pair[1].importance)
+    before: Counter[tuple[str, int]] = Counter()
+    places = {}
+    for name, each in cases:
+        kind = name, each.importance
+        places[name, each.name] = each.importance, before[kind]
+        before[kind] += 1
+    cases.sort(key=lambda pair: places[pair[0], pair[1].name])
     return [Job(*pair, passed, args.peers) for pair in cases for passed in args.passes]
 
 
@@ -116,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if args.list:
         for job in left:
-            print(f"{job.suite}: {job.case.name}, {job.passed}: ours {' '.join(job.peers)}")
+            who = " ".join(["ours", *job.peers])
+            print(f"{job.suite}: {job.case.name}, {job.passed}: {who}, {job.seconds(args):.1f} s")
+        print(f"{len(left)} passes, about {sum(job.seconds(args) for job in left):.0f} s")
         return 0
     print(f"{machine.device} ({machine.driver}), torch {machine.torch}, {machine.commit}")
     return run(left, results, machine, args)
@@ -128,12 +166,18 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
     missing: set[str] = set()
     bar = tqdm(total=len(jobs), unit="pass", disable=None) if tqdm else None
     say = bar.write if bar is not None else print
-    for finished, job in enumerate(jobs):
+    # Seconds as they were told, of what is finished, and of all that is left.
+    told, left = 0.0, sum(job.seconds(args) for job in jobs)
+    finished = 0
+    for job in jobs:
         elapsed = time.monotonic() - start
-        # A pass takes as long as those before it did.
-        if args.budget and elapsed * (finished + 1) / max(finished, 1) > args.budget:
-            say(f"the budget ends here: {finished} of {len(jobs)} measured")
-            break
+        own = job.seconds(args)
+        # What is told errs by the machine, as it did before.
+        scale = elapsed / told if told else 1.0
+        left = max(0.0, left - own)
+        if args.budget and finished and elapsed + scale * own > args.budget:
+            # A smaller one may still fit.
+            continue
         name = f"{job.suite}: {job.case.name}, {job.passed}"
         try:
             problem = Problem.of(job.case, torch.device(args.device))
@@ -142,17 +186,23 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
             unit = Unit(job.suite, job.case.name, job.passed, broken.name)
             results.add_absent(unit, broken.reason, machine)
             say(f"{name}: {broken}. Start again: it goes on behind.")
-            return 1
+            return AGAIN
         keep(job, problem, measured, results, machine)
+        finished, told = finished + 1, told + own
         # For those who see no bar.
-        left = (time.monotonic() - start) / (finished + 1) * (len(jobs) - finished - 1)
-        say(f"{name}: {in_words(measured)} [{finished + 1}/{len(jobs)}, {left:.0f} s left]")
+        elapsed = time.monotonic() - start
+        ahead = elapsed / told * left
+        if args.budget:
+            ahead = min(ahead, max(0.0, args.budget - elapsed))
+        say(f"{name}: {in_words(measured)} [{finished}/{len(jobs)}, {ahead:.0f} s left]")
         status |= "ours" in measured.failed
         missing |= {f"{each} {reason}" for each, reason in measured.absent.items()}
         if bar is not None:
             bar.update()
     if bar is not None:
         bar.close()
+    if finished < len(jobs):
+        print(f"the budget ends here: {finished} of {len(jobs)} measured")
     for each in sorted(missing):
         print(f"absent: {each}")
     return status
@@ -185,8 +235,21 @@ def in_words(measured: Measured) -> str:
     return ", ".join(parts + [f"{name} {reason}" for name, reason in measured.failed.items()])
 
 
+def goes_on(arguments: Sequence[str], elapsed: float) -> list[str]:
+    """Arguments of the process that goes on: the budget is what is left of it."""
+    budget = options(arguments).budget
+    rest = [] if budget is None else ["--budget", f"{max(1.0, budget - elapsed):.0f}"]
+    return [*arguments, *rest]
+
+
 if __name__ == "__main__":
+    began = time.monotonic()
     try:
-        sys.exit(main())
+        ended = main()
     except KeyboardInterrupt:
         sys.exit("benchmark: stopped; what is finished is kept")
+    if ended == AGAIN:
+        more = goes_on(sys.argv[1:], time.monotonic() - began)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "benchmark", *more])
+    sys.exit(ended)

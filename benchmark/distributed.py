@@ -2,30 +2,53 @@
 
 In: nothing (options below). Out: tables. Two ways to run it:
 
-    python -m benchmark.distributed --simulate                     # plans alone; needs no GPU
-    torchrun --nproc-per-node 2 -m benchmark.distributed           # times, beside one GPU
+    python -m benchmark.distributed --simulate      # plans alone; needs no GPU
+    python -m benchmark.distributed                 # times on all GPUs, beside one of them
 
-Simulated bytes are those of a forward pass in bfloat16, and count what comes to a rank; a grid of
-``8 x 8`` has plans of 8 ranks for the heads of each of 8. Times are medians of calls that all ranks
-begin together, of the slowest rank; one GPU computes the same attention, and outputs and gradients
-are compared with its. Without GPUs (gloo) only the comparison means anything: say ``--small``.
+The second starts a process for each GPU (or is started by torchrun), and takes two minutes. Every
+division is first compared with one GPU, outputs and gradients; if they differ it ends with status
+1. Without GPUs (gloo) only that comparison means anything: say ``--small``.
+
+Times are of calls that follow each other, as layers of a model do: milliseconds of a turn over its
+calls, of the slowest rank; one GPU and the divisions take turns, and medians of these are shown.
+All GPUs compute the whole attention while one is timed, so that clocks are the same. Bytes are
+those that come to a rank in a forward pass, the mean of the ranks; in the simulation a grid of
+``8 x 8`` has plans of 8 ranks for the heads of each of 8. Host waits are those that torch knows of
+in a forward and a backward pass.
 """
 
 import argparse
 import os
 import statistics
+import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flex_block_attn import BlockMask, flex_block_attn
-from flex_block_attn.distributed import ContextPlan, Layout, context_attention, ulysses_attention
+from flex_block_attn.distributed import (
+    ContextPlan,
+    DynamicPlan,
+    Layout,
+    context_attention,
+    ulysses_attention,
+)
 from flex_block_attn.distributed.balance import balance
 from flex_block_attn.distributed.ulysses import chunk_lengths, head_parts
+
+from .measure import TOLERANCE
+from .problem import relative
+from .report.tables import number, table
 
 Tiles = tuple[int, int, int]
 
@@ -63,7 +86,7 @@ def cases(small: bool) -> dict[str, Case]:
     """720p of 121 frames (31 x 45 x 80 tokens in tiles of 6 x 8 x 8) with 6 blocks of text, and
     dense attention; or the same in small."""
     if small:
-        tiles, size, heads, dim, dense = (2, 3, 4), 16, 4, 32, 960
+        tiles, size, heads, dim, dense = (2, 3, 4), 16, 4, 64, 960
     else:
         tiles, size, heads, dim, dense = (6, 6, 10), 384, 24, 128, 61440
     chosen = max(1, tiles[0] * tiles[1] * tiles[2] * 32 // 360)
@@ -72,11 +95,11 @@ def cases(small: bool) -> dict[str, Case]:
     full = BlockMask.full(dense, dense, block, block)
     return {
         "SSTA, near tiles": Case(ssta(tiles, size, heads, chosen, 6, near=True), heads, dim),
+        "dense": Case(full, heads, dim),
+        "SSTA, 1 head": Case(ssta(tiles, size, 1, chosen, 6, near=True), 1, dim),
+        "dense, 1 head": Case(full, 1, dim),
         "SSTA, any tiles": Case(ssta(tiles, size, heads, chosen, 6, near=False), heads, dim),
         "STA": Case(window, heads, dim),
-        "SSTA, 1 head": Case(ssta(tiles, size, 1, chosen, 6, near=True), 1, dim),
-        "dense": Case(full, heads, dim),
-        "dense, 1 head": Case(full, 1, dim),
     }
 
 
@@ -87,7 +110,7 @@ def simulate(of: dict[str, Case], sizes: Sequence[int]) -> None:
     """Prints a line for each case and division."""
     print(
         f"{'case':18} {'ranks':>5} {'tokens x heads':>14} {'balance':>7} {'MB in':>8} "
-        f"{'MB in, most':>11} {'MB in a ring':>12} {'share':>6}"
+        f"{'MB in, most':>11} {'MB in a ring':>12} {'share':>7}"
     )
     for name, case in of.items():
         for ranks in sizes:
@@ -104,9 +127,9 @@ def print_division(name: str, case: Case, contexts: int, parts: int) -> None:
     for heads in head_parts(case.heads, parts):
         of_heads = plan.of_heads(heads)
         report = of_heads.report(heads=len(heads), head_dim=case.head_dim)
-        for number, rank in enumerate(report.ranks):
+        for place, rank in enumerate(report.ranks):
             # q, k, v and the output change ranks by heads: all but a rank's own part of each.
-            tokens = layout.count(number) * case.head_dim * 2
+            tokens = layout.count(place) * case.head_dim * 2
             by_heads = 4 * tokens * len(heads) * (parts - 1) // parts
             loads.append(rank.blocks * len(heads))
             received.append(rank.bytes_in + by_heads)
@@ -115,83 +138,99 @@ def print_division(name: str, case: Case, contexts: int, parts: int) -> None:
     print(
         f"{name:18} {contexts * parts:5} {f'{contexts} x {parts}':>14} "
         f"{balance(torch.tensor(loads)):7.3f} {mean / 1e6:8.1f} {max(received) / 1e6:11.1f} "
-        f"{statistics.mean(ring) / 1e6:12.1f} {100 * mean / statistics.mean(ring):5.1f}%",
+        f"{statistics.mean(ring) / 1e6:12.1f} {100 * mean / statistics.mean(ring):6.1f}%",
         flush=True,
     )
 
 
 # --- times ---------------------------------------------------------------------------------------
 
+HEAD = ("case", "divided by", "forward, ms", "gain", "with backward, ms", "gain", "error")
+HEAD = (*HEAD, "MB in", "in a ring", "host waits")
+Attention = Callable[..., Tensor]
 
-def measure(of: dict[str, Case], repeats: int) -> None:
-    """Prints a line for each case and division, on rank 0."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+
+@dataclass
+class Division:
+    """A way to divide an attention."""
+
+    name: str
+    # Of this rank's q, k and v.
+    attention: Attention
+    # This rank's tokens of the sequence.
+    tokens: Tensor
+    # Megabytes that come to a rank, and would in a ring.
+    received: float
+    in_a_ring: float
+
+
+def divisions(case: Case, mask: BlockMask, chunks: int | None, itemsize: int) -> list[Division]:
+    """By tokens, with a plan that is kept; of masks of many heads, as SSTA makes them, also with
+    one made in each call; and by heads, if there are enough. ``mask`` is the case's, on this rank's
+    device."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    say(f"{ranks} ranks on {torch.cuda.get_device_name() if on_gpu else 'CPUs'}")
-    say(
-        f"{'case':18} {'divided by':>10} {'forward ms':>20} {'gain':>5} {'with backward ms':>20} "
-        f"{'gain':>5} {'error':>8} {'MB in':>7} {'in a ring':>9}"
-    )
-    for name, case in of.items():
-        mask = case.mask.to(device)
-        torch.manual_seed(0)
-        shape = 1, case.heads, mask.q_len, case.head_dim
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        q, k, v, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
-        one = [x.requires_grad_() for x in (q, k, v)]
-        alone = timed(lambda *x: flex_block_attn(*x, mask), one, dout, repeats, device)
-        expected = results(lambda *x: flex_block_attn(*x, mask), one, dout)
+    device = mask.device
+    plan = ContextPlan(case.mask, ranks, chunks=chunks)
+    report = plan.report(heads=case.heads, head_dim=case.head_dim, itemsize=itemsize)
+    moved, ring = (x / ranks / 1e6 for x in (report.bytes_moved, report.ring_bytes))
+    tokens = plan.layout.q_tokens(rank).to(device)
+    found = [Division("tokens", lambda *x: context_attention(*x, plan), tokens, moved, ring)]
+    if mask.shape[1] > 1:
 
-        plan = ContextPlan(case.mask, ranks)
-        report = plan.report(
-            heads=case.heads, head_dim=case.head_dim, itemsize=q.element_size()
-        ).ranks[rank]
-        by_tokens = plan.layout.q_tokens(rank).to(device)
+        def planned(*x: Tensor) -> Tensor:
+            return context_attention(*x, DynamicPlan(mask.blocks, plan.layout, chunks=chunks))
+
+        found.append(Division("tokens, new mask", planned, tokens, moved, ring))
+    if case.heads >= ranks:
         lengths = chunk_lengths(mask.q_len, ranks)
         start = sum(lengths[:rank])
-        by_heads = torch.arange(start, start + lengths[rank], device=device)
-        divisions: list[tuple[str, Tensor, Callable[..., Tensor], tuple[int, int]]] = [
-            (
-                "tokens",
-                by_tokens,
-                lambda *x, plan=plan: context_attention(*x, plan),
-                (report.bytes_in, report.ring_bytes),
-            )
-        ]
-        if case.heads >= ranks:
-            moved = 4 * q.numel() * q.element_size() * (ranks - 1) // ranks**2
-            divisions.append(
-                (
-                    "heads",
-                    by_heads,
-                    lambda *x, mask=mask: ulysses_attention(*x, mask),
-                    (moved, report.ring_bytes),
-                )
-            )
-        for kind, tokens, attention, (moved, ring) in divisions:
-            local = [x.detach().index_select(2, tokens).requires_grad_() for x in one]
-            local_dout = dout.index_select(2, tokens)
-            got = results(attention, local, local_dout)
-            wanted = [x.index_select(2, tokens) for x in expected]
-            error = max(
-                ((a.float() - b.float()).norm() / b.float().norm()).item()
-                for a, b in zip(got, wanted, strict=True)
-            )
-            error = slowest(error, device)
-            both = timed(attention, local, local_dout, repeats, device)
-            figures = [
-                f"{before:9.2f} -> {after:7.2f} {before / after:5.2f}"
-                for before, after in zip(alone, both, strict=True)
-            ]
-            say(
-                f"{name:18} {kind:>10} {figures[0]:>26} {figures[1]:>26} {error:8.1e} "
-                f"{moved / 1e6:7.1f} {ring / 1e6:9.1f}"
-            )
-    dist.destroy_process_group()
+        tokens = torch.arange(start, start + lengths[rank], device=device)
+        numbers = 4 * case.heads * mask.q_len * case.head_dim
+        moved = numbers * itemsize * (ranks - 1) / ranks**2 / 1e6
+        found.append(Division("heads", lambda *x: ulysses_attention(*x, mask), tokens, moved, ring))
+    return found
+
+
+def measure(name: str, case: Case, args: argparse.Namespace, device: torch.device) -> bool:
+    """Prints a line for each division of a case, on rank 0; whether all were right."""
+    mask = case.mask.to(device)
+    torch.manual_seed(0)
+    shape = 1, case.heads, mask.q_len, case.head_dim
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+    one = [x.requires_grad_() for x in (q, k, v)]
+
+    def alone(*x: Tensor) -> Tensor:
+        return flex_block_attn(*x, mask)
+
+    expected = results(alone, one, dout)
+    problems: list[tuple[Attention, list[Tensor], Tensor]] = [(alone, one, dout)]
+    ways = divisions(case, mask, args.chunks, q.element_size())
+    errors, waits = [], []
+    for way in ways:
+        local = [x.detach().index_select(2, way.tokens).requires_grad_() for x in one]
+        problem = way.attention, local, dout.index_select(2, way.tokens)
+        wanted = (x.index_select(2, way.tokens) for x in expected)
+        got = results(*problem)
+        errors.append(slowest(*(relative(*pair) for pair in zip(got, wanted, strict=True))))
+        waits.append(host_waits(lambda p=problem: results(*p)))
+        problems.append(problem)
+    del expected
+
+    # (forward, with backward) of one GPU and of each division, of all rounds.
+    turns: list[list[tuple[float, float]]] = [[] for _ in problems]
+    for _ in range(args.rounds):
+        for taken, problem in zip(turns, problems, strict=True):
+            taken.append((turn(forward, problem, args.turn), turn(results, problem, args.turn)))
+    before, *after = ([statistics.median(x) for x in zip(*taken, strict=True)] for taken in turns)
+    for way, ms, error, waited in zip(ways, after, errors, waits, strict=True):
+        cells = [name, way.name]
+        for a, b in zip(before, ms, strict=True):
+            cells += [f"{a:.2f} -> {b:.2f}", f"{a / b:.2f}"]
+        share = 100 * way.received / way.in_a_ring
+        cells += [f"{error:.1e}", f"{number(way.received)} ({share:.0f}%)", number(way.in_a_ring)]
+        say(table(HEAD, [[*cells, str(waited)]])[-1])
+    return all(error < TOLERANCE[dtype] for error in errors)
 
 
 def say(text: str) -> None:
@@ -199,73 +238,141 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def slowest(value: float, device: torch.device) -> float:
-    """The largest of all ranks' values."""
-    most = torch.tensor(value, device=device, dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
+def slowest(*values: float) -> float:
+    """The largest of all ranks' values; what is not a number is the largest."""
+    on_gpu = dist.get_backend() == "nccl"
+    own = torch.tensor(values, device="cuda" if on_gpu else "cpu", dtype=torch.float64)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    return torch.cat(every).max().item()
 
 
-def results(attention: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> list[Tensor]:
+def results(attention: Attention, inputs: list[Tensor], dout: Tensor) -> list[Tensor]:
     """Output and gradients."""
     out = attention(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 
-def timed(
-    attention: Callable[..., Tensor],
-    inputs: list[Tensor],
-    dout: Tensor,
-    repeats: int,
-    device: torch.device,
-) -> tuple[float, float]:
-    """Milliseconds of a forward pass, and of one with its backward pass, of the slowest rank."""
+def forward(attention: Attention, inputs: list[Tensor], dout: Tensor) -> Tensor:
+    """The output alone."""
+    with torch.no_grad():
+        return attention(*inputs)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attention(*inputs)
 
-    def wait() -> None:
-        if device.type == "cuda":
+def host_waits(call: Callable[[], Any]) -> int:
+    """How often torch has the host wait for the GPU in a call; what it caches has been made."""
+    if not torch.cuda.is_available():
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(each.message) for each in caught)
+
+
+def turn(
+    call: Callable[..., Any], problem: tuple[Attention, list[Tensor], Tensor], milliseconds: float
+) -> float:
+    """Milliseconds of a call, over about so many of them, of the slowest rank. Ranks begin
+    together, and on GPUs calls are issued ahead."""
+
+    def lasting(calls: int) -> float:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-    figures = []
-    for call in (forward, lambda: results(attention, inputs, dout)):
-        taken = []
-        for number in range(repeats + 2):
-            wait()
-            dist.barrier()
+        dist.barrier()
+        if not torch.cuda.is_available():
             start = time.perf_counter()
-            call()
-            wait()
-            # The first two calls warm up.
-            if number >= 2:
-                taken.append(slowest(1e3 * (time.perf_counter() - start), device))
-        figures.append(statistics.median(taken))
-    return figures[0], figures[1]
+            for _ in range(calls):
+                call(*problem)
+            return slowest(1e3 * (time.perf_counter() - start)) / calls
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call(*problem)
+        last.record()
+        last.synchronize()
+        return slowest(first.elapsed_time(last)) / calls
+
+    # The first warms up, and says how many there will be: as many on all ranks.
+    return lasting(max(3, min(100, ceil(milliseconds / lasting(1)))))
+
+
+@contextmanager
+def group(rank: int | None, ranks: int, store: str):
+    """All ranks, and this one's device; those of torchrun if no rank is given."""
+    local = int(os.environ["LOCAL_RANK"]) if rank is None else rank
+    # Attention takes all of a GPU: what is exchanged meanwhile has to go first.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    options: dict[str, Any] = {}
+    if rank is not None:
+        options = {"init_method": f"file://{store}", "rank": rank, "world_size": ranks}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    else:
+        # Processes share the host's cores.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def run(rank: int | None, ranks: int, store: str, args: argparse.Namespace) -> None:
+    """All of a rank; ends the process with status 1 if a division was wrong."""
+    with group(rank, ranks, store) as device:
+        on_gpu = device.type == "cuda"
+        what = torch.cuda.get_device_name() if on_gpu else "CPU"
+        say(f"{dist.get_world_size()} x {what}, torch {torch.__version__}\n")
+        say("\n".join(table(HEAD, [])))
+        right = [measure(name, case, args, device) for name, case in chosen(args).items()]
+    if not all(right):
+        sys.exit("a division differs from one GPU")
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Case]:
+    of = cases(args.small)
+    unknown = set(args.case or ()) - set(of)
+    if unknown:
+        raise ValueError(f"no such case: {', '.join(unknown)}; there are: {', '.join(of)}")
+    return {name: case for name, case in of.items() if not args.case or name in args.case}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmark.distributed", description=__doc__.split("\n")[0]
+        prog="python -m benchmark.distributed",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--simulate", action="store_true", help="plans alone, without processes")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64], help="to simulate")
-    parser.add_argument("--case", action="append", help="its name; all if not given")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each kind")
-    parser.add_argument("--small", action="store_true", help="small cases, to check on CPUs")
+    add = parser.add_argument
+    add("--simulate", action="store_true", help="plans alone, without processes")
+    add("--ranks", type=int, nargs="+", default=[2, 8, 64], help="to simulate")
+    add("--processes", type=int, help="to measure with: all GPUs, or 2 without any")
+    add("--case", action="append", help="its name; all if not given")
+    add("--chunks", type=int, help="parts that keys come in, if not as many as a plan chooses")
+    add("--rounds", type=int, default=5, help="turns of each")
+    add("--turn", type=float, default=150.0, help="milliseconds of a turn")
+    add("--small", action="store_true", help="small cases, to compare and not to time")
     args = parser.parse_args()
-    of = cases(args.small)
-    unknown = set(args.case or ()) - set(of)
-    if unknown:
-        parser.error(f"no such case: {', '.join(unknown)}; there are: {', '.join(of)}")
-    of = {name: case for name, case in of.items() if not args.case or name in args.case}
+    try:
+        of = chosen(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.simulate:
         simulate(of, args.ranks)
+    elif "RANK" in os.environ:
+        run(None, int(os.environ["WORLD_SIZE"]), "", args)
     else:
-        if "RANK" not in os.environ:
-            parser.error("times are measured under torchrun; --simulate needs none")
-        measure(of, args.repeats)
+        ranks = args.processes or torch.cuda.device_count() or 2
+        if ranks < 2:
+            parser.error("there is one GPU: nothing to divide")
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            torch.multiprocessing.spawn(run, (ranks, store, args), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ class Machine:
 
     @property
     def folder(self) -> str:
-        """The device's name as that of a folder."""
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        """The device's name as that of a folder: of a GPU without who made it, and its memory."""
+        name = self.device.lower()
+        if name.startswith("nvidia "):
+            name = re.sub(r"\b(nvidia|[0-9]+gb|hbm[0-9]\w*)\b", "", name)
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def describe(device: torch.device, commit: str | None) -> Machine:

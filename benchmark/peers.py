@@ -38,17 +38,16 @@ def ours(problem: Problem) -> Attention:
     if problem.rule:
         if not hasattr(package, "create_block_mask"):
             raise Absent("has no create_block_mask")
-        return Attention(
-            run,
-            lambda _, backward: package.create_block_mask(
-                problem.mask_mod,
-                None,
-                None,
-                *lengths,
-                device=problem.device,
-                BLOCK_SIZE=blocks,
-            ),
-        )
+
+        def make(_: Any, backward: bool) -> BlockMask:
+            # Masks made last are kept, but what is asked is how long one takes to make.
+            package.forget_masks()
+            rule, device = problem.mask_mod, problem.device
+            return package.create_block_mask(
+                rule, None, None, *lengths, device=device, BLOCK_SIZE=blocks
+            )
+
+        return Attention(run, make)
     return Attention(run, lambda chosen, backward: BlockMask(chosen, *lengths, *blocks))
 
 
@@ -135,8 +134,9 @@ def flex(problem: Problem) -> Attention:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     case = problem.case
-    # Each shape is compiled anew; too many of them, and torch would quietly stop to compile.
-    torch.compiler.reset()
+    shape = case.batch, case.heads, case.q_len, case.kv_len, case.head_dim, case.dtype
+    heads_of_mask = None if problem.blocks is None else problem.blocks.shape[1]
+    _compile_for((problem.rule or case.mask == "ssta", *shape, heads_of_mask))
     compiled = torch.compile(flex_attention, dynamic=False)
     if problem.is_dense:
         return Attention(lambda q, k, v, _: compiled(q, k, v))
@@ -166,6 +166,20 @@ def flex(problem: Problem) -> Attention:
         )
 
     return Attention(run, lists)
+
+
+# Shapes that something is compiled for. Cases of one shape share what is compiled; but of too many
+# shapes, each with and without gradients, torch would quietly stop to compile.
+_compiled_for: set[tuple[Any, ...]] = set()
+_MOST_SHAPES = 3
+
+
+def _compile_for(shape: tuple[Any, ...]) -> None:
+    """Forgets others where there would be too many."""
+    if shape not in _compiled_for and len(_compiled_for) == _MOST_SHAPES:
+        torch.compiler.reset()
+        _compiled_for.clear()
+    _compiled_for.add(shape)
 
 
 # --- other libraries -----------------------------------------------------------------------------

@@ -253,6 +253,8 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # What is exchanged while attention has all of a GPU goes first.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = dist.get_world_size()
     parts = args.ranks_per_sample or ranks

@@ -118,7 +118,11 @@ def _tables(device: Device, suite: str) -> list[str]:
 def _device_summary(device: Device, plots: list[Plot], of: Path) -> str:
     folder = os.path.relpath(device.folder, of.parent)
     lines = [f"**{device.name}** ([all figures]({folder}/{NAME})):", "", *summary(device)]
-    for plot in plots:
-        if plot.name == "speed-up.png":
-            lines += ["", f"![{plot.caption}]({folder}/{plot.name})"]
+    shown = [plot for plot in plots if plot.name == "speed-up.png"]
+    others = [plot for plot in plots if plot not in shown]
+    for plot in shown:
+        lines += ["", f"![{plot.caption}]({folder}/{plot.name})"]
+    if others:
+        links = (f"[{plot.name.removesuffix('.png')}]({folder}/{plot.name})" for plot in others)
+        lines += ["", f"More plots: {', '.join(links)}."]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """CUDA tensors to the library's kernels. In: tensors that kernels take as they are. Out: new
 tensors, which torch allocates here and the kernels fill, on the current stream of their device.
 
-Called by :mod:`.direct` and by the operators of :mod:`.ops`: where both ways of a call meet again.
+Called by :mod:`.direct` and by the operators of :mod:`.ops`: where both ways of a call meet again;
+:func:`combine` by ``distributed``.
 """
 
 import torch
@@ -51,6 +52,30 @@ def forward(
     rows = q.new_empty(numbers, dtype=torch.float32)
     _native.forward_cuda(inputs, plan, scale, out, rows, exact)
     return out, rows
+
+
+def combine(parts: list[tuple[Tensor, Tensor]], out: Tensor) -> Tensor | None:
+    """Writes attention over parts of the keys, outputs and lses, put together, and returns its lse;
+    None if the kernel does not take them as they are: its callers have another way."""
+    shape = out.shape
+    if not (
+        out.is_cuda
+        and out.dtype in (torch.bfloat16, torch.float16)
+        and 2 <= len(parts) <= _native.MOST_PARTS
+        and shape[3] in (64, 128)
+        and shape.numel()
+        and all(part.dtype == out.dtype and not _is_odd(part) for part, _ in parts)
+        and all(lse.dtype == torch.float32 and lse.stride(2) == 1 for _, lse in parts)
+        and not _is_odd(out)
+    ):
+        return None
+    lse = out.new_empty(shape[:3], dtype=torch.float32)
+    _native.combine_cuda(parts, out, lse)
+    return lse
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    return tensor.stride(3) != 1 or _native.must_be_copied(tensor)
 
 
 def lse_in(rows: Tensor, q: Tensor) -> Tensor:

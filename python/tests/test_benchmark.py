@@ -14,10 +14,11 @@ from reference import attention, relative_error, token_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 import flex_block_attn as package
-from benchmark import machine, peers
+from benchmark import __main__ as program
+from benchmark import cost, machine, peers
 from benchmark import measure as measuring
 from benchmark import video as video_ways
-from benchmark.__main__ import chosen, main, options
+from benchmark.__main__ import AGAIN, Job, chosen, goes_on, main, options
 from benchmark.attention import Attention, Prepared
 from benchmark.clock import peak_mib
 from benchmark.measure import Broken, measure
@@ -264,12 +265,108 @@ def test_the_budget_ends_a_run(tmp_path, capsys):
     assert "the budget ends here: 1 of" in capsys.readouterr().out
 
 
+def test_what_no_longer_fits_makes_way_for_what_does(tmp_path, monkeypatch, capsys):
+    """Time is told by a clock that each case puts on by what it was told to take."""
+    clock = [0.0]
+    told = {"dense s100": 10.0, "dense s400": 200.0, "random s100": 20.0, "random s400": 70.0}
+
+    def measured(problem, *_):
+        # The machine is half as fast as was thought.
+        clock[0] += 2 * told[problem.case.name]
+        return measuring.Measured(absent={"ours": "is not here"})
+
+    monkeypatch.setattr(program.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(program, "measure", measured)
+    monkeypatch.setattr(Job, "seconds", lambda job, args: told[job.case.name])
+    case = ["--case", *told, "--passes", "forward", "--peers"]
+    assert run(tmp_path, *case, "--budget", "210") == 0
+    assert {r["case"] for r in rows(tmp_path, "absent.csv")} == set(told) - {"dense s400"}
+    assert "the budget ends here: 3 of 4" in capsys.readouterr().out
+
+
 def test_the_most_important_cases_come_first():
     args = options(["--device", "cpu", "--passes", "forward"])
     importance = [job.case.importance for job in chosen(args)]
     assert importance == sorted(importance) and len(set(importance)) > 1
     # Tiny cases are no figures.
     assert {job.suite for job in chosen(args)} == {"cpu"}
+
+
+def test_every_suite_of_a_gpu_has_cases_among_the_first(monkeypatch):
+    """Within nine minutes, by what they are told to take, also lengths enough for a plot."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = options(["--device", "cuda", "--budget", "540"])
+    assert "Flex" not in args.peers and {"FA3", "FA4", "cuDNN", "FA2", "VSA"} <= set(args.peers)
+    assert "Flex" in options(["--device", "cuda", "--budget", "540", "--peers", "Flex"]).peers
+    left, first = args.budget, []
+    for job in chosen(args):
+        left -= job.seconds(args)
+        if left < 0:
+            break
+        first.append(job)
+    assert {(job.suite, job.passed) for job in first} == {
+        (name, passed)
+        for name, suite in SUITES.items()
+        if suite.devices == ("cuda",)
+        for passed in ("forward", "backward")
+    }
+    for name in ("full-h1", "full-h24", "window-h24", "random-h1"):
+        assert len({job.case.q_len for job in first if job.suite == name}) >= 3
+    # Those of equal importance take turns.
+    assert len({job.suite for job in first[:8]}) == 4
+
+
+def test_what_a_pass_takes_grows_with_its_work():
+    def of(case, peers=(), backward=False, rounds=3, turn=50):
+        return cost.seconds(case, peers, backward, "cuda", rounds, turn)
+
+    short, long = (case for case in SUITES["full-h24"].cases if case.q_len in (LENGTHS[0], 84480))
+    assert of(short) < of(long) < of(long, backward=True) < of(long, ["FA4"], True)
+    assert of(long, rounds=3) < of(long, rounds=5) and of(short, turn=50) < of(short, turn=500)
+    # Nobody waits for who is not there: FA3 has no backward pass, and no blocks.
+    blocks = SUITES["random-h24"].cases[0]
+    assert of(long, ["FA3"], True) == of(long, [], True) and of(blocks, ["FA3"]) == of(blocks)
+    small = next(case for case in SUITES["bars"].cases if case.name == "64 0.2 h24 s30720")
+    assert of(small, ["FA4", "Flex"]) == of(small) < of(small, ["VSA"])
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_densities_are_about_what_they_are_told_to_be(name):
+    case = SMOKE[name]
+    told = cost.operations(case, True) / Problem.of(case, CPU).operations(True)
+    assert 0.5 < told < 2
+
+
+def test_another_process_goes_on_with_what_is_left_of_the_budget():
+    assert goes_on(["--device", "cpu"], 100.0) == ["--device", "cpu"]
+    more = goes_on(["--device", "cpu", "--budget", "540"], 100.4)
+    assert options(more).budget == 440
+    assert options(goes_on(more, 10_000)).budget == 1
+
+
+def test_what_is_compiled_serves_cases_of_one_shape(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(peers, "_compiled_for", set())
+    for shape in (1, 2, 1, 3, 2, 1):
+        peers._compile_for((shape,))
+    assert not resets
+    # torch compiles a function for 8 shapes, with and without gradients, and no more.
+    for shape in range(4, 14):
+        peers._compile_for((shape,))
+        assert 2 * len(peers._compiled_for) <= 8
+    assert resets and (13,) in peers._compiled_for
+
+
+def test_folders_are_named_by_devices():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "AMD EPYC, 2 cores": "amd-epyc-2-cores",
+    }
+    for name, folder in names.items():
+        assert machine.Machine(name, "", "", "").folder == folder
 
 
 @pytest.mark.parametrize(
@@ -338,7 +435,7 @@ def test_a_failure_that_ends_the_process_is_kept(tmp_path, monkeypatch, capsys):
         measuring, "_failure", lambda name, error, _: (_ for _ in ()).throw(Broken(name, "breaks"))
     )
     case = ["--case", "dense s200", "--passes", "forward"]
-    assert run(tmp_path, *case, peers=("VSA",)) == 1
+    assert run(tmp_path, *case, peers=("VSA",)) == AGAIN
     assert "Start again" in capsys.readouterr().out
     monkeypatch.undo()
     assert run(tmp_path, *case, peers=("VSA",)) == 0
@@ -410,6 +507,14 @@ def test_a_wrong_way_of_a_video_is_not_measured(monkeypatch):
     monkeypatch.setattr(video_ways, "by_copies", lambda of: lambda q, k, v: q + k + v)
     with pytest.raises(AssertionError, match="ssta, zero, by copies: differs from float64"):
         video_ways.check(CPU)
+
+
+def test_masks_are_made_anew_each_time():
+    """The package would find it among those that it keeps."""
+    problem = Problem.of(SMOKE["causal s200"], CPU)
+    make = peers.ours(problem).make_mask
+    one, other = make(None, False), make(None, False)
+    assert one.plan.data_ptr() != other.plan.data_ptr()
 
 
 # --- peers that need a GPU, over lists that are read here ----------------------------------------

@@ -112,18 +112,28 @@ def test_plans_made_for_each_call(ranks, case, kind):
         assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.parametrize("kind", ["static", "needed", "all"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_exchange_keys_at_once(ranks, case, kind):
+    """Those that are wanted, or, if these are nearly all, all as they lie."""
+    for errors in ranks.run(2, one_and_many, case=case, kind=kind, chunks=1):
+        assert max(errors.values()) < 1e-12, errors
+
+
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_chunks(ranks, chunks):
     for errors in ranks.run(3, one_and_many, case="tiles and text", chunks=chunks):
         assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.parametrize("size, chunks", [(4, 2), (2, 1)])
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
-def test_dtypes(ranks, dtype, tolerance):
+def test_dtypes(ranks, dtype, tolerance, size, chunks):
     """Of bfloat16, each part's output and gradients are rounded once more than in one process."""
-    for errors in ranks.run(4, one_and_many, case="tiles and text", dtype=dtype):
+    case = "tiles and text"
+    for errors in ranks.run(size, one_and_many, case=case, dtype=dtype, chunks=chunks):
         assert max(errors.values()) < tolerance, errors
 
 

@@ -208,6 +208,26 @@ def test_a_rank_receives_what_its_rows_keep_and_no_more():
     assert second.step.send == [16, 0] and second.tokens.tolist() == list(range(16, 32))
 
 
+def test_two_ranks_that_want_nearly_all_keys_send_all():
+    """They then need not be picked out; in parts, or between more ranks, they still are."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(2, 16, 16, generator=generator) < 0.05
+    for density, wanted in ((0.0, False), (0.5, True)):
+        mask = BlockMask(
+            blocks | (torch.rand(2, 16, 16, generator=generator) < density), 256, 256, 16, 16
+        )
+        layout = Layout.even(256, 256, 16, 16, ranks=2)
+        plan = ContextPlan(mask, layout=layout)
+        (((moves, _)),) = plan.of_rank(0, CPU, 2).steps()
+        assert moves.step.is_whole == wanted
+        report = plan.report(heads=2, head_dim=64)
+        assert (report.bytes_moved == report.ring_bytes) == wanted
+        if wanted:
+            assert moves.step.send == [0, 128] and moves.step.receive == [0, 128]
+        parts = ContextPlan(mask, layout=layout, chunks=2).of_rank(0, CPU, 2).steps()
+        assert not any(moves.step.is_whole for moves, _ in parts)
+
+
 def test_nothing_is_exchanged_where_nothing_is_wanted():
     mask = BlockMask(torch.eye(8, dtype=torch.bool), 128, 128, 16, 16)
     assert ContextPlan(mask, 4).of_rank(0, CPU, 1).steps() == []
@@ -257,26 +277,45 @@ def test_what_comes_has_gone(ranks):
     assert len(str(report).splitlines()) == ranks + 2
 
 
+def printed(*arguments):
+    """What `python -m benchmark.distributed` prints."""
+    command = [sys.executable, "-m", "benchmark.distributed", *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def simulated(*arguments):
+    """Lines of its table of plans, as cells."""
+    table = printed("--simulate", *arguments).splitlines()[1:]
+    return [re.split(r" {2,}", line) for line in table]
+
+
 def test_simulation_prints_a_line_for_each_division():
-    table = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmark.distributed",
-            "--simulate",
-            "--small",
-            "--ranks",
-            "2",
-            "4",
-        ],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    lines = [re.split(r" {2,}", line) for line in table.splitlines()[1:]]
+    lines = simulated("--small", "--ranks", "2", "4")
     assert [line[2] for line in lines if line[0] == "STA"] == ["2 x 1", "4 x 1", "2 x 2"]
     assert {line[0] for line in lines} >= {"SSTA, near tiles", "dense, 1 head"}
+
+
+def test_simulated_videos_are_balanced():
+    """At their size, by any division of 8 and of 64 ranks; what comes to a rank is no more than in
+    a ring, but for rows of text that all share."""
+    cases = ["SSTA, near tiles", "SSTA, any tiles", "SSTA, 1 head"]
+    lines = simulated(*(x for case in cases for x in ("--case", case)), "--ranks", "8", "64")
+    assert {(line[0], line[1]) for line in lines} == {(c, r) for c in cases for r in ("8", "64")}
+    for line in lines:
+        assert float(line[3]) >= 0.95
+        assert float(line[-1].rstrip("%")) <= 103
+
+
+def test_divisions_are_compared_with_one_process():
+    """As on several GPUs, in small."""
+    case = "SSTA, near tiles"
+    lines = printed("--small", "--rounds", "1", "--turn", "1", "--case", case).splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [cell[:2] for cell in cells] == [
+        [case, by] for by in ("tokens", "tokens, new mask", "heads")
+    ]
+    assert all(float(cell[6]) < 1e-5 and float(cell[3]) > 0 for cell in cells)
 
 
 # --- errors --------------------------------------------------------------------------------------

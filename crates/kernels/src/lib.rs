@@ -9,6 +9,7 @@
 pub mod backward;
 pub mod canvas;
 mod chunk;
+pub mod combine;
 pub mod exact;
 pub mod forward;
 pub mod gemm;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Kernel> {
             .map(|c| c.kernel()),
     );
     kernels.extend(plan::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(combine::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(pool::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(gemm::Config::all().into_iter().map(|c| c.kernel()));
     kernels

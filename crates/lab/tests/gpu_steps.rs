@@ -1,9 +1,9 @@
 //! What a call puts on a GPU's stream, run by the emulator: plan, forward and backward of random
-//! problems must be what the CPU backend computes.
+//! problems, and parts of an attention put together, must be what the CPU backend computes.
 
 use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
-    self, BackwardWorkspace, Mask, Step, backward_steps, forward_step, plan_steps,
+    self, BackwardWorkspace, Mask, Step, backward_steps, combine_step, forward_step, plan_steps,
 };
 use flex_block_attn::{
     BlockMask, BoolMatrix, DType, Extents, Gradients, Options, Plan, Saved, Tensor, TensorMut,
@@ -281,6 +281,133 @@ fn calls_put_what_the_cpu_computes() {
     for _ in 0..24 {
         check(&mut chance);
     }
+}
+
+/// Output and lse on the CPU; blocks of 16 queries and 32 keys, kept by their numbers.
+fn attention(
+    [q, k, v]: [&Stored; 3],
+    keep: impl Fn(usize, usize) -> bool,
+) -> (Vec<bf16>, Vec<f32>) {
+    let [batch, heads, q_len, dim] = q.shape;
+    let extents = Extents::new(q_len, k.shape[2], 16, 32).unwrap();
+    let plan = Plan::new(&BlockMask::from_fn(extents, keep));
+    let count = batch * heads * q_len;
+    let (mut out, mut lse) = (vec![bf16::ZERO; count * dim], vec![0f32; count]);
+    forward(
+        q.on_cpu(),
+        k.on_cpu(),
+        v.on_cpu(),
+        plan.view(),
+        &Options::default(),
+        TensorMut::new(&mut out, q.shape).unwrap(),
+        TensorMut::new(&mut lse, [batch, heads, q_len, 1]).unwrap(),
+    )
+    .unwrap();
+    (out, lse)
+}
+
+#[test]
+fn attention_over_parts_of_the_keys_is_put_together() {
+    const SHAPE: [usize; 4] = [2, 2, 70, 64];
+    const BATCH: usize = SHAPE[0];
+    const HEADS: usize = SHAPE[1];
+    const LEN: usize = SHAPE[2];
+    const DIM: usize = SHAPE[3];
+    const LINES: usize = BATCH * HEADS;
+    // Of these queries, as if others belonged to somebody else.
+    const FIRST: usize = 16;
+    const SOME: usize = LEN - FIRST;
+    let lengths = [64, 96, 32];
+    // One row of blocks has no keys at all, one has keys of the first part only.
+    let keep = |row: usize, column: usize| match row {
+        2 => false,
+        3 => column == 1,
+        _ => !(row + 2 * column).is_multiple_of(3),
+    };
+    let q = Stored::new(1, SHAPE, false, 0);
+    let parts = |seed| {
+        let of = move |(i, len)| Stored::new(seed + i, [BATCH, HEADS, len, DIM], false, 0);
+        (0u64..).zip(lengths).map(of).collect::<Vec<_>>()
+    };
+    let (k, v) = (parts(2), parts(7));
+    let joined = |parts: &[Stored]| {
+        let mut whole = Stored::new(0, [BATCH, HEADS, lengths.iter().sum(), DIM], false, 0);
+        whole.values.clear();
+        for line in 0..LINES {
+            for part in parts {
+                let size = part.shape[2] * DIM;
+                let rows = &part.values[line * size..(line + 1) * size];
+                whole.values.extend_from_slice(rows);
+            }
+        }
+        whole
+    };
+
+    let mut memory = Memory::new();
+    let (mut first, mut given) = (0, Vec::new());
+    // SAFETY: they are never read: steps only say where they are.
+    let at = |address: u64, dtype, width: usize| unsafe {
+        let strides = [HEADS * LEN * width, LEN * width, width, 1].map(|stride| stride as isize);
+        Tensor::from_raw(
+            address as *const _,
+            dtype,
+            [BATCH, HEADS, SOME, width],
+            strides,
+        )
+    };
+    for (k, v) in k.iter().zip(&v) {
+        let (out, lse) = attention([&q, k, v], |row, column| keep(row, first + column));
+        first += k.shape[2] / 32;
+        let bits: Vec<u16> = out.iter().map(|x| x.to_bits()).collect();
+        let out = memory.alloc_with("part", &bits) + (2 * FIRST * DIM) as u64;
+        let lse = memory.alloc_with("lse of part", &lse) + 4 * FIRST as u64;
+        given.push((at(out, DType::BF16, DIM), at(lse, DType::F32, 1)));
+    }
+    let (out, lse) = attention([&q, &joined(&k), &joined(&v)], keep);
+    let of_some = |width: usize| {
+        let line = move |line: usize| (line * LEN + FIRST) * width..(line + 1) * LEN * width;
+        (0..LINES).flat_map(line)
+    };
+    let out: Vec<bf16> = of_some(DIM).map(|i| out[i]).collect();
+    let lse: Vec<f32> = of_some(1).map(|i| lse[i]).collect();
+
+    let whole = memory.alloc("whole", 2 * out.len());
+    let numbers = memory.alloc("lse", 4 * lse.len());
+    // SAFETY: as above, not written either.
+    let to = |address: u64, dtype, width: usize| unsafe {
+        let strides = [HEADS * SOME * width, SOME * width, width, 1].map(|stride| stride as isize);
+        TensorMut::from_raw(
+            address as *mut _,
+            dtype,
+            [BATCH, HEADS, SOME, width],
+            strides,
+        )
+    };
+    let (to_out, to_lse) = (to(whole, DType::BF16, DIM), to(numbers, DType::F32, 1));
+    let step = combine_step(&given, &to_out, &to_lse).unwrap();
+    assert!(step.is_some());
+    run(&mut memory, step);
+    close("the whole", &memory, whole, &out);
+    let got: Vec<f32> = memory.read(numbers, lse.len());
+    for (got, expected) in got.into_iter().zip(lse) {
+        assert!(
+            got == expected || (got - expected).abs() < 1e-4,
+            "{got} and {expected}"
+        );
+    }
+
+    let refusal = |given: &[_]| {
+        combine_step(given, &to_out, &to_lse)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        refusal(&given[..1]),
+        "on a GPU, parts must be 2 to 4, got 1"
+    );
+    let mut odd = given.clone();
+    odd[1].1 = at(0, DType::F64, 1);
+    assert!(refusal(&odd).contains("with float32 lses"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Plans, forward and backward on CUDA tensors: addresses and a stream to the library.
+//! Plans, forward, backward and parts put together, on CUDA tensors: addresses and a stream to the library.
 //!
 //! [`plan_shape`] and [`forward_numbers`] say beforehand whether the library takes tensors as they are,
 //! and what a call needs: all that can be looked at without torch's help, in one call from Python.
@@ -272,6 +272,36 @@ pub fn forward_cuda(
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();
             gpu::forward(q, k, v, &plan, &options, out, lse, workspace, on)
+        })
+    }
+    .map_err(python)
+}
+
+/// Attention over parts of the keys put together, on a GPU: from outputs and lses of 2 to
+/// `MOST_PARTS` parts, `out` and `lse`. An lse has three dimensions.
+#[pyfunction]
+pub fn combine_cuda(py: Python<'_>, parts: Vec<(Raw, Raw)>, out: Raw, lse: Raw) -> PyResult<()> {
+    let on = stream(py, &out)?;
+    if parts
+        .iter()
+        .flat_map(|(a, b)| [a, b])
+        .chain([&lse])
+        .any(|x| x.gpu != out.gpu)
+    {
+        let text = "parts, out and lse must be on one GPU";
+        return Err(PyValueError::new_err(text));
+    }
+    // SAFETY: all layouts were read from tensors, now seen to be on the stream's device; torch's
+    // allocator keeps them until the stream has come past this call.
+    unsafe {
+        let parts = parts
+            .iter()
+            .map(|(out, lse)| Ok((out.read("parts")?, lse.read("parts")?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let call = Unbound((parts, out.write("out")?, lse.write("lse")?));
+        py.detach(move || {
+            let Unbound((parts, out, lse)) = call.whole();
+            gpu::combine(&parts, out, lse, on)
         })
     }
     .map_err(python)

@@ -13,7 +13,7 @@ mod gpu;
 mod mask;
 mod tensor;
 
-use flex_block_attn::gpu::FORWARD_WORKSPACE_BYTES;
+use flex_block_attn::gpu::{FORWARD_WORKSPACE_BYTES, MOST_PARTS};
 use pyo3::prelude::*;
 
 #[pymodule]
@@ -31,6 +31,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_numbers, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::combine_cuda, module)?)?;
+    module.add("MOST_PARTS", MOST_PARTS)?;
     module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
     module.add("FORWARD_WORKSPACE_BYTES", FORWARD_WORKSPACE_BYTES)?;

@@ -9,7 +9,8 @@ first keys of others travel, over these while the next do, and so on; results ar
 lses. Rows that all ranks share go the other way: their queries travel, and partial results return.
 Backward: keys travel again, because keeping them would take the memory that dividing saves;
 gradients of a step need only the final output and lse, and those of keys return to their owners
-while the next step computes.
+while the next step computes. The rank's own keys come first and last, by halves of the heads, so
+that there is something to compute while the first keys come and the last gradients return.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ from .cut import check_extents
 from .dynamic import DynamicPlan
 from .exchange import place_in
 from .keys import Keys
-from .merge import Merged
+from .merge import Merged, Sums
 from .plan import ContextPlan, RankPlan
 from .shared import SharedRows
 
@@ -130,7 +131,7 @@ def _forward(
     for (k_, v_), mask in keys:
         attend(k_, v_, mask)
 
-    out, lse = rows.part(*merged.result(q_all), q.dtype)
+    out, lse = rows.part(merged, q_all)
     return out, lse, q_all
 
 
@@ -158,29 +159,66 @@ def _backward(
     joined = rows.gradients(dout, dlse, out, lse)
     keys = Keys(k, v, plan, group)
     row = joined()
-    sums = lse.dtype
-    dq = torch.zeros(q_all.shape, dtype=sums, device=q_all.device)
-    gradients = keys.gradients(sums)
-    sizes = plan.block_sizes
+    gradients = keys.gradients(lse.dtype)
+    sharing = q_all.shape[1] // max(1, k.shape[1])
+    stretches = _stretches(k.shape[1], bool(plan.steps()))
+    q_stretches = [slice(s.start * sharing, s.stop * sharing) for s in stretches]
+    dq = Sums(q_stretches, lse.dtype)
 
-    def derive(k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
+    def derive(
+        k: Tensor, v: Tensor, mask: BlockMask | None, stretch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         if mask is None or not q_all.numel() or not k.numel():
             return torch.zeros_like(k), torch.zeros_like(v)
-        settings = *sizes, scale, torch.are_deterministic_algorithms_enabled()
-        dq_, dk_, dv_ = ops.backward(
-            row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan, *settings, [True] * 3
-        )
-        dq.add_(dq_)
+        of_rows = row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan
+        if stretch is not None and len(stretches) > 1:
+            of_rows = _of_heads(q_stretches[stretch], *of_rows)
+        settings = *plan.block_sizes, scale, torch.are_deterministic_algorithms_enabled()
+        dq_, dk_, dv_ = ops.backward(*of_rows, *settings, [True] * 3)
+        dq.add(dq_, stretch)
         return dk_, dv_
 
-    gradients.add(*derive(k, v, plan.local))
+    def derive_own(stretch: int) -> None:
+        heads = stretches[stretch]
+        gradients.add(heads, *derive(k[:, heads], v[:, heads], plan.local, stretch))
+
+    derive_own(0)
     returning = None
     for (k_, v_), mask in keys:
         dk, dv = derive(k_, v_, mask)
         if returning is not None:
-            gradients.add_returned(*returning)
+            gradients.add_returned(returning)
         returning = keys.send_back(dk, dv)
+    for stretch in range(1, len(stretches)):
+        derive_own(stretch)
     if returning is not None:
-        gradients.add_returned(*returning)
+        gradients.add_returned(returning)
     dk, dv = gradients.result()
-    return rows.sum(dq).to(q_all.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return rows.sum(dq, q_all), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _stretches(heads: int, travels: bool) -> list[slice]:
+    """Of key heads, those that a rank derives over its own keys while keys of others come, and
+    those while their last gradients return."""
+    if not travels or heads < 2:
+        return [slice(0, heads)]
+    return [slice(0, heads // 2), slice(heads // 2, heads)]
+
+
+def _of_heads(
+    heads: slice,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """What the backward pass reads, of some query heads, whose k and v these are."""
+    dout, q, out = (x[:, heads] for x in (dout, q, out))
+    # Numbers of rows and plans are read as they follow each other.
+    dlse = None if dlse is None else dlse[:, heads].contiguous()
+    plan = plan if plan.shape[1] == 1 else plan[:, heads].contiguous()
+    return dout, dlse, q, k, v, out, lse[:, heads].contiguous(), plan

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..masks import BlockMask, as_blocks
 from .layout import Layout
 from .plan import Cut, RankPlan, as_chunks
-from .steps import Moves, groups_of, needs_of, steps_of
+from .steps import Moves, groups_of, needs_of, sent_of, steps_of
 
 # Steps in which all keys travel, of each layout: they do not depend on masks.
 _all_steps: "weakref.WeakKeyDictionary[Layout, dict[tuple, list[Moves]]]" = (
@@ -113,9 +113,8 @@ class _DynamicRankPlan(RankPlan):
         layout, rank, chunks, device = self._layout, self._rank, self._chunks, self._device
         if not self._all:
             # Here the host waits for what the mask needs.
-            return [
-                step.moves(device) for step in steps_of(self._needs.wait(), layout, rank, chunks)
-            ]
+            needs = sent_of(self._needs.wait(), layout, chunks)
+            return [step.moves(device) for step in steps_of(needs, layout, rank, chunks)]
         kept = _all_steps.setdefault(layout, {})
         key = rank, chunks, device
         if key not in kept:

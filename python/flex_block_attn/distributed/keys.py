@@ -1,22 +1,28 @@
 """Keys on their way: k and v from their owners, their gradients back. In: a rank's k and v, and its
 plan. Out: those of others, step by step.
 
-Called by :mod:`.context`. A row is a token of one group of heads, with its k and v side by side.
+Called by :mod:`.context`. Where a step is of some keys, a row that travels is a token of one group
+of heads, with its k and v side by side; where it is of all, k and v travel as they lie. While keys
+are copied nothing else runs: they are copied once, and 16 bytes at a time.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..masks import BlockMask
-from .exchange import Exchange
+from .exchange import Exchange, wide
 from .plan import RankPlan
 from .steps import Moves
 
 # Steps on their way at once: one to compute with, and one that comes meanwhile.
 _AHEAD = 2
+
+
+class _Coming(Protocol):
+    def wait(self) -> tuple[Tensor, Tensor]: ...
 
 
 class Keys:
@@ -28,14 +34,10 @@ class Keys:
         # What is known can leave before anything else happens.
         self._coming = [self._leave(moves) for moves, _ in plan.known()[:_AHEAD]]
 
-    def _leave(self, moves: Moves) -> Exchange:
-        # (groups, tokens, batch, heads of a group, head_dim)
-        parts = [
-            x.unflatten(1, (self._plan.groups, -1)).permute(1, 3, 0, 2, 4)
-            for x in (self._k, self._v)
-        ]
-        rows = [part[moves.groups, moves.tokens] for part in parts]
-        return Exchange(torch.stack(rows, dim=1), moves.step.send, moves.step.receive, self._group)
+    def _leave(self, moves: Moves) -> _Coming:
+        if moves.step.is_whole:
+            return _Whole(self._k, self._v, moves.step.send, moves.step.receive, self._group)
+        return _Some(self._k, self._v, moves, self._plan.groups, self._group)
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], BlockMask | None]]:
         steps = self._plan.steps()
@@ -43,28 +45,67 @@ class Keys:
         for number, (moves, mask) in enumerate(steps):
             coming += [self._leave(m) for m, _ in steps[number + len(coming) : number + _AHEAD]]
             self._moves = moves
-            rows = coming.pop(0).wait()
-            if moves.sources is not None and len(rows):
-                rows = rows.index_select(0, moves.sources)
-            yield _heads_of(rows, self._plan.groups), mask
+            yield coming.pop(0).wait(), mask
 
-    def send_back(self, dk: Tensor, dv: Tensor) -> tuple[Moves, Exchange]:
+    def send_back(self, dk: Tensor, dv: Tensor) -> "Returning":
         """Gradients of the keys that came last, on their way to their owners."""
         moves = self._moves
+        if moves.step.is_whole:
+            return _Whole(dk, dv, moves.step.receive, moves.step.send, self._group)
         rows = _rows_of(dk, dv, self._plan.groups)
         if moves.places is not None:
             rows = rows.index_select(0, moves.places)
-        return moves, Exchange(rows, moves.step.receive, moves.step.send, self._group)
+        exchange = Exchange(rows, moves.step.receive, moves.step.send, self._group)
+        return moves, exchange, dk.dtype
 
     def gradients(self, dtype: torch.dtype) -> "KeyGradients":
         """Nothing yet, for the rank's own keys."""
         return KeyGradients(self._k, self._plan.groups, dtype)
 
 
+class _Some:
+    """Those keys of a step that others want, on their way."""
+
+    def __init__(self, k: Tensor, v: Tensor, moves: Moves, groups: int, group: Any):
+        self._moves, self._groups, self._dtype = moves, groups, k.dtype
+        # (groups, tokens, batch, heads of a group, head_dim)
+        parts = [wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
+        rows = parts[0].new_empty((sum(moves.step.send), 2, *parts[0].shape[2:]))
+        for i, part in enumerate(parts):
+            torch.ops.aten.index.Tensor_out(part, [moves.groups, moves.tokens], out=rows[:, i])
+        self._exchange = Exchange(rows, moves.step.send, moves.step.receive, group)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        rows, sources = self._exchange.wait(), self._moves.sources
+        if sources is not None and len(rows):
+            rows = rows.index_select(0, sources)
+        return _heads_of(rows.view(self._dtype), self._groups)
+
+
+class _Whole:
+    """All tokens of two tensors, (batch, heads, tokens, head_dim), from one rank to the other and
+    back; both ways, what comes is as long as what it is added to or computed with."""
+
+    def __init__(self, k: Tensor, v: Tensor, send: list[int], receive: list[int], group: Any):
+        batch, heads, _, head_dim = k.shape
+        numbers = batch * heads * head_dim
+        counts = [[tokens * numbers for tokens in each] for each in (send, receive)]
+        self._shape = batch, heads, sum(receive), head_dim
+        self._exchanges = [Exchange(x.reshape(-1), *counts, group) for x in (k, v)]
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        k, v = (exchange.wait().view(self._shape) for exchange in self._exchanges)
+        return k, v
+
+
+# Gradients on their way to a rank: of all of its keys, or of rows.
+Returning = _Whole | tuple[Moves, Exchange, torch.dtype]
+
+
 def _rows_of(k: Tensor, v: Tensor, groups: int) -> Tensor:
     """Rows as they travel, (groups * tokens, 2, batch, heads of a group, head_dim)."""
-    both = torch.stack((k, v)).unflatten(2, (groups, -1))
-    return both.permute(2, 4, 0, 1, 3, 5).flatten(0, 1).contiguous()
+    parts = [wide(x).unflatten(1, (groups, -1)).permute(1, 3, 0, 2, 4) for x in (k, v)]
+    return torch.stack(parts, dim=2).flatten(0, 1)
 
 
 def _heads_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -80,19 +121,26 @@ class KeyGradients:
 
     def __init__(self, k: Tensor, groups: int, dtype: torch.dtype):
         batch, heads, self._tokens, head_dim = k.shape
-        shape = groups * self._tokens, 2, batch, heads // groups, head_dim
-        self._groups = groups
-        self._rows = torch.zeros(shape, dtype=dtype, device=k.device)
+        self._shape = groups * self._tokens, 2, batch, heads // groups, head_dim
+        self._groups, self._dtype, self._device = groups, dtype, k.device
+        self._own: list[tuple[slice, Tensor, Tensor]] = []
+        self._rows: Tensor | None = None
+        self._whole: tuple[Tensor, Tensor] | None = None
 
-    def add(self, dk: Tensor, dv: Tensor) -> None:
-        """Those of all keys."""
-        for total, gradient in zip(_heads_of(self._rows, self._groups), (dk, dv), strict=True):
-            total.add_(gradient)
+    def add(self, heads: slice, dk: Tensor, dv: Tensor) -> None:
+        """The rank's own, of some heads: in the end, of all."""
+        self._own.append((heads, dk, dv))
 
-    def add_returned(self, moves: Moves, coming: Exchange) -> None:
+    def add_returned(self, coming: Returning) -> None:
         """Those that others send back: one rank's after the other, so that a token that several
         had is summed in the same order each time."""
-        rows = coming.wait().to(self._rows.dtype)
+        if isinstance(coming, _Whole):
+            self._whole = coming.wait()
+            return
+        moves, exchange, dtype = coming
+        if self._rows is None:
+            self._rows = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        rows = exchange.wait().view(dtype).to(self._dtype)
         numbers, send = moves.groups * self._tokens + moves.tokens, moves.step.send
         for places, part in zip(numbers.split(send), rows.split(send), strict=True):
             if len(places):
@@ -100,4 +148,15 @@ class KeyGradients:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """dk and dv, (batch, heads, tokens, head_dim)."""
-        return _heads_of(self._rows, self._groups)
+        if self._whole is not None:
+            # Two parts: their sum is rounded once, as if it were kept in another dtype.
+            total = self._whole
+        elif self._rows is not None:
+            total = _heads_of(self._rows, self._groups)
+        else:
+            ((_, dk, dv),) = self._own
+            return dk, dv
+        for heads, *own in self._own:
+            for x, part in zip(total, own, strict=True):
+                x[:, heads].add_(part)
+        return total

@@ -5,7 +5,7 @@ Called by users and by :mod:`.plan`. A layout outlives masks: a model divides it
 each layer's mask is then planned for the same layout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from math import lcm
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import assign
 from .cut import whole_blocks
-from .exchange import gathered, place_in
+from .exchange import gathered, place_in, wide
 
 # A row that keeps so many times the blocks of the middle one is shared: it would want keys that
 # nothing else on its rank wants, and take as long as all else there.
@@ -75,6 +75,16 @@ class Positions:
         else:
             x.index_copy_(2, self._positions, part)
 
+    def fill(self, x: Tensor, write: Callable[[Tensor], Any]) -> Any:
+        """As :meth:`put`, of a part that a function writes into what it is given; what the function
+        returns."""
+        if self._together:
+            return write(x.narrow(2, self._start, self._count))
+        part = x.new_empty((*x.shape[:2], self._count, *x.shape[3:]))
+        result = write(part)
+        self.put(x, part)
+        return result
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -104,7 +114,11 @@ class Rows:
 
     def join(self, own: Tensor, shared: Tensor, dim: int = 2) -> Tensor:
         """The joint tensor of values of the rank's own rows and of all shared ones."""
-        return torch.cat((own, shared) if self.shared_last else (shared, own), dim=dim)
+        parts = (own, shared) if self.shared_last else (shared, own)
+        large = [wide(x) for x in parts]
+        if {x.dtype for x in large} != {torch.complex128}:
+            return torch.cat(parts, dim=dim)
+        return torch.cat(large, dim=dim).view(own.dtype)
 
     def part(self, joint: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:
         """The reverse of :meth:`join`."""

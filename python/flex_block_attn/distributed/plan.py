@@ -14,14 +14,14 @@ from .balance import balance, level
 from .cut import mask_of_heads, whole_blocks
 from .layout import Layout, Rows, block_lengths
 from .report import RankReport, Report
-from .steps import Moves, groups_of, needs_of, steps_of
+from .steps import Moves, groups_of, needs_of, sent_of, steps_of
 
 
 @dataclass(frozen=True)
 class Shares:
     """Who needs and computes what of a mask."""
 
-    # bool (groups, ranks, kv_blocks): the keys of others that a rank needs for its own rows.
+    # bool (groups, ranks, kv_blocks): the keys of others that a rank is sent.
     needs: Tensor
     # (groups, kv_blocks): the rank that computes the column in rows that all share.
     column_ranks: Tensor
@@ -62,9 +62,10 @@ class ContextPlan:
     """Attention over a static mask, divided between ranks by tokens.
 
     Each rank computes the queries that it holds, over its own keys and those that others send it:
-    blocks that its rows keep, and no more; of heads with masks of their own, each head's. Rows that
-    the layout has all ranks share are computed piece by piece: each column by a rank that has its
-    keys anyway.
+    blocks that its rows keep, and no more; of heads with masks of their own, each head's. (Two
+    ranks that want nearly all keys of each other send all: to pick some out would take longer.)
+    Rows that the layout has all ranks share are computed piece by piece: each column by a rank that
+    has its keys anyway.
 
     Args:
         mask: over the whole sequence, of whole blocks.
@@ -128,7 +129,7 @@ class ContextPlan:
 
     def _shares_of(self, groups: int) -> Shares:
         layout = self.layout
-        needs = needs_of(self.blocks, layout, groups)
+        needs = sent_of(needs_of(self.blocks, layout, groups), layout, self.chunks)
         # (groups, q_blocks, kv_blocks), adding up to means over batch and heads.
         kept = self.blocks.double().mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
         kept /= self.blocks.shape[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .exchange import Exchange
-from .merge import Merged
+from .merge import Merged, Sums
 from .plan import RankPlan
 
 
@@ -31,6 +31,8 @@ class SharedRows:
         self._some = any(counts)
         self._mine = len(self._rows.shared)
         self._counts = counts
+        # Of a tensor of the joint rows, the rank's own and the shared ones.
+        self._selects = tuple(lambda x, i=i: self._rows.part(x)[i] for i in range(2))
 
     def _to_all(self, rows: Tensor) -> Exchange:
         """The shared rows of all ranks, (rows, ...), from this rank's."""
@@ -38,12 +40,13 @@ class SharedRows:
         copies = rows.repeat(ranks, *(1,) * (rows.dim() - 1))
         return Exchange(copies, [self._mine] * ranks, self._counts, self._group)
 
-    def _to_owners(self, rows: Tensor) -> Tensor:
+    def _to_owners(self, rows: Tensor) -> Callable[[], Tensor]:
         """All ranks' results for this rank's shared rows, (ranks, rows, ...), from this rank's
-        results for those of all."""
+        results for those of all. They leave at once, and are waited for when the result is
+        called."""
         ranks = len(self._counts)
-        came = Exchange(rows.contiguous(), self._counts, [self._mine] * ranks, self._group).wait()
-        return came.view(ranks, self._mine, *rows.shape[1:])
+        coming = Exchange(rows.contiguous(), self._counts, [self._mine] * ranks, self._group)
+        return lambda: coming.wait().view(ranks, self._mine, *rows.shape[1:])
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rank's own rows, and those of its rows that are shared, tokens first."""
@@ -59,6 +62,15 @@ class SharedRows:
         coming = self._to_all(shared)
         return lambda: self._rows.join(own, coming.wait().movedim(0, 2))
 
+    def _shared_of(self, q: Tensor) -> Tensor:
+        """Nothing yet for all shared rows, in the dtype of sums."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty((*q.shape[:2], sum(self._counts), *q.shape[3:]), dtype=dtype)
+
+    def _empty(self, q: Tensor) -> Tensor:
+        """Nothing yet for the rank's rows."""
+        return q.new_empty((*q.shape[:2], len(self._rows.own) + self._mine, *q.shape[3:]))
+
     def _place(self, own: Tensor, shared: Tensor) -> Tensor:
         """The rank's rows in their order."""
         whole = own.new_empty((*own.shape[:2], own.shape[2] + shared.shape[2], *own.shape[3:]))
@@ -66,21 +78,24 @@ class SharedRows:
         self._rows.shared.put(whole, shared)
         return whole
 
-    def part(self, out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Output, in a dtype, and lse of the rank's rows, from those of the joint rows."""
+    def part(self, merged: Merged, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and lse of the rank's rows, from those of the joint rows, of which q is."""
         if not self._some:
-            return out.to(dtype), lse
-        out, shared_out = self._rows.part(out)
-        lse, shared_lse = self._rows.part(lse)
+            return merged.result(q)
+        own, shared = (merged.of(select) for select in self._selects)
         # The sums' dtype: a partial output that is rounded, and merged, would be rounded twice.
-        both = torch.cat((shared_out.to(lse.dtype), shared_lse.unsqueeze(3)), dim=3).movedim(2, 0)
+        shared_out, shared_lse = shared.result(self._shared_of(q))
+        both = torch.cat((shared_out, shared_lse.unsqueeze(3)), dim=3).movedim(2, 0)
+        coming = self._to_owners(both)
+        # The rank's own rows are merged while those travel.
+        out = self._empty(q)
+        own_lse = self._rows.own.fill(out, own.into)
         merged = Merged()
-        for of_rank in self._to_owners(both):
+        for of_rank in coming():
             of_rank = of_rank.movedim(0, 2)
             merged.add(of_rank[..., :-1], of_rank[..., -1])
-        shared_out, shared_lse = merged.result(shared_out)
-        out = self._place(out.to(dtype), shared_out.to(dtype))
-        return out, self._place(lse, shared_lse)
+        shared_lse = self._rows.shared.fill(out, merged.into)
+        return out, self._place(own_lse, shared_lse)
 
     def gradients(
         self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
@@ -113,10 +128,17 @@ class SharedRows:
 
         return arrived
 
-    def sum(self, dq: Tensor) -> Tensor:
-        """Gradients of the rank's queries, from those of the joint rows."""
+    def sum(self, dq: Sums, q: Tensor) -> Tensor:
+        """Gradients of the rank's queries, from those of the joint rows, of which q is."""
         if not self._some:
-            return dq
-        own, shared = self._rows.part(dq)
-        shared = self._to_owners(shared.movedim(2, 0)).sum(dim=0).movedim(0, 2)
-        return self._place(own, shared)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            dq.into(out)
+            return out
+        select_own, select_shared = self._selects
+        shared = self._shared_of(q)
+        dq.into(shared, select_shared)
+        coming = self._to_owners(shared.movedim(2, 0))
+        out = self._empty(q)
+        self._rows.own.fill(out, lambda target: dq.into(target, select_own))
+        self._rows.shared.put(out, coming().sum(dim=0).movedim(0, 2))
+        return out

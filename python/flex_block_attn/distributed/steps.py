@@ -13,6 +13,11 @@ from torch import Tensor
 
 from .layout import Layout, block_lengths, upload
 
+# Of two ranks' keys, the share that is wanted from which on all are sent. To choose means that the
+# GPU copies keys before they leave and where they arrive, while nothing else runs; all of them go
+# and come as they lie, while it computes.
+_NEARLY_ALL = 0.75
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,10 +39,16 @@ class Step:
     sent: Tensor
     # Of each block that comes: (place of its first row among (groups, tokens), tokens).
     came: Tensor
+    # Whether all keys of two ranks go across: one group then, and rows are not put together.
+    is_whole: bool = False
 
     def moves(self, device: torch.device) -> "Moves":
         """The step's rows on a device; blocks are few, so this is where they become rows. The
         host does not wait."""
+        columns = upload(self.columns, device)
+        if self.is_whole:
+            none = columns.new_empty(0)
+            return Moves(self, columns, none, none, None, None)
         group, start, lengths = upload(self.sent, device).unbind(0)
         count = sum(self.send)
         tokens = _each_row(start, lengths, count) + _offsets(lengths, count)
@@ -49,7 +60,6 @@ class Step:
             sources = places.new_zeros(len(self.columns) * self.tokens)
             sources[places] = torch.arange(count, device=device)
         groups = _each_row(group, lengths, sum(self.send))
-        columns = upload(self.columns, device)
         return Moves(self, columns, groups, tokens, places, sources)
 
 
@@ -60,7 +70,7 @@ class Moves:
     step: Step
     # As the step's.
     columns: Tensor
-    # Group, and position among the rank's own tokens, of each row to send.
+    # Group, and position among the rank's own tokens, of each row to send; nothing if all keys go.
     groups: Tensor
     tokens: Tensor
     # Where received rows go among (groups, tokens), and, for each of these, the row that comes
@@ -102,6 +112,24 @@ def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
     return (counts > 0) & (rank != kv_owners)
 
 
+def sent_of(needs: Tensor, layout: Layout, chunks: int) -> Tensor:
+    """Which key blocks of others each rank is sent: those that it needs, but all between two ranks
+    that need nearly all.
+
+    Args:
+        needs: as of :func:`needs_of`, on the host.
+    """
+    wanted = needs.sum().item() / max(1, len(needs) * len(layout.kv_owners))
+    if layout.ranks != 2 or chunks > 1 or wanted < _NEARLY_ALL:
+        return needs
+    return _others(layout).expand_as(needs)
+
+
+def _others(layout: Layout) -> Tensor:
+    """bool (ranks, kv_blocks): blocks that a rank does not have."""
+    return torch.arange(layout.ranks)[:, None] != layout.kv_owners
+
+
 def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step]:
     """The steps of a rank, as many for each; each list of blocks from one rank to another is
     divided between them, so that every step uses all connections.
@@ -109,10 +137,12 @@ def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step
     Without loops over ranks, groups or blocks: for a dynamic mask this is done in each call.
 
     Args:
-        needs: as of :func:`needs_of`, on the host.
+        needs: as of :func:`sent_of`, on the host.
     """
     if not needs.any():
         return []
+    if layout.ranks == 2 and chunks == 1 and needs.equal(_others(layout).expand_as(needs)):
+        return [_whole_step(layout, rank)]
     size, groups = layout.kv_block_size, len(needs)
     owners = layout.kv_owners
     ranks = torch.arange(layout.ranks)[:, None, None]
@@ -135,6 +165,18 @@ def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step
             )
         )
     return steps
+
+
+def _whole_step(layout: Layout, rank: int) -> Step:
+    """All keys of two ranks."""
+    columns = (layout.kv_owners != rank).nonzero().flatten()[None]
+    tokens = [layout.count(each, keys=True) for each in range(2)]
+    other = 1 - rank
+    receive, send = (
+        [n * (each == other) for each in range(2)] for n in (tokens[other], tokens[rank])
+    )
+    none = torch.empty(0, dtype=torch.long)
+    return Step(columns, tokens[other], receive, send, none, none, is_whole=True)
 
 
 class _Blocks:

@@ -9,6 +9,7 @@ the ranks, nor tokens; no more ranks than heads have something to compute.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -142,11 +143,11 @@ def by_heads(
         (v, kv_parts, kv_lengths),
     ):
         # Tokens come first on the way: what comes from all ranks is then one tensor as it lies.
-        by_token = x.permute(2, 0, 1, 3)
-        pieces = [by_token[:, :, part.start : part.stop].reshape(-1) for part in of_rank]
-        row = len(of_rank[rank]) * x.shape[0] * x.shape[3]
-        sent.append(torch.cat(pieces))
-        counts.append(([piece.numel() for piece in pieces], [n * row for n in tokens]))
+        sent.append(_pieces(x.permute(2, 0, 1, 3), 2, of_rank))
+        head = x.shape[0] * x.shape[3]
+        row = len(of_rank[rank]) * head
+        own = tokens[rank] * head
+        counts.append(([len(part) * own for part in of_rank], [n * row for n in tokens]))
     came = exchanged(sent, counts, group)
     batch, _, _, head_dim = q.shape
     q_, k_, v_ = (
@@ -181,12 +182,17 @@ def by_heads(
     for x in (out, lse.unsqueeze(3)) if return_lse else (out,):
         # Heads come first on the way back, for the same reason.
         by_head = x.permute(1, 2, 0, 3)
-        places = [*lengths, text_tokens]
-        *images, text_part = by_head.split(places, dim=1)
-        pieces = [torch.cat((image, text_part), dim=1).reshape(-1) for image in images]
-        sent.append(torch.cat(pieces))
-        row = own * x.shape[0] * x.shape[3]
-        counts.append(([piece.numel() for piece in pieces], [len(part) * row for part in parts]))
+        if text_tokens:
+            *images, text_part = by_head.split([*lengths, text_tokens], dim=1)
+            pieces = [torch.cat((image, text_part), dim=1).reshape(-1) for image in images]
+            sent.append(torch.cat(pieces))
+        else:
+            ends = list(accumulate(lengths))
+            places = [range(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+            sent.append(_pieces(by_head, 1, places))
+        token = x.shape[0] * x.shape[3]
+        here = [len(mine) * (n + text_tokens) * token for n in lengths]
+        counts.append((here, [len(part) * own * token for part in parts]))
         widths.append(x.shape[3])
     results = []
     for flat, width in zip(exchanged(sent, counts, group), widths, strict=True):
@@ -197,6 +203,17 @@ def by_heads(
     if text is None:
         return out[0], *lse[:1]
     return *out, *lse
+
+
+def _pieces(x: Tensor, dim: int, parts: Sequence[range]) -> Tensor:
+    """The numbers of some stretches of a dimension, one stretch after the other."""
+    size, count = len(parts[0]), len(parts)
+    if x.shape[dim] == size * count and all(
+        part == range(i * size, (i + 1) * size) for i, part in enumerate(parts)
+    ):
+        # Copied once, where putting pieces together copies twice.
+        return x.unflatten(dim, (count, size)).movedim(dim, 0).reshape(-1)
+    return torch.cat([x.narrow(dim, part.start, len(part)).reshape(-1) for part in parts])
 
 
 def _kv_heads(heads: range, group: int) -> range:

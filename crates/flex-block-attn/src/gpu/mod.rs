@@ -8,9 +8,11 @@
 //! stream: what is launched is what the emulator runs in tests.
 //!
 //! - `forward`, `backward`: the two passes; `video`: what they know of videos;
+//! - `combine`: attention over parts of the keys, put together;
 //! - here: what they share, and plans.
 
 mod backward;
+mod combine;
 mod forward;
 mod video;
 
@@ -20,13 +22,16 @@ use std::sync::{OnceLock, PoisonError, RwLock};
 use flex_block_attn_cuda::{self as cuda, Device, Function};
 use flex_block_attn_kernels::backward::{self as backward_kernels, bounds, finish, prepare};
 use flex_block_attn_kernels::forward as forward_kernels;
-use flex_block_attn_kernels::{Element, Kernel, Launch, Strides, exact, plan as planning};
+use flex_block_attn_kernels::{
+    Element, Kernel, Launch, Strides, combine as combining, exact, plan as planning,
+};
 use flex_block_attn_mask::PlanLayout;
 use flex_block_attn_mask::expression::Formula;
 
 pub use flex_block_attn_kernels::plan::Mask;
 
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
+pub use combine::{MOST_PARTS, combine, combine_step};
 pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
 
 use crate::{DType, Error, Options, Result, Tensor, check};
@@ -118,6 +123,8 @@ pub enum Step {
     Backward(backward_kernels::Config),
     /// The gradient of q, rounded.
     Finish(finish::Config),
+    /// Attention over parts of the keys, put together.
+    Combine(combining::Config),
 }
 
 impl Step {
@@ -130,6 +137,7 @@ impl Step {
             Self::Prepare(config) => config.kernel(),
             Self::Backward(config) => config.kernel(),
             Self::Finish(config) => config.kernel(),
+            Self::Combine(config) => config.kernel(),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! Called by tests and by `lab emulate`. Values are by chance, about normal, the same each time.
 //!
 //! - `attention`: forward and backward; `product`; `plan`: mask compaction; `rows`: preparation of
-//!   the backward pass, pooling;
+//!   the backward pass, parts put together, pooling;
 //! - `video`: forward and backward over a video in tiles;
 //! - `tensor`: how tensors lie in memory.
 
@@ -28,7 +28,7 @@ use crate::gpu::Gpu;
 pub use attention::{Backward, Forward};
 pub use plan::{BitCompaction, Compaction, MaskLayout};
 pub use product::Product;
-pub use rows::{Bounds, Pool, Prepare};
+pub use rows::{Bounds, Combine, Pool, Prepare};
 pub use rule::Rule;
 pub use tensor::Layout;
 pub use video::Video;
@@ -296,7 +296,7 @@ pub fn normal(seed: u64, count: usize) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use flex_block_attn::{Extents, builders};
-    use flex_block_attn_kernels::{backward, forward, pool};
+    use flex_block_attn_kernels::{backward, combine, forward, pool};
     use flex_block_attn_ptx::Arg;
 
     use super::*;
@@ -340,6 +340,14 @@ mod tests {
                 out: layout,
                 dout: layout,
                 has_dlse: false,
+            }
+            .setup(),
+            Combine {
+                config: combine::Config::all()[0],
+                batch: 1,
+                heads: 1,
+                len: 10,
+                layout,
             }
             .setup(),
             Pool {

@@ -1,9 +1,9 @@
 //! The kernels that read whole tensors once, against sums in float64: [`Prepare`] of the backward pass,
-//! and [`Pool`].
+//! [`Combine`], and [`Pool`].
 
 use flex_block_attn_emulator::Memory;
 use flex_block_attn_kernels::backward::{Workspace, bounds, prepare};
-use flex_block_attn_kernels::pool;
+use flex_block_attn_kernels::{combine, pool};
 use flex_block_attn_ptx::Element;
 
 use super::tensor::{Layout, Tensor};
@@ -208,6 +208,109 @@ impl Bounds {
             )],
         )
         .with_scratch(args.bounds)
+    }
+}
+
+/// Attention over parts of the keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Combine {
+    /// The kernel.
+    pub config: combine::Config,
+    /// Batches.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Rows.
+    pub len: usize,
+    /// How all parts but the first lie in memory.
+    pub layout: Layout,
+}
+
+impl Combine {
+    /// The kernel with tensors.
+    pub fn setup(&self) -> Setup {
+        let Self {
+            config,
+            batch,
+            heads,
+            len,
+            layout,
+        } = *self;
+        let head_dim = config.head_dim as usize;
+        let tensor = |layout| Tensor {
+            element: config.element,
+            shape: [batch, heads, len, head_dim],
+            layout,
+        };
+        // Of row i in part p: one row in seven has no keys in any part, others none in one of them.
+        let lse = |part: usize, i: usize| match (i % 7, (i + part) % 5) {
+            (3, _) | (_, 2) => f32::NEG_INFINITY,
+            _ => ((i * 5 + part * 3) % 11) as f32 - 5.0,
+        };
+        let (mut memory, rows) = (Memory::new(), batch * heads * len);
+        let (mut parts, mut values) = (Vec::new(), Vec::new());
+        for part in 0..config.parts as usize {
+            let lies = tensor(if part == 0 { Layout::default() } else { layout });
+            let mut out = lies.normal(part as u64 + 8);
+            for (i, row) in out.chunks_exact_mut(head_dim).enumerate() {
+                if lse(part, i) == f32::NEG_INFINITY {
+                    row.fill(0.0);
+                }
+            }
+            // Heads of an lse are apart, as where it is that of some of the rows.
+            let apart = len + 3 * part;
+            let mut lses = vec![f32::NAN; batch * heads * apart];
+            for i in 0..rows {
+                lses[i / len * apart + i % len] = lse(part, i);
+            }
+            parts.push(combine::Part {
+                out: lies.put(&mut memory, &format!("part {part}"), &out),
+                lse: memory.alloc_with(&format!("lse {part}"), &lses),
+                lse_strides: [apart, heads * apart].map(|stride| stride as u64),
+            });
+            values.push(out);
+        }
+
+        let mut whole = vec![0.0; rows * head_dim];
+        let mut lses = vec![f64::NEG_INFINITY; rows];
+        for (i, total_lse) in lses.iter_mut().enumerate() {
+            let weights: Vec<f64> = (0..values.len())
+                .map(|part| f64::from(lse(part, i)).exp())
+                .collect();
+            let sum: f64 = weights.iter().sum();
+            if sum == 0.0 {
+                continue;
+            }
+            *total_lse = sum.ln();
+            for (out, weight) in values.iter().zip(weights) {
+                let row = i * head_dim..(i + 1) * head_dim;
+                for (total, x) in whole[row.clone()].iter_mut().zip(&out[row]) {
+                    *total += x * weight / sum;
+                }
+            }
+        }
+        let written = tensor(Layout::default());
+        let args = combine::Args {
+            parts,
+            whole: combine::Part {
+                out: written.alloc(&mut memory, "whole"),
+                lse: memory.alloc("lse", 4 * rows),
+                lse_strides: [len, heads * len].map(|stride| stride as u64),
+            },
+            batch: batch as u32,
+            heads: heads as u32,
+            len: len as u32,
+        };
+        let (out, lse) = (args.whole.out.address, args.whole.lse);
+        Setup::new(
+            memory,
+            vec![Step::new(config.kernel(), config.launch(&args))],
+            vec![
+                // Rounded once.
+                Expected::new("the whole", out, config.element, whole, Close::Norm(3e-3)),
+                Expected::new("its lse", lse, Element::F32, lses, Close::Each(1e-5)),
+            ],
+        )
     }
 }
 

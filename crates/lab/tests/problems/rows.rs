@@ -1,10 +1,10 @@
 //! The kernels that read whole tensors once, against sums in float64: what comes before the main kernel of
-//! the backward pass, and pooling.
+//! the backward pass, parts put together, and pooling.
 
 use flex_block_attn_emulator::Options;
 use flex_block_attn_kernels::backward::{bounds, prepare};
-use flex_block_attn_kernels::pool;
-use flex_block_attn_lab::problems::{Bounds, Layout, Pool, Prepare};
+use flex_block_attn_kernels::{combine, pool};
+use flex_block_attn_lab::problems::{Bounds, Combine, Layout, Pool, Prepare};
 
 use crate::right_in_all_ways;
 
@@ -38,6 +38,24 @@ fn bounds_of_heads() {
             batch: 2,
             heads: 2,
             len: [1, 130, 64, 300][index],
+            layout: Layout {
+                tokens_first: index % 2 == 1,
+                gap: 8,
+            },
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn parts_put_together() {
+    for (index, config) in combine::Config::all().into_iter().enumerate() {
+        let problem = Combine {
+            config,
+            batch: 2,
+            heads: 2,
+            // Some of a thread block's rows, all of them, and a few more.
+            len: [1, 64, 130, 70][index % 4],
             layout: Layout {
                 tokens_first: index % 2 == 1,
                 gap: 8,
