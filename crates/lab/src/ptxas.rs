@@ -211,6 +211,14 @@ fn quote(said: &str, ptx: &str) -> String {
     quoted.collect::<Vec<_>>().join("\n")
 }
 
+/// Bytes that a thread of a kernel may keep in memory: for what those who load need at a job's start.
+pub fn allowed_spills(name: &str) -> u32 {
+    match name.ends_with("_canvas") {
+        true => 24,
+        false => 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
 
 use flex_block_attn_kernels as kernels;
-use flex_block_attn_lab::ptxas::assembled;
+use flex_block_attn_lab::ptxas::{allowed_spills, assembled};
 use flex_block_attn_lab::rules;
 use flex_block_attn_ptx::{Kernel, Module, print, verify};
 
@@ -35,13 +35,8 @@ fn verifies_and_assembles(kernel: &Kernel) {
     assert_eq!(report.warnings, [""; 0], "{name}");
     let entry = report.entry(name).expect("ptxas reports each kernel");
     let spills = entry.spill_stores.max(entry.spill_loads);
-    assert!(spills <= allowed(name), "{name} spills {spills} bytes");
-}
-
-/// Bytes that a thread may keep in memory: here for what it needs at its start and its end.
-fn allowed(name: &str) -> u32 {
-    match name.contains("_d64_") && name.ends_with("_canvas") {
-        true => 24,
-        false => 0,
-    }
+    assert!(
+        spills <= allowed_spills(name),
+        "{name} spills {spills} bytes"
+    );
 }

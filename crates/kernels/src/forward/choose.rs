@@ -55,11 +55,10 @@ impl Config {
 
     /// All configs for videos.
     pub(super) fn all_of_canvases(element: Element, head_dim: u32) -> impl Iterator<Item = Self> {
-        // Small boxes have fewer tokens beside the video. To hide scores takes registers, which
-        // neither wide tiles of long heads nor three warpgroups leave.
+        // Small boxes have fewer tokens beside the video. To hide scores takes registers, which three
+        // warpgroups do not leave.
         let order: &[(Rows, u32, u32)] = match head_dim {
-            128 => &[(Rows::Whole(128), 128, 64)],
-            64 => &[(Rows::Whole(128), 192, 64)],
+            64 | 128 => &[(Rows::Whole(128), 192, 64)],
             _ => &[],
         };
         order.iter().map(move |&(rows, kv_tile, piece)| Self {

@@ -42,7 +42,8 @@ pub(super) fn forward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measured
     };
     let chosen = Config::choose(Element::Bf16, head_dim, block, block, None);
     let fits = |config: &Config| {
-        (config.element, config.head_dim) == (Element::Bf16, head_dim) && config.takes(block, block)
+        (config.element, config.head_dim, config.canvas) == (Element::Bf16, head_dim, false)
+            && config.takes(block, block)
     };
     let mut kernels = Vec::new();
     for config in Config::all().into_iter().filter(fits) {
