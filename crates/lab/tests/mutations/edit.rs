@@ -11,11 +11,15 @@ use flex_block_attn_ptx::ir::{
     Address, Binary, Block, Cmp, Guard, Inst, Kernel, MatrixA, Node, Op, Operand, RegId, Special,
 };
 
+use crate::trace::{address, from_base};
+
 /// Which of the instructions that match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Which {
     All,
     Nth(usize),
+    /// Those from one on, up to another, which is not among them.
+    Within(usize, usize),
 }
 
 /// A test of an instruction, as a closure.
@@ -31,6 +35,7 @@ impl Which {
         match self {
             Self::All => true,
             Self::Nth(nth) => nth == index,
+            Self::Within(first, end) => (first..end).contains(&index),
         }
     }
 }
@@ -160,8 +165,22 @@ pub fn unguard(kernel: &mut Kernel, which: Which, matches: impl Fn(&Op) -> bool)
     })
 }
 
+/// The registers that an instruction accesses memory by, or reads for the one that does.
+fn needs(inst: &Inst) -> Vec<RegId> {
+    let mut needs: Vec<_> = inst.guard.iter().map(|guard| guard.pred).collect();
+    needs.extend(address(&inst.op).map(|address| address.base));
+    if let Op::Binary { a, b, .. } = inst.op {
+        let registers = [a, b].into_iter().filter_map(|operand| match operand {
+            Operand::Reg(register) => Some(register),
+            Operand::Imm(_) => None,
+        });
+        needs.extend(registers);
+    }
+    needs
+}
+
 /// Moves every instruction of one sort to just before the nearest earlier one of another sort in
-/// the same block.
+/// the same block. What lies between and computes its address moves, too.
 pub fn move_before(
     kernel: &mut Kernel,
     moved: impl Fn(&Op) -> bool,
@@ -174,8 +193,90 @@ pub fn move_before(
             if !is(&block[i], &moved) {
                 continue;
             }
-            if let Some(to) = (0..i).rev().find(|&j| is(&block[j], &anchor)) {
-                block[to..=i].rotate_right(1);
+            let Some(to) = (0..i).rev().find(|&j| is(&block[j], &anchor)) else {
+                continue;
+            };
+            let mut needed = Vec::new();
+            let (mut moved, mut kept) = (Vec::new(), Vec::new());
+            for (k, node) in block.drain(to..=i).enumerate().rev() {
+                let taken = match &node {
+                    Node::Inst(inst) if to + k == i => Some(inst),
+                    Node::Inst(inst) => Some(inst).filter(
+                        |inst| matches!(inst.op, Op::Binary { dst, .. } if needed.contains(&dst)),
+                    ),
+                    _ => None,
+                };
+                match taken {
+                    Some(inst) => {
+                        needed.extend(needs(inst));
+                        moved.push(node);
+                    }
+                    None => kept.push(node),
+                }
+            }
+            let between = moved.into_iter().rev().chain(kept.into_iter().rev());
+            let behind = block.split_off(to);
+            block.extend(between.chain(behind));
+            edits += 1;
+        }
+    });
+    edits
+}
+
+/// Whether an instruction that matches is directly in a block, not in a branch or loop of it.
+fn holds(block: &Block, matches: &dyn Fn(&Op) -> bool) -> bool {
+    block
+        .iter()
+        .any(|node| matches!(node, Node::Inst(inst) if matches(&inst.op)))
+}
+
+/// Whether a node is a branch with such an instruction in it.
+fn branches(node: &Node, matches: &dyn Fn(&Op) -> bool) -> bool {
+    matches!(node, Node::If { then, otherwise, .. } if otherwise.is_empty() && holds(then, matches))
+}
+
+/// Takes branches away around instructions that match: `if c { body }` becomes `body`.
+pub fn unbranch(kernel: &mut Kernel, matches: impl Fn(&Op) -> bool) -> usize {
+    // Outer ones first: those around inner ones that are taken away stay.
+    fn walk(block: &mut Block, matches: &dyn Fn(&Op) -> bool) -> usize {
+        let mut edits = 0;
+        for mut node in std::mem::take(block) {
+            let taken = branches(&node, matches);
+            match &mut node {
+                Node::Inst(_) | Node::Break { .. } => {}
+                Node::If {
+                    then, otherwise, ..
+                } => edits += walk(then, matches) + walk(otherwise, matches),
+                Node::Loop { body, .. } => edits += walk(body, matches),
+            }
+            match node {
+                Node::If { then, .. } if taken => {
+                    edits += 1;
+                    block.extend(then);
+                }
+                _ => block.push(node),
+            }
+        }
+        edits
+    }
+    walk(&mut kernel.body, &matches)
+}
+
+/// Moves every instruction of one sort to just behind the nearest later branch around one of another
+/// sort, in the same block.
+pub fn move_behind_branch(
+    kernel: &mut Kernel,
+    moved: impl Fn(&Op) -> bool,
+    within: impl Fn(&Op) -> bool,
+) -> usize {
+    let mut edits = 0;
+    blocks(&mut kernel.body, &mut |block| {
+        for i in (0..block.len()).rev() {
+            if !matches!(&block[i], Node::Inst(inst) if moved(&inst.op)) {
+                continue;
+            }
+            if let Some(to) = (i..block.len()).find(|&j| branches(&block[j], &within)) {
+                block[i..=to].rotate_left(1);
                 edits += 1;
             }
         }
@@ -183,26 +284,15 @@ pub fn move_before(
     edits
 }
 
-/// Takes branches away around instructions that match: `if c { body }` becomes `body`.
-pub fn unbranch(kernel: &mut Kernel, holds: impl Fn(&Op) -> bool) -> usize {
-    let has = |block: &Block| {
-        let mut has = false;
-        instructions(block, &mut |inst| has |= holds(&inst.op));
-        has
-    };
+/// Moves branches around instructions that match to the end of the block that they are in.
+pub fn postpone(kernel: &mut Kernel, matches: impl Fn(&Op) -> bool) -> usize {
     let mut edits = 0;
     blocks(&mut kernel.body, &mut |block| {
-        for node in std::mem::take(block) {
-            match node {
-                Node::If {
-                    then, otherwise, ..
-                } if otherwise.is_empty() && has(&then) => {
-                    edits += 1;
-                    block.extend(then);
-                }
-                _ => block.push(node),
-            }
-        }
+        let is = |node: &Node| branches(node, &matches);
+        let (moved, mut rest): (Vec<_>, Vec<_>) = std::mem::take(block).into_iter().partition(is);
+        edits += moved.len();
+        rest.extend(moved);
+        *block = rest;
     });
     edits
 }
@@ -314,22 +404,29 @@ pub fn barrier(kernel: &Kernel, nth: usize) -> Address {
         .expect("kernels initialise their mbarriers")
 }
 
-/// A test for waits on the mbarrier that is initialised `nth`.
+/// A test for addresses of that mbarrier, or of some that it is the first of, chosen at run time.
+fn of_barrier(kernel: &Kernel, nth: usize) -> impl Fn(&Address) -> bool + use<> {
+    let first = barrier(kernel, nth);
+    let bases = from_base(kernel, first.base);
+    move |address| address.offset == first.offset && bases.contains(&address.base)
+}
+
+/// A test for waits on the mbarrier that is initialised `nth`, and those chosen with it.
 pub fn waits_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
-    let at = barrier(kernel, nth).offset;
-    move |op| matches!(op, Op::MbarrierWait { address, .. } if address.offset == at)
+    let is = of_barrier(kernel, nth);
+    move |op| matches!(op, Op::MbarrierWait { address, .. } if is(address))
 }
 
 /// A test for plain arrivals on it.
 pub fn arrives_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
-    let at = barrier(kernel, nth).offset;
-    move |op| matches!(op, Op::MbarrierArrive { address, .. } if address.offset == at)
+    let is = of_barrier(kernel, nth);
+    move |op| matches!(op, Op::MbarrierArrive { address, .. } if is(address))
 }
 
 /// A test for arrivals on it that announce bytes.
 pub fn expects_on(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
-    let at = barrier(kernel, nth).offset;
-    move |op| matches!(op, Op::MbarrierArriveExpect { address, .. } if address.offset == at)
+    let is = of_barrier(kernel, nth);
+    move |op| matches!(op, Op::MbarrierArriveExpect { address, .. } if is(address))
 }
 
 /// A test for its initialisation.

@@ -16,16 +16,9 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["ProxyFence"]),
         },
         Mutation {
-            name: "no proxy fence before the store of the output",
-            kind: "proxy fence",
-            base: Base::Wide,
-            edit: |s| remove(s.kernel_mut(), All, op!(Op::Fence(Fence::ProxyAsyncShared))),
-            by: By::Emulator(&["ProxyFence"]),
-        },
-        Mutation {
             name: "proxy fence of the wrong memory",
             kind: "proxy fence",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| {
                 change(
                     s.kernel_mut(),
@@ -41,7 +34,7 @@ pub fn table() -> Vec<Mutation> {
         Mutation {
             name: "an ordinary fence for a proxy fence",
             kind: "proxy fence",
-            base: Base::Short,
+            base: Base::Gemm,
             edit: |s| {
                 change(
                     s.kernel_mut(),
@@ -57,7 +50,7 @@ pub fn table() -> Vec<Mutation> {
         Mutation {
             name: "proxy fence before the last stmatrix",
             kind: "proxy fence",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| {
                 let fence = op!(Op::Fence(Fence::ProxyAsyncShared));
                 move_before(s.kernel_mut(), fence, op!(Op::StoreMatrix { .. }))
@@ -108,6 +101,20 @@ pub fn table() -> Vec<Mutation> {
             kind: "wgmma fence",
             base: Base::Short,
             edit: |s| remove(s.kernel_mut(), Nth(2), op!(Op::WgmmaFence)),
+            by: By::Emulator(&["MissingWgmmaFence"]),
+        },
+        Mutation {
+            name: "no wgmma fence before the product with v that the next row's scores follow",
+            kind: "wgmma fence",
+            base: Base::Wide,
+            edit: |s| remove(s.kernel_mut(), Nth(4), op!(Op::WgmmaFence)),
+            by: By::Emulator(&["MissingWgmmaFence"]),
+        },
+        Mutation {
+            name: "no wgmma fence before the last product of all",
+            kind: "wgmma fence",
+            base: Base::Short,
+            edit: |s| remove(s.kernel_mut(), Nth(3), op!(Op::WgmmaFence)),
             by: By::Emulator(&["MissingWgmmaFence"]),
         },
     ]

@@ -4,7 +4,7 @@ use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Op, Operand, Space};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{all, change, move_before, op, plain, remove, rewrite};
+use crate::edit::{Which, all, change, move_before, op, plain, remove, rewrite};
 use crate::{Base, By, Mutation};
 
 /// A bulk commit is followed by an ordinary store over the tile that is still being read.
@@ -27,6 +27,14 @@ fn reuse(s: &mut crate::Setup) -> usize {
     })
 }
 
+/// Leaves a product more in flight.
+fn two_for_one(s: &mut crate::Setup, which: Which) -> usize {
+    let one = op!(Op::WgmmaWait { pending: 1 });
+    change(s.kernel_mut(), which, one, |op| {
+        *op = Op::WgmmaWait { pending: 2 };
+    })
+}
+
 pub fn table() -> Vec<Mutation> {
     vec![
         Mutation {
@@ -40,16 +48,14 @@ pub fn table() -> Vec<Mutation> {
             name: "later scores are not waited for: wait_group 2 for 1",
             kind: "wgmma wait",
             base: Base::Wide,
-            edit: |s| {
-                change(
-                    s.kernel_mut(),
-                    All,
-                    op!(Op::WgmmaWait { pending: 1 }),
-                    |op| {
-                        *op = Op::WgmmaWait { pending: 2 };
-                    },
-                )
-            },
+            edit: |s| two_for_one(s, Nth(0)),
+            by: By::Emulator(&["AccumulatorInFlight"]),
+        },
+        Mutation {
+            name: "a row's last product with v is not waited for: wait_group 2 for 1",
+            kind: "wgmma wait",
+            base: Base::Wide,
+            edit: |s| two_for_one(s, Nth(1)),
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
@@ -69,13 +75,10 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["OperandInFlight", "Race"]),
         },
         Mutation {
-            name: "the last product with v is not waited for",
+            name: "the last product of all with v is not waited for",
             kind: "wgmma wait",
             base: Base::Short,
-            edit: |s| {
-                remove(s.kernel_mut(), Nth(4), op!(Op::WgmmaWait { pending: 0 }))
-                    + remove(s.kernel_mut(), Nth(3), op!(Op::WgmmaWait { pending: 0 }))
-            },
+            edit: |s| remove(s.kernel_mut(), Nth(2), op!(Op::WgmmaWait { pending: 0 })),
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
@@ -89,16 +92,7 @@ pub fn table() -> Vec<Mutation> {
             name: "tiles are given back one product too early: wait_group 2 for 1",
             kind: "wgmma wait",
             base: Base::Gemm,
-            edit: |s| {
-                change(
-                    s.kernel_mut(),
-                    All,
-                    op!(Op::WgmmaWait { pending: 1 }),
-                    |op| {
-                        *op = Op::WgmmaWait { pending: 2 };
-                    },
-                )
-            },
+            edit: |s| two_for_one(s, All),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
@@ -116,6 +110,20 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["AccumulatorInFlight"]),
         },
         Mutation {
+            name: "a row's last product with v is of one group with the next row's first scores",
+            kind: "wgmma commit",
+            base: Base::Wide,
+            edit: |s| remove(s.kernel_mut(), Nth(4), op!(Op::WgmmaCommit)),
+            by: By::Emulator(&["AccumulatorInFlight", "Race"]),
+        },
+        Mutation {
+            name: "the next row's first scores are not a group of their own",
+            kind: "wgmma commit",
+            base: Base::Short,
+            edit: |s| remove(s.kernel_mut(), Nth(5), op!(Op::WgmmaCommit)),
+            by: By::Emulator(&["AccumulatorInFlight", "Race"]),
+        },
+        Mutation {
             name: "the wait comes before the commit",
             kind: "wgmma commit",
             base: Base::Short,
@@ -123,14 +131,14 @@ pub fn table() -> Vec<Mutation> {
                 let wait = op!(Op::WgmmaWait { .. });
                 move_before(s.kernel_mut(), wait, op!(Op::WgmmaCommit))
             },
-            by: By::Emulator(&["AccumulatorInFlight"]),
+            by: By::Emulator(&["AccumulatorInFlight", "OperandInFlight"]),
         },
         Mutation {
-            name: "queries overwrite an output that is still being stored",
+            name: "the store of c is not waited for",
             kind: "bulk group",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| remove(s.kernel_mut(), All, op!(Op::BulkWait { .. })),
-            by: By::Emulator(&["Race"]),
+            by: By::Emulator(&["LeftBehind"]),
         },
         Mutation {
             name: "one store may be under way at the end",
@@ -156,17 +164,17 @@ pub fn table() -> Vec<Mutation> {
         Mutation {
             name: "the last panel is stored behind the commit",
             kind: "bulk group",
-            base: Base::Short,
+            base: Base::Gemm,
             edit: |s| {
                 let commit = op!(Op::BulkCommit);
                 move_before(s.kernel_mut(), commit, op!(Op::TmaStore { .. }))
             },
-            by: By::Emulator(&["Race"]),
+            by: By::Emulator(&["LeftBehind"]),
         },
         Mutation {
-            name: "the output's tile is written again before it was read",
+            name: "c's tile is written again before it was read",
             kind: "bulk group",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: reuse,
             by: By::Emulator(&["Race"]),
         },

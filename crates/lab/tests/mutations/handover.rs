@@ -1,42 +1,26 @@
-//! What planner, loader and consumers of attention hand each other: jobs, tiles of queries with their
-//! notes, and places for output, given back.
+//! What the planner of attention hands to the loader, and where it has it from: jobs, and the counter
+//! that thread blocks share.
 //!
 //! No mutation, for it is harmless: the planner puts up tiles of queries behind the sequence's end.
-//! Loads of them bring zeros, and what they store lies outside of tensor map and guard.
+//! Loads of them bring zeros, and guards leave out what they would store.
 
 use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Binary, Op, Operand, Space, Special};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{
-    arrives_on, change, computed, double, expects_on, move_before, op, param, remove, waits_on,
-};
-use crate::phases::{
-    JOB_EMPTY, JOB_FULL, Q_EMPTY, Q_FULL, count, flip, no_release, no_toggle, no_wait,
-};
+use crate::edit::{arrives_on, change, computed, double, move_before, op, remove, waits_on};
+use crate::phases::{JOB_EMPTY, JOB_FULL, Q_EMPTY, count, flip, no_release, no_toggle, no_wait};
 use crate::{Base, By, Mutation, Setup};
 
-/// Loads of shared memory, by any number of words.
-fn loads(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Load {
-            space: Space::Shared,
-            ..
-        }
-    )
-}
-
-/// Stores to it of so many words.
-fn stores(words: usize) -> impl Fn(&Op) -> bool {
+/// Stores to shared memory of so many words.
+pub fn stores(words: usize) -> impl Fn(&Op) -> bool {
     move |op| matches!(op, Op::Store { space: Space::Shared, src, .. } if src.len() == words)
 }
 
 // Stores of four words, in the order of the body: notes to consumers, halves of jobs.
-const NOTE: usize = 0;
-const NOTE_WITHOUT_KEYS: usize = 1;
-pub const JOB_NOTE: usize = 3;
-pub const JOB_START: usize = 4;
+pub const NOTE: usize = 0;
+pub const JOB_NOTE: usize = 1;
+pub const JOB_START: usize = 2;
 
 /// Has one of these say something else: `op` of one of its words and `value`.
 pub fn say(s: &mut Setup, nth: usize, word: usize, op: Binary, value: i32) -> usize {
@@ -76,14 +60,14 @@ fn step(s: &mut Setup, tiles: u64) -> usize {
 }
 
 /// Moves arrivals to before what precedes them.
-fn earlier(s: &mut Setup, nth: usize, before: impl Fn(&Op) -> bool) -> usize {
+pub fn earlier(s: &mut Setup, nth: usize, before: impl Fn(&Op) -> bool) -> usize {
     let arrives = arrives_on(s.kernel(), nth);
     move_before(s.kernel_mut(), arrives, before)
 }
 
 pub fn table() -> Vec<Mutation> {
     let mut table = jobs();
-    table.extend(queries());
+    table.extend(counter());
     table
 }
 
@@ -150,10 +134,13 @@ fn jobs() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock", "Race"]),
         },
         Mutation {
-            name: "a job's place is given back before its note is read",
+            name: "a job's place is given back before its queries are loaded",
             kind: "early release",
             base: Base::Wide,
-            edit: |s| earlier(s, JOB_EMPTY, loads),
+            edit: |s| {
+                let emptied = waits_on(s.kernel(), Q_EMPTY);
+                earlier(s, JOB_EMPTY, emptied)
+            },
             by: By::Emulator(&["Race"]),
         },
         Mutation {
@@ -187,141 +174,9 @@ fn jobs() -> Vec<Mutation> {
     ]
 }
 
-/// From the loader to the consumers, and back.
-fn queries() -> Vec<Mutation> {
+/// How thread blocks share tiles.
+fn counter() -> Vec<Mutation> {
     vec![
-        Mutation {
-            name: "queries overwrite those before",
-            kind: "missing empty wait",
-            base: Base::Wide,
-            edit: |s| no_wait(s, Q_EMPTY),
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a note of no keys overwrites the one before",
-            kind: "missing empty wait",
-            base: Base::Wide,
-            edit: |s| {
-                let waits = waits_on(s.kernel(), Q_EMPTY);
-                remove(s.kernel_mut(), Nth(1), waits)
-            },
-            by: By::Emulator(&["Mbarrier", "Race"]),
-        },
-        Mutation {
-            name: "queries' place is never given back",
-            kind: "missing release",
-            base: Base::Wide,
-            edit: |s| no_release(s, Q_EMPTY),
-            by: By::Emulator(&["Deadlock"]),
-        },
-        Mutation {
-            name: "one warpgroup alone gives queries' place back",
-            kind: "mbarrier count",
-            base: Base::Wide,
-            edit: |s| count(s, Q_EMPTY, 1),
-            by: By::Emulator(&["Deadlock", "Race", "Mbarrier"]),
-        },
-        Mutation {
-            name: "queries' place is given back before the output lies in it",
-            kind: "early release",
-            base: Base::Short,
-            edit: |s| earlier(s, Q_EMPTY, op!(Op::BarrierSync { .. })),
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "queries' place is given back before the note is read for the store",
-            kind: "early release",
-            base: Base::Wide,
-            edit: |s| earlier(s, Q_EMPTY, loads),
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a note is written behind its arrival",
-            kind: "early arrival",
-            base: Base::Wide,
-            edit: |s| {
-                let arrives = expects_on(s.kernel(), Q_FULL);
-                move_before(s.kernel_mut(), arrives, stores(4))
-            },
-            by: By::Emulator(&["Race", "UninitialisedMemory"]),
-        },
-        Mutation {
-            name: "a note of no keys is written behind its arrival",
-            kind: "early arrival",
-            base: Base::Wide,
-            edit: |s| earlier(s, Q_FULL, stores(4)),
-            by: By::Emulator(&["Race", "UninitialisedMemory"]),
-        },
-        Mutation {
-            name: "no note is written",
-            kind: "missing note",
-            base: Base::Wide,
-            edit: |s| remove(s.kernel_mut(), Nth(NOTE), stores(4)),
-            by: By::Emulator(&["UninitialisedMemory"]),
-        },
-        Mutation {
-            // Consumers take the one before, and wait for its keys.
-            name: "no note of no keys is written",
-            kind: "missing note",
-            base: Base::Wide,
-            edit: |s| remove(s.kernel_mut(), Nth(NOTE_WITHOUT_KEYS), stores(4)),
-            by: By::Emulator(&["Deadlock"]),
-        },
-        Mutation {
-            name: "nobody is told of queries without keys",
-            kind: "missing arrival",
-            base: Base::Wide,
-            edit: |s| {
-                let arrives = arrives_on(s.kernel(), Q_FULL);
-                remove(s.kernel_mut(), Nth(0), arrives)
-            },
-            by: By::Emulator(&["Deadlock"]),
-        },
-        Mutation {
-            name: "consumers do not toggle their parity for queries",
-            kind: "parity",
-            base: Base::Short,
-            edit: |s| no_toggle(s, Q_FULL),
-            by: By::Emulator(&["Race", "UninitialisedMemory"]),
-        },
-        Mutation {
-            name: "all tiles say that they are the first",
-            kind: "note",
-            base: Base::Wide,
-            edit: |s| say(s, JOB_NOTE, 0, Binary::And, 0),
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "all tiles say that they are of the first batch",
-            kind: "note",
-            base: Base::Ragged,
-            edit: |s| say(s, JOB_NOTE, 1, Binary::And, 0xffff),
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "a note says that there is a tile of keys more than are loaded",
-            kind: "note",
-            base: Base::Wide,
-            edit: |s| say(s, NOTE, 2, Binary::Add, 1),
-            by: By::Emulator(&["Deadlock"]),
-        },
-        Mutation {
-            name: "queries behind the last have a logarithm",
-            kind: "guard",
-            base: Base::Ragged,
-            edit: |s| {
-                // The first such comparison is the planner's, the others are of a thread's two rows.
-                let q_len = param(s.kernel(), "q_len");
-                let below = |op: &Op| matches!(op, Op::Compare { b, .. } if *b == q_len);
-                let boundless = |op: &mut Op| {
-                    if let Op::Compare { b, .. } = op {
-                        *b = Operand::Imm(u32::MAX.into());
-                    }
-                };
-                change(s.kernel_mut(), Nth(1), below, boundless)
-            },
-            by: By::Emulator(&["Race", "OutOfBounds"]),
-        },
         Mutation {
             name: "of two thread blocks both start at the first tile",
             kind: "counter",
@@ -352,7 +207,7 @@ fn queries() -> Vec<Mutation> {
         Mutation {
             name: "counting starts at the first tile, not behind those that thread blocks start at",
             kind: "counter",
-            base: Base::Wide,
+            base: Base::Ragged,
             edit: |s| {
                 let blocks = op!(Op::Special {
                     which: Special::GridX,

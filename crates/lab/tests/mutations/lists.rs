@@ -5,6 +5,7 @@ use flex_block_attn_ptx::ir::{Binary, Cmp, Op, Operand, Space};
 use crate::edit::Which::All;
 use crate::edit::{all, change, param, remove};
 use crate::handover::{JOB_NOTE, JOB_START, say};
+use crate::trace::{address, places};
 use crate::{Base, By, Mutation, Setup};
 
 // Words of a job's note, and of where its keys start.
@@ -57,24 +58,18 @@ fn no_step(s: &mut Setup) -> usize {
 
 /// Has the loader note the pieces of both stages in one place.
 fn one_place(s: &mut Setup) -> usize {
-    let note = |op: &Op| match op {
-        Op::Store {
-            space: Space::Shared,
-            address,
-            src,
-            ..
-        } if src.len() == 1 => Some(address.offset),
-        _ => None,
+    let notes =
+        |op: &Op| matches!(op, Op::Store { space: Space::Shared, src, .. } if src.len() == 1);
+    let first = all(s.kernel()).into_iter().find(|inst| notes(&inst.op));
+    let first = first.and_then(|inst| address(&inst.op));
+    // A word for each of three pieces.
+    let of_pieces = |op: &Op| {
+        matches!(op, Op::Load { .. } | Op::Store { .. })
+            && address(op)
+                .zip(first)
+                .is_some_and(|(at, first)| (at.offset - 8..=at.offset + 8).contains(&first.offset))
     };
-    let notes: Vec<_> = all(s.kernel()).iter().filter_map(|i| note(&i.op)).collect();
-    // A word for each of three pieces; the second stage's come last.
-    let last = notes.into_iter().max().unwrap_or(0);
-    let of_second = |op: &Op| matches!(op, Op::Store { address, .. } | Op::Load { address, .. } if (last - 8..=last).contains(&address.offset));
-    change(s.kernel_mut(), All, of_second, |op| {
-        if let Op::Store { address, .. } | Op::Load { address, .. } = op {
-            address.offset -= 12;
-        }
-    })
+    places(s.kernel_mut(), of_pieces, 1)
 }
 
 pub fn table() -> Vec<Mutation> {
@@ -114,7 +109,9 @@ pub fn table() -> Vec<Mutation> {
             name: "a tile of keys too few",
             kind: "walk",
             base: Base::Ragged,
-            edit: |s| say(s, JOB_NOTE, TILES, Binary::Sub, 1),
+            edit: |s| {
+                say(s, JOB_NOTE, TILES, Binary::Sub, 1) + say(s, JOB_NOTE, TILES, Binary::Max, 1)
+            },
             by: By::Result,
         },
         Mutation {

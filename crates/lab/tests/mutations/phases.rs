@@ -7,11 +7,12 @@
 
 use flex_block_attn_ptx::ir::{Cmp, Op, Operand};
 
-use crate::edit::Which::All;
+use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{
     arrives_on, change, change_behind, double, expects_on, inits, move_before, only_threads, op,
     other_parity, remove, remove_behind, toggles, unguard, waits_on,
 };
+use crate::trace::same_as;
 use crate::{Base, By, Mutation, Setup};
 
 // mbarriers, in the order of their initialisation. The product's rings have three stages.
@@ -19,15 +20,17 @@ const A_FULL: usize = 0;
 const A_EMPTY: usize = 1;
 const B_FULL: usize = 6;
 const B_EMPTY: usize = 7;
-// Those of attention have two, behind what jobs and queries have.
+// Those of attention have two, behind what jobs, notes, of which there are two, and queries have. Stages
+// are chosen at run time: to wait on the first means to wait on either.
 pub const JOB_FULL: usize = 0;
 pub const JOB_EMPTY: usize = 1;
-pub const Q_FULL: usize = 2;
-pub const Q_EMPTY: usize = 3;
-const K_FULL: usize = 4;
-const K_EMPTY: usize = 5;
-const V_FULL: usize = 8;
-const V_EMPTY: usize = 9;
+pub const NOTED: usize = 2;
+pub const Q_FULL: usize = 4;
+pub const Q_EMPTY: usize = 5;
+pub const K_FULL: usize = 6;
+pub const K_EMPTY: usize = 7;
+pub const V_FULL: usize = 10;
+pub const V_EMPTY: usize = 11;
 
 /// Starts a role's parity at the other value.
 pub fn flip(s: &mut Setup, nth: usize) -> usize {
@@ -81,6 +84,18 @@ fn early_release(s: &mut Setup, nth: usize) -> usize {
     move_before(s.kernel_mut(), releases, op!(Op::WgmmaWait { .. }))
 }
 
+/// The same, of the releases there are the `which`.
+pub fn early_release_of(s: &mut Setup, nth: usize, which: usize) -> usize {
+    let release = same_as(s.kernel(), which, &arrives_on(s.kernel(), nth));
+    move_before(s.kernel_mut(), release, op!(Op::WgmmaWait { .. }))
+}
+
+/// Leaves out the `which` of the releases there are.
+pub fn no_release_of(s: &mut Setup, nth: usize, which: usize) -> usize {
+    let releases = arrives_on(s.kernel(), nth);
+    remove(s.kernel_mut(), Nth(which), releases)
+}
+
 pub fn table() -> Vec<Mutation> {
     let mut table = tokens();
     table.extend(setup());
@@ -114,16 +129,16 @@ fn tokens() -> Vec<Mutation> {
         Mutation {
             name: "a consumer does not toggle its parity",
             kind: "parity",
-            base: Base::Wide,
-            edit: |s| no_toggle(s, V_FULL),
+            base: Base::Gemm,
+            edit: |s| no_toggle(s, A_FULL),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "a consumer toggles another mbarrier's parity",
             kind: "parity",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| {
-                let waits = waits_on(s.kernel(), V_FULL);
+                let waits = waits_on(s.kernel(), A_FULL);
                 change_behind(s.kernel_mut(), waits, toggles, |mut op| {
                     if let Op::Binary {
                         b: Operand::Imm(bit),
@@ -207,6 +222,26 @@ fn tokens() -> Vec<Mutation> {
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
+            name: "the next row's first tile of k is not waited for",
+            kind: "missing full wait",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = waits_on(s.kernel(), K_FULL);
+                remove(s.kernel_mut(), Nth(2), waits)
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "a row's last tile of v is not waited for",
+            kind: "missing full wait",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = waits_on(s.kernel(), V_FULL);
+                remove(s.kernel_mut(), Within(1, 3), waits)
+            },
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
             name: "one warp alone waits for a tile of v",
             kind: "missing full wait",
             base: Base::Wide,
@@ -231,6 +266,13 @@ fn tokens() -> Vec<Mutation> {
             by: By::Emulator(&["Race", "Mbarrier"]),
         },
         Mutation {
+            name: "a stage of v is filled before it is empty",
+            kind: "missing empty wait",
+            base: Base::Wide,
+            edit: |s| no_wait(s, V_EMPTY),
+            by: By::Emulator(&["Race", "Mbarrier"]),
+        },
+        Mutation {
             name: "k is given back before its product is over",
             kind: "early release",
             base: Base::Wide,
@@ -241,7 +283,14 @@ fn tokens() -> Vec<Mutation> {
             name: "v is given back before its product is over",
             kind: "early release",
             base: Base::Wide,
-            edit: |s| early_release(s, V_EMPTY),
+            edit: |s| early_release_of(s, V_EMPTY, 0),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "a row's last v is given back before its product is over",
+            kind: "early release",
+            base: Base::Wide,
+            edit: |s| early_release_of(s, V_EMPTY, 1),
             by: By::Emulator(&["Race"]),
         },
         Mutation {
@@ -249,6 +298,20 @@ fn tokens() -> Vec<Mutation> {
             kind: "missing release",
             base: Base::Wide,
             edit: |s| no_release(s, K_EMPTY),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "a row's first tile of k is not given back",
+            kind: "missing release",
+            base: Base::Wide,
+            edit: |s| no_release_of(s, K_EMPTY, 0),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "a row's last tile of v is not given back",
+            kind: "missing release",
+            base: Base::Wide,
+            edit: |s| no_release_of(s, V_EMPTY, 1),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
@@ -353,7 +416,7 @@ fn setup() -> Vec<Mutation> {
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
-            name: "the barrier of all threads comes before the initialisation's last mbarrier",
+            name: "the barrier of all threads comes before the initialisation",
             kind: "missing init",
             base: Base::Wide,
             edit: |s| {

@@ -3,7 +3,7 @@
 use flex_block_attn_ptx::ir::{Binary, MatrixA, Op, Operand};
 use flex_block_attn_ptx::{Arg, Swizzle, TensorMap};
 
-use crate::edit::Which::{All, Nth};
+use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{Side, change, descriptors, op};
 use crate::{Base, By, Mutation, Setup};
 
@@ -12,6 +12,9 @@ const Q: &str = "q";
 const K: &str = "k";
 const V: &str = "v";
 const OUT: &str = "out";
+const OUT_ROW: &str = "out_row_stride";
+const OUT_HEAD: &str = "out_head_stride";
+const OUT_BATCH: &str = "out_batch_stride";
 const LSE: &str = "lse";
 const Q_LEN: &str = "q_len";
 const PLAN: &str = "plan";
@@ -277,17 +280,17 @@ fn copies() -> Vec<Mutation> {
             by: By::Result,
         },
         Mutation {
-            name: "the output's head and batch in each other's place",
+            name: "rows and panels of c in each other's place",
             kind: "coordinates",
-            base: Base::Short,
+            base: Base::Gemm,
             edit: |s| {
                 change(s.kernel_mut(), All, op!(Op::TmaStore { .. }), |op| {
                     if let Op::TmaStore { coordinates, .. } = op {
-                        coordinates.swap(3, 4);
+                        coordinates.swap(1, 2);
                     }
                 })
             },
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "a coordinate too few",
@@ -329,15 +332,21 @@ fn copies() -> Vec<Mutation> {
         Mutation {
             name: "the swizzle's pattern 128 bytes off",
             kind: "shared address",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| {
-                change(s.kernel_mut(), All, op!(Op::StoreMatrix { .. }), |op| {
-                    if let Op::StoreMatrix { address, .. } = op {
-                        address.offset ^= 128;
-                    }
-                })
+                // Of all panels but the last, behind which there is nothing.
+                change(
+                    s.kernel_mut(),
+                    Within(0, 12),
+                    op!(Op::StoreMatrix { .. }),
+                    |op| {
+                        if let Op::StoreMatrix { address, .. } = op {
+                            address.offset ^= 128;
+                        }
+                    },
+                )
             },
-            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+            by: By::Emulator(&["Race", "UninitialisedMemory", "OutOfBounds"]),
         },
         Mutation {
             name: "stmatrix without a swizzle",
@@ -436,7 +445,7 @@ fn launches() -> Vec<Mutation> {
             name: "too long a row: its list goes on behind the last list",
             kind: "out of bounds",
             base: Base::Wide,
-            edit: |s| number(s, PLAN, 0, 60),
+            edit: |s| number(s, PLAN, 0, 600),
             by: By::Emulator(&["OutOfBounds"]),
         },
         Mutation {
@@ -605,10 +614,56 @@ fn launches() -> Vec<Mutation> {
         },
         Mutation {
             name: "rows of the output overlap",
-            kind: "tensor map",
+            kind: "output's place",
             base: Base::Wide,
-            edit: |s| map(s, OUT, |map| map.strides[1] -= 16),
+            edit: |s| wide(s, OUT_ROW, |bytes| bytes - 16),
             by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "rows of the output lie a column too far apart",
+            kind: "alignment",
+            base: Base::Wide,
+            edit: |s| wide(s, OUT_ROW, |bytes| bytes + 2),
+            by: By::Emulator(&["Misaligned"]),
+        },
+        Mutation {
+            name: "rows of the output are aligned to 8 bytes: zeros are stored by 16",
+            kind: "alignment",
+            base: Base::Wide,
+            edit: |s| wide(s, OUT_ROW, |bytes| bytes + 8),
+            by: By::Emulator(&["Misaligned"]),
+        },
+        Mutation {
+            name: "the output lies beyond its memory",
+            kind: "out of bounds",
+            base: Base::Short,
+            edit: |s| wide(s, OUT, |address| address + 1024),
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "all heads of the output start where the first does",
+            kind: "output's place",
+            base: Base::Short,
+            edit: |s| wide(s, OUT_HEAD, |_| 0),
+            by: By::Result,
+        },
+        Mutation {
+            name: "all batches of the output start where the first does",
+            kind: "output's place",
+            base: Base::Ragged,
+            edit: |s| wide(s, OUT_BATCH, |_| 0),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "the output's heads and rows in each other's place",
+            kind: "output's place",
+            base: Base::Short,
+            edit: |s| {
+                let (row, head) = (place(s, OUT_ROW), place(s, OUT_HEAD));
+                s.launch_mut().args.swap(row, head);
+                1
+            },
+            by: By::Emulator(&["OutOfBounds", "Race"]),
         },
     ]
 }

@@ -1,10 +1,7 @@
 //! Reports, read as a user: they name the kernel, the instruction, its place in Rust source, the
 //! warp, and the address.
 
-use flex_block_attn_ptx::ir::{Op, Operand};
-
-use crate::edit::Which::All;
-use crate::edit::{arrives_on, op, remove};
+use crate::phases::{K_EMPTY, V_EMPTY, early_release_of, no_release};
 use crate::{Base, found, ways};
 
 /// Asserts that a mistake is found as `who` by a text that holds all of `parts`.
@@ -22,24 +19,20 @@ fn assert_names(edit: fn(&mut crate::Setup) -> usize, who: &str, parts: &[&str])
 #[test]
 fn a_race_is_told_in_full() {
     assert_names(
-        |s| {
-            let own = op!(Op::BarrierSync {
-                threads: Operand::Imm(128),
-                ..
-            });
-            remove(s.kernel_mut(), All, own)
-        },
+        // A row's last values, under whose product the next row's scores are.
+        |s| early_release_of(s, V_EMPTY, 1),
         "emulator: Race",
         &[
             "kernel forward_bf16_d128_q128_kv128_p128, block [",
             "warp ",
             // Where it is noticed, by what instruction, on which byte.
-            "crates/kernels/src/forward/kernel.rs:",
-            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [",
-            "shared memory of block [",
+            "\n  at crates/kernels/src/forward/kernel.rs:",
+            ": cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [",
+            "this write of shared memory of block [",
             "(address 0x",
             // And with whom it conflicts.
             "is not ordered after the read by wgmma of warp ",
+            " at crates/kernels/src/forward/kernel.rs:",
             ": wgmma.mma_async.sync.aligned.m64n128k16",
         ],
     );
@@ -47,12 +40,9 @@ fn a_race_is_told_in_full() {
 
 #[test]
 fn a_deadlock_is_told_in_full() {
-    // The sixth mbarrier is "empty" of the first stage of keys: nobody gives it back.
+    // Nobody gives keys back.
     assert_names(
-        |s| {
-            let releases = arrives_on(s.kernel(), 5);
-            remove(s.kernel_mut(), All, releases)
-        },
+        |s| no_release(s, K_EMPTY),
         "emulator: Deadlock",
         &[
             "kernel forward_bf16_d128_q128_kv128_p128, block [0, 0, 0], warp 0: deadlock",
@@ -64,7 +54,10 @@ fn a_deadlock_is_told_in_full() {
             // The planner, who has put up the next job and would put up another.
             "block [0, 0, 0], warp 1 waits for parity ",
             "at crates/kernels/src/forward/work.rs:",
-            "warps [4, 5, 6, 7, 8, 9, 10, 11] wait for ",
+            // The consumers: one waits for keys, the other for its turn.
+            "block [0, 0, 0], warps [4, 5, 6, 7] wait for parity ",
+            "block [0, 0, 0], warps [8, 9, 10, 11] wait for barrier 3: 128 of 256 threads have arrived",
+            ": bar.sync %",
         ],
     );
 }

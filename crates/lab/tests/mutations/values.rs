@@ -7,13 +7,18 @@ use flex_block_attn_ptx::ir::{
 };
 use flex_block_attn_ptx::{Arg, Ty};
 
-use crate::edit::Which::{All, Nth};
+use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{Which, all, change, only_threads, op, remove};
+use crate::handover::{JOB_NOTE, say};
 use crate::places::argument;
 use crate::{Base, By, Mutation, Setup};
 
 /// The argument that scores are multiplied by.
 const SCALE: &str = "scale";
+
+/// The constants 1 and -inf.
+const ONE: Operand = Operand::Imm(0x3f80_0000);
+const NO_KEYS: u64 = 0xff80_0000;
 
 /// Where the accumulators of the wgmma `nth` are set to zero.
 fn fills(kernel: &Kernel, nth: usize) -> impl Fn(&Op) -> bool + use<> {
@@ -48,6 +53,37 @@ fn distance(s: &mut Setup, which: Which, from: u64, to: u64) -> usize {
     })
 }
 
+/// Registers that hold what a row's output so far is multiplied by: they start at one.
+fn factors(kernel: &Kernel) -> Vec<Operand> {
+    let starts = |op: &Op| match op {
+        Op::Mov { dst, src, .. } if *src == ONE => vec![Operand::Reg(*dst)],
+        _ => Vec::new(),
+    };
+    all(kernel)
+        .iter()
+        .flat_map(|inst| starts(&inst.op))
+        .collect()
+}
+
+/// A test for multiplications of the output, in place.
+fn scales(op: &Op) -> bool {
+    matches!(op, Op::Binary { op: Binary::Mul, ty: Ty::F32, dst, a, .. } if *a == Operand::Reg(*dst))
+}
+
+/// A test for those by such a factor.
+fn rescales(kernel: &Kernel) -> impl Fn(&Op) -> bool + use<> {
+    let factors = factors(kernel);
+    move |op| scales(op) && matches!(op, Op::Binary { b, .. } if factors.contains(b))
+}
+
+/// Multiplies by one instead.
+fn no_factor(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
+    change(s.kernel_mut(), which, matches, |op| match op {
+        Op::Binary { b, .. } | Op::Ternary { b, .. } => *b = ONE,
+        _ => {}
+    })
+}
+
 /// Swaps the operands of instructions with two of them.
 fn swap(s: &mut Setup, which: Which, matches: impl Fn(&Op) -> bool) -> usize {
     change(s.kernel_mut(), which, matches, |op| match op {
@@ -77,13 +113,14 @@ fn longer(s: &mut Setup, of: Range<usize>) -> usize {
     )
 }
 
-// Conditions of attention's loops over tiles of keys, and of that over tiles of queries.
-const LOADER: Range<usize> = 1..3;
-const PLANNER: Range<usize> = 3..4;
-const CONSUMERS: Range<usize> = 5..7;
+// Conditions of attention's loops over tiles of keys, and of that over tiles of queries. Those between are
+// of loops over queries without keys.
+const LOADER: Range<usize> = 1..2;
+const PLANNER: Range<usize> = 2..3;
+const CONSUMERS: Range<usize> = 5..6;
 
 /// The predicates that loops are left by, in order.
-fn breaks(block: &Block) -> Vec<RegId> {
+pub fn breaks(block: &Block) -> Vec<RegId> {
     let of = |node: &Node| match node {
         Node::Inst(_) => Vec::new(),
         Node::Break { cond, .. } => cond.iter().map(|guard| guard.pred).collect(),
@@ -148,7 +185,15 @@ fn registers() -> Vec<Mutation> {
             name: "a sum without a first value",
             kind: "uninitialised register",
             base: Base::Wide,
-            edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::Mov { ty: Ty::F32, .. })),
+            edit: |s| {
+                // Those of the two rows' sums come before the output's.
+                let zero = op!(Op::Mov {
+                    ty: Ty::F32,
+                    src: Operand::Imm(0),
+                    ..
+                });
+                remove(s.kernel_mut(), Nth(0), zero)
+            },
             by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
@@ -166,8 +211,15 @@ fn registers() -> Vec<Mutation> {
             name: "all go on for a tile too many",
             kind: "loop",
             base: Base::Wide,
-            edit: |s| longer(s, LOADER) + longer(s, CONSUMERS),
+            edit: |s| say(s, JOB_NOTE, 2, Binary::Add, 1),
             by: By::Result,
+        },
+        Mutation {
+            name: "the loader goes on for a tile too many",
+            kind: "loop",
+            base: Base::Wide,
+            edit: |s| longer(s, LOADER),
+            by: By::Emulator(&["Deadlock", "Race"]),
         },
         Mutation {
             name: "the planner goes on for a tile of queries too many",
@@ -181,7 +233,7 @@ fn registers() -> Vec<Mutation> {
             kind: "loop",
             base: Base::Wide,
             edit: |s| longer(s, CONSUMERS),
-            by: By::Emulator(&["Deadlock"]),
+            by: By::Emulator(&["Race", "Deadlock"]),
         },
         Mutation {
             // Both going on is harmless: the step too many brings zeros.
@@ -200,7 +252,7 @@ fn numbers() -> Vec<Mutation> {
             name: "the maximum of a row without the neighbours' columns",
             kind: "shuffle",
             base: Base::Wide,
-            edit: |s| distance(s, All, 1, 4),
+            edit: |s| distance(s, Within(0, 4), 1, 4),
             by: By::Result,
         },
         Mutation {
@@ -268,28 +320,81 @@ fn numbers() -> Vec<Mutation> {
             kind: "softmax",
             base: Base::Short,
             edit: |s| {
-                // Multiplications of the output by the factor of its row, in place.
-                let rescales = |op: &Op| matches!(op, Op::Binary { op: Binary::Mul, ty: Ty::F32, dst, a, .. } if *a == Operand::Reg(*dst));
-                change(s.kernel_mut(), All, rescales, |op| {
-                    if let Op::Binary { b, .. } = op {
-                        *b = Operand::Imm(1.0f32.to_bits().into());
+                // Its first half is under the products with k, the other behind a row's.
+                let rescales = rescales(s.kernel());
+                let count = all(s.kernel())
+                    .iter()
+                    .filter(|inst| rescales(&inst.op))
+                    .count();
+                no_factor(s, Within(count / 2, count), rescales)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the output is not rescaled for any but the last maximum",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                let rescales = rescales(s.kernel());
+                let count = all(s.kernel())
+                    .iter()
+                    .filter(|inst| rescales(&inst.op))
+                    .count();
+                no_factor(s, Within(0, count / 2), rescales)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the output is not divided by the sum of weights",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                let rescales = rescales(s.kernel());
+                no_factor(s, All, move |op| scales(op) && !rescales(op))
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the logarithm of base 2 for the natural one",
+            kind: "softmax",
+            base: Base::Short,
+            edit: |s| {
+                let converts = op!(Op::Binary {
+                    op: Binary::Mul,
+                    ty: Ty::F32,
+                    b: Operand::Imm(_),
+                    ..
+                });
+                no_factor(s, All, converts)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the softmax of a row starts with what the row before left",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                // The first such constant is the planner's, for queries without keys.
+                let none = op!(Op::Mov {
+                    src: Operand::Imm(NO_KEYS),
+                    ..
+                });
+                change(s.kernel_mut(), Within(1, 3), none, |op| {
+                    if let Op::Mov { dst, src, .. } = op {
+                        *src = Operand::Reg(*dst);
                     }
                 })
             },
-            by: By::Result,
+            by: By::Verifier(&["Unassigned"]),
         },
         Mutation {
             name: "the sum of weights is not rescaled",
             kind: "softmax",
             base: Base::Wide,
             edit: |s| {
-                // Scores are rescaled by fma too, but from themselves to another register.
-                let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, ty: Ty::F32, b, .. } if matches!(b, Operand::Reg(_)));
-                change(s.kernel_mut(), Nth(66), sums, |op| {
-                    if let Op::Ternary { b, .. } = op {
-                        *b = Operand::Imm(1.0f32.to_bits().into());
-                    }
-                })
+                let factors = factors(s.kernel());
+                let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, b, .. } if factors.contains(b));
+                no_factor(s, All, sums)
             },
             by: By::Result,
         },
@@ -353,7 +458,10 @@ fn numbers() -> Vec<Mutation> {
             name: "pairs of weights in the wrong order",
             kind: "rounding",
             base: Base::Wide,
-            edit: |s| swap(s, All, op!(Op::Pack { .. })),
+            edit: |s| {
+                // Of a row's first tile and of later ones, 128 columns each.
+                swap(s, Within(0, 64), op!(Op::Pack { .. }))
+            },
             by: By::Result,
         },
         Mutation {

@@ -1,35 +1,59 @@
 //! What warps do together: named barriers, `setmaxnreg`, branches around warpgroup instructions.
 
-use flex_block_attn_ptx::ir::{Cmp, Inst, Op, Operand, Special};
+use flex_block_attn_ptx::ir::{Binary, Cmp, Inst, Op, Operand, RegId, Special};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{all, change, only_threads, op, remove, unbranch};
+use crate::edit::{all, arrives_on, change, only_threads, op, remove, unbranch};
+use crate::phases::JOB_FULL;
+use crate::trace::operands;
 use crate::{Base, By, Mutation, Setup};
 
 /// Threads of the barrier that a warpgroup waits at alone, and of that by which two take turns.
 const OWN: Operand = Operand::Imm(128);
 const TURN: Operand = Operand::Imm(256);
 
-/// The thread that loads, by the threads that are told apart by index: the second; and that plans.
-const LOADER: usize = 1;
-const PLANNER: usize = 2;
-
-/// Has other threads do what one thread is chosen for.
-fn chosen(s: &mut Setup, nth: usize, to: Cmp, thread: u64) -> usize {
-    let tid = |inst: &Inst| match inst.op {
-        Op::Special {
-            dst,
-            which: Special::TidX,
-        } => Some(Operand::Reg(dst)),
+/// Registers that hold a special register.
+fn special(s: &Setup, which: Special) -> Vec<RegId> {
+    let is = |inst: &Inst| match inst.op {
+        Op::Special { dst, which: it } if it == which => Some(dst),
         _ => None,
     };
-    let tids: Vec<Operand> = all(s.kernel()).iter().filter_map(tid).collect();
-    let chooses = |op: &Op| matches!(op, Op::Compare { a, .. } if tids.contains(a));
+    all(s.kernel()).iter().filter_map(is).collect()
+}
+
+/// Compares registers with something else: of such comparisons the `nth`.
+fn chosen(s: &mut Setup, among: Vec<RegId>, nth: usize, to: (Cmp, u64)) -> usize {
+    let chooses =
+        |op: &Op| matches!(op, Op::Compare { a: Operand::Reg(a), .. } if among.contains(a));
     change(s.kernel_mut(), Nth(nth), chooses, |op| {
         if let Op::Compare { cmp, b, .. } = op {
-            (*cmp, *b) = (to, Operand::Imm(thread));
+            (*cmp, *b) = (to.0, Operand::Imm(to.1));
         }
     })
+}
+
+/// Has other threads load: the second that are told apart by their index.
+fn loader(s: &mut Setup, cmp: Cmp, thread: u64) -> usize {
+    let threads = special(s, Special::TidX);
+    chosen(s, threads, 1, (cmp, thread))
+}
+
+/// Has other warps plan: the first that are told apart by their index.
+fn planner(s: &mut Setup, cmp: Cmp, warp: u64) -> usize {
+    let threads = special(s, Special::TidX);
+    let warps = operands(s.kernel(), |op| match *op {
+        Op::Binary {
+            op: Binary::Shr,
+            dst,
+            a: Operand::Reg(a),
+            b: Operand::Imm(5),
+            ..
+        } if threads.contains(&a) => {
+            vec![Operand::Reg(dst)]
+        }
+        _ => Vec::new(),
+    });
+    chosen(s, warps, 0, (cmp, warp))
 }
 
 pub fn table() -> Vec<Mutation> {
@@ -42,19 +66,53 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
-            name: "a warpgroup keeps its turn in every second step",
+            name: "a warpgroup keeps its turn in every step but a row's last",
             kind: "named barrier",
             base: Base::Wide,
             edit: |s| remove(s.kernel_mut(), Nth(1), op!(Op::BarrierArrive { .. })),
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
-            name: "nobody waits for the turn in every second step",
+            name: "a warpgroup keeps the last turn of all",
+            kind: "named barrier",
+            base: Base::Wide,
+            edit: |s| remove(s.kernel_mut(), Nth(2), op!(Op::BarrierArrive { .. })),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "a warpgroup keeps a row's last turn",
+            kind: "named barrier",
+            base: Base::Wide,
+            edit: |s| remove(s.kernel_mut(), Nth(3), op!(Op::BarrierArrive { .. })),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "nobody waits for the turn in every step but a row's last",
             kind: "named barrier",
             base: Base::Wide,
             edit: |s| {
                 let waits = op!(Op::BarrierSync { threads: TURN, .. });
                 remove(s.kernel_mut(), Nth(0), waits)
+            },
+            by: By::Emulator(&["NamedBarrier"]),
+        },
+        Mutation {
+            name: "nobody waits for the last turn of all",
+            kind: "named barrier",
+            base: Base::Short,
+            edit: |s| {
+                let waits = op!(Op::BarrierSync { threads: TURN, .. });
+                remove(s.kernel_mut(), Nth(1), waits)
+            },
+            by: By::Emulator(&["NamedBarrier"]),
+        },
+        Mutation {
+            name: "nobody waits for a row's last turn",
+            kind: "named barrier",
+            base: Base::Wide,
+            edit: |s| {
+                let waits = op!(Op::BarrierSync { threads: TURN, .. });
+                remove(s.kernel_mut(), Nth(2), waits)
             },
             by: By::Emulator(&["NamedBarrier"]),
         },
@@ -69,30 +127,17 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock", "NamedBarrier"]),
         },
         Mutation {
-            name: "the output overwrites queries that other warps still multiply",
+            name: "gradients of keys are stored before all warps have written them",
             kind: "named barrier",
-            base: Base::Wide,
+            base: Base::Gradients,
             edit: |s| {
                 remove(
                     s.kernel_mut(),
-                    Nth(0),
+                    All,
                     op!(Op::BarrierSync { threads: OWN, .. }),
                 )
             },
-            by: By::Emulator(&["Race"]),
-        },
-        Mutation {
-            name: "the output is stored before all warps have written it",
-            kind: "named barrier",
-            base: Base::Wide,
-            edit: |s| {
-                remove(
-                    s.kernel_mut(),
-                    Nth(1),
-                    op!(Op::BarrierSync { threads: OWN, .. }),
-                )
-            },
-            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+            by: By::Emulator(&["Race", "ProxyFence", "UninitialisedMemory"]),
         },
         Mutation {
             name: "c is stored before all warps have written it",
@@ -128,7 +173,7 @@ pub fn table() -> Vec<Mutation> {
         Mutation {
             name: "a warpgroup's barrier is for both",
             kind: "named barrier",
-            base: Base::Short,
+            base: Base::Gemm,
             edit: |s| {
                 change(
                     s.kernel_mut(),
@@ -251,15 +296,15 @@ pub fn table() -> Vec<Mutation> {
             kind: "divergent branch",
             base: Base::Short,
             edit: |s| {
-                let syncs = op!(Op::BarrierSync { threads: OWN, .. });
+                let syncs = op!(Op::BarrierSync { threads: TURN, .. });
                 only_threads(s.kernel_mut(), Nth(0), syncs, Cmp::Eq, 128)
             },
             by: By::Emulator(&["Divergence"]),
         },
         Mutation {
-            name: "all threads of a warpgroup store the output",
+            name: "all threads of a warpgroup store c",
             kind: "thread choice",
-            base: Base::Wide,
+            base: Base::Gemm,
             edit: |s| unbranch(s.kernel_mut(), op!(Op::TmaStore { .. })),
             by: By::Emulator(&["Race"]),
         },
@@ -271,24 +316,55 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Mbarrier"]),
         },
         Mutation {
+            name: "one lane alone waits for its warp behind the zeros",
+            kind: "divergent branch",
+            base: Base::Wide,
+            edit: |s| only_threads(s.kernel_mut(), All, op!(Op::WarpSync), Cmp::Eq, 32),
+            by: By::Emulator(&["Divergence"]),
+        },
+        Mutation {
             name: "all lanes of the loader's warp load",
             kind: "thread choice",
             base: Base::Wide,
-            edit: |s| chosen(s, LOADER, Cmp::Lt, 32),
+            edit: |s| loader(s, Cmp::Lt, 32),
             by: By::Emulator(&["LaneOverlap"]),
         },
         Mutation {
-            name: "all lanes of the planner's warp plan",
+            name: "all lanes of the planner's warp put up jobs",
             kind: "thread choice",
             base: Base::Wide,
-            edit: |s| chosen(s, PLANNER, Cmp::Ge, 32),
+            edit: |s| {
+                let puts = arrives_on(s.kernel(), JOB_FULL);
+                unbranch(s.kernel_mut(), puts)
+            },
             by: By::Emulator(&["LaneOverlap"]),
+        },
+        Mutation {
+            name: "all lanes of the planner's warp take tiles",
+            kind: "thread choice",
+            base: Base::Wide,
+            edit: |s| unbranch(s.kernel_mut(), op!(Op::Atomic { .. })),
+            by: By::Result,
         },
         Mutation {
             name: "the loader is to plan when it has loaded",
             kind: "thread choice",
             base: Base::Short,
-            edit: |s| chosen(s, PLANNER, Cmp::Eq, 0),
+            edit: |s| planner(s, Cmp::Eq, 0),
+            by: By::Emulator(&["Deadlock"]),
+        },
+        Mutation {
+            name: "three warps plan",
+            kind: "thread choice",
+            base: Base::Wide,
+            edit: |s| planner(s, Cmp::Ge, 1),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "nobody plans",
+            kind: "thread choice",
+            base: Base::Short,
+            edit: |s| planner(s, Cmp::Gt, 3),
             by: By::Emulator(&["Deadlock"]),
         },
     ]
