@@ -388,8 +388,11 @@ impl Config {
             release();
             hide(0, word);
         } else {
-            // There are no registers to keep all words in.
-            (0..self.pieces()).for_each(|i| hide(i, word(i)));
+            // Most tiles have no partial block. There are no registers to keep all words in.
+            let any = k.load_shared_uniform_any(rows, self.pieces());
+            k.if_(any.ge(PARTIAL), || {
+                (0..self.pieces()).for_each(|i| hide(i, word(i)));
+            });
             release();
         }
     }

@@ -8,7 +8,9 @@
 //! at the tensor cores, so that one's softmax lies under the other's products.
 //!
 //! Thread blocks stay, one for each multiprocessor, and take the next tile of queries when they are
-//! done with one: heads in turn, so that those who run together share keys in the L2 cache, and of a
+//! done with one, without a pause: the next queries take the place of the last as soon as these are
+//! multiplied with their last keys, and their first scores are under way while the output of the last is
+//! stored. Heads come in turn, so that those who run together share keys in the L2 cache, and of a
 //! head the longest lists first.
 //!
 //! A tile of keys is put together from pieces of the listed blocks: it needs not be a block, nor a

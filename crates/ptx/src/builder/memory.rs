@@ -314,13 +314,34 @@ impl Builder {
     /// others: they have none.
     #[track_caller]
     pub fn load_shared_uniform(&self, address: impl AddressOf<u32>) -> Reg<'_, u32> {
+        self.load_in_first_lane(address).uniform()
+    }
+
+    /// Likewise, of some words that follow each other, the bits that any of them has.
+    ///
+    /// # Panics
+    /// If there are none.
+    #[track_caller]
+    pub fn load_shared_uniform_any<'k>(
+        &'k self,
+        address: Address<'k, u32>,
+        words: u32,
+    ) -> Reg<'k, u32> {
+        let words = (0..words).map(|i| self.load_in_first_lane(address.at(4 * i)));
+        let any = words.reduce(|any, word| any | word).expect("some words");
+        any.uniform()
+    }
+
+    /// A word in lane 0, zero in others.
+    #[track_caller]
+    fn load_in_first_lane(&self, address: impl AddressOf<u32>) -> Reg<'_, u32> {
         // Straight into a register that has been written: ptxas would keep the old contents of one that
         // has not, for lanes that load nothing.
         let word = self.uninit::<u32>();
         let from = (Space::Shared, Cache::Default);
         let cond = self.lane().equals(0);
         self.load_or_zero(cond, from, Ty::U32, vec![word.id], address.address());
-        word.uniform()
+        word
     }
 
     /// Stores a `T`.
