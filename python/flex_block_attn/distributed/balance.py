@@ -18,7 +18,7 @@ _MULTIPROCESSORS = 132
 # Queries, or keys, that one of them has at a time, with the whole list of what they see.
 _TILE = 128
 # Tiles for each of them, so that the longest list does not keep one busy when all others are done.
-_MANY = 32
+_MANY = 24
 
 
 def balance(loads: Tensor) -> float:

@@ -8,7 +8,6 @@ copies to send. Bytes are sent, so every dtype travels on every backend.
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -69,8 +68,9 @@ class Exchange:
         group: dist.ProcessGroup | None,
         into: Tensor | None = None,
     ):
-        row_bytes = prod(rows.shape[1:]) * rows.element_size()
-        counts = [n * row_bytes for n in receive], [n * row_bytes for n in send]
+        # Of bytes, numbers that are rows themselves are as many rows each.
+        size = rows.element_size() if rows.dim() == 1 else 1
+        counts = [n * size for n in receive], [n * size for n in send]
 
         def start(target: Tensor, source: Tensor) -> dist.Work:
             return dist.all_to_all_single(target, source, *counts, group=group, async_op=True)
@@ -114,8 +114,8 @@ class Exchange:
         # gloo sends from the host's memory only.
         self._staged = rows.is_cuda and dist.get_backend(group) == "gloo"
         # Kept until they have left.
-        self._bytes = rows.contiguous().view(-1).view(torch.uint8)
-        self._target = self._came.view(-1).view(torch.uint8)
+        self._bytes = rows.contiguous().view(torch.uint8)
+        self._target = self._came.view(torch.uint8)
         if self._staged:
             self._bytes, self._target = self._bytes.cpu(), self._target.cpu()
         self._work = start(self._target, self._bytes)
@@ -125,7 +125,7 @@ class Exchange:
         if self._work is not None:
             self._work.wait()
             if self._staged:
-                self._came.view(-1).view(torch.uint8).copy_(self._target)
+                self._came.view(torch.uint8).copy_(self._target)
             self._work = self._bytes = self._target = None
         return self._came
 

@@ -112,13 +112,13 @@ class Rows:
             are_shared=self.are_shared.to(device),
         )
 
-    def part(self, joint: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:
-        """Of a joint tensor, the rank's own rows and all shared ones."""
-        own, shared = len(self.own), sum(self.shared_counts)
-        if self.shared_last:
-            return joint.split([own, shared], dim=dim)
-        shared_part, own_part = joint.split([shared, own], dim=dim)
-        return own_part, shared_part
+    def own_of(self, joint: Tensor) -> Tensor:
+        """Of a joint tensor, the rank's own rows."""
+        return joint.narrow(2, 0 if self.shared_last else sum(self.shared_counts), len(self.own))
+
+    def shared_of(self, joint: Tensor) -> Tensor:
+        """Of a joint tensor, all shared rows."""
+        return joint.narrow(2, len(self.own) * self.shared_last, sum(self.shared_counts))
 
 
 class Layout:

@@ -35,8 +35,6 @@ class SharedRows:
         self._some = any(counts)
         self._mine = len(self._rows.shared)
         self._counts = counts
-        # Of a tensor of the joint rows, the rank's own and the shared ones.
-        self._selects = tuple(lambda x, i=i: self._rows.part(x)[i] for i in range(2))
 
     def _to_all(self, mine: Tensor, target: Tensor) -> Callable[[], None]:
         """Writes the shared rows of all ranks into a tensor, (batch, heads, rows, ...), from this
@@ -66,7 +64,7 @@ class SharedRows:
         x are values of the rank's rows."""
         rows = len(self._rows.own) + sum(self._counts)
         joint = x.new_empty((*x.shape[:2], rows, *x.shape[3:]))
-        return joint, *self._rows.part(joint)
+        return joint, self._rows.own_of(joint), self._rows.shared_of(joint)
 
     def join(self, x: Tensor) -> Callable[[], Tensor]:
         """Values of the joint rows, from those of the rank's: (batch, heads, rows, ...). They
@@ -101,13 +99,13 @@ class SharedRows:
         if parts * len(self._counts) <= FEW:
             # All that there is can be put together at once, where it is wanted.
             merged.fill(parts, q)
-            coming = self._parts_to_owners(merged.of(self._selects[1]).parts())
+            coming = self._parts_to_owners(merged.of(self._rows.shared_of).parts())
         else:
-            coming = self._sums_to_owners(merged.of(self._selects[1]), q)
+            coming = self._sums_to_owners(merged.of(self._rows.shared_of), q)
         # The rank's own rows are merged while those travel.
         out = self._empty(q)
         lse = out.new_empty(out.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        self._rows.own.fill(merged.of(self._selects[0]).into, out, lse)
+        self._rows.own.fill(merged.of(self._rows.own_of).into, out, lse)
         self._rows.shared.fill(coming().into, out, lse)
         return out, lse
 
@@ -191,12 +189,11 @@ class SharedRows:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
             dq.into(out)
             return out
-        select_own, select_shared = self._selects
         shared = self._shared_of(q)
-        dq.into(shared, select_shared)
+        dq.into(shared, self._rows.shared_of)
         coming = self._to_owners(shared.movedim(2, 0))
         out = self._empty(q)
-        self._rows.own.fill(lambda target: dq.into(target, select_own), out)
+        self._rows.own.fill(lambda target: dq.into(target, self._rows.own_of), out)
         self._rows.shared.put(out, coming().sum(dim=0).movedim(0, 2))
         return out
 
