@@ -157,18 +157,19 @@ def _backward(
     """
     rows = SharedRows(plan, group)
     dout = torch.zeros_like(out) if dout is None else dout
-    # The order is that of the forward pass, for the same reason.
-    joined = rows.gradients(dout, dlse, out, lse)
     settings = *plan.block_sizes, scale, torch.are_deterministic_algorithms_enabled()
     if plan.together is not None:
+        # What is ready leaves first.
         of_all = Together(k, v, plan, group)
-        row = joined()
+        row = rows.gradients(dout, dlse, out, lse)()
         of_rows = row.dout, row.dlse, q_all, *of_all.wait(), row.out, row.lse, plan.together.plan
         dq_, *of_keys = direct.gradients(*of_rows, *settings, [True] * 3)
         returning = of_all.gradients(*of_keys)
         dq = Sums([slice(0, q_all.shape[1])], lse.dtype)
         dq.add(dq_)
         return rows.sum(dq, q_all), *returning()
+    # The order is that of the forward pass, for the same reason.
+    joined = rows.gradients(dout, dlse, out, lse)
     keys = Keys(k, v, plan, group)
     row = joined()
     gradients = keys.gradients(lse.dtype)

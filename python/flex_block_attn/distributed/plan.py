@@ -14,7 +14,7 @@ from .balance import are_many, balance, lasts, level
 from .cut import mask_of_heads, whole_blocks
 from .layout import Layout, Rows, block_lengths
 from .report import RankReport, Report
-from .steps import Moves, Step, groups_of, needs_of, sent_of, steps_of, takes_all
+from .steps import Moves, groups_of, needs_of, sent_of, steps_of, takes_all
 
 # Two launches of a backward pass become one, which has to wait for all keys, if they would take so
 # many times as long.
@@ -203,10 +203,8 @@ class ContextPlan:
             for step in steps_of(shares.needs, layout, rank, self.chunks)
         ]
         together = None
-        if len(steps) == 1 and local is not None:
-            moves, mask = steps[0]
-            if moves.step.is_whole and mask is not None:
-                together = self._together(cut, rank, own, moves.step, lines, device)
+        if len(steps) == 1 and steps[0][0].step.is_whole and self._waits(shares, lines):
+            together = cut.static(_all_columns(layout), layout.kv_len, device)
         return RankPlan(
             rank,
             layout.rows(rank, device),
@@ -217,19 +215,22 @@ class ContextPlan:
             together,
         )
 
-    def _together(
-        self, cut: "Cut", rank: int, own: Tensor, step: Step, lines: int, device: torch.device
-    ) -> BlockMask | None:
-        """The mask over all keys, if launches over one's own and over the other's would take much
-        longer: as where all rows see some keys of each, which then are the longest in both."""
-        columns = torch.cat((step.columns, own) if rank else (own, step.columns), dim=1)
-        size = self.layout.kv_block_size
-        first, second, all_ = (
-            lasts(cut.counts(x), size, lines) for x in (own, step.columns, columns)
-        )
-        if first + second <= _MUCH_LONGER * all_:
-            return None
-        return cut.static(columns, self.layout.kv_len, device)
+    def _waits(self, shares: Shares, lines: int) -> bool:
+        """Whether the backward passes of two ranks wait for all keys: if launches over one's own
+        and over the other's would take much longer. So it is where all rows see some keys of each,
+        which then are the longest in both."""
+        layout, cpu = shares.layout, torch.device("cpu")
+        apart, at_once = [], []
+        for rank in range(2):
+            cut = Cut(self.blocks, layout.rows(rank, cpu), shares.column_ranks == rank, layout)
+            parts = [cut.counts(layout.own_columns(each, cpu)) for each in range(2)]
+            if not all(part.any() for part in parts):
+                return False
+            times = (lasts(x, layout.kv_block_size, lines) for x in (*parts, torch.cat(parts, 2)))
+            first, second, both = times
+            apart.append(first + second)
+            at_once.append(both)
+        return max(apart) > _MUCH_LONGER * max(at_once)
 
     def report(
         self, *, heads: int, head_dim: int, kv_heads: int | None = None, itemsize: int = 2
@@ -291,6 +292,11 @@ class ContextPlan:
             f"ContextPlan({self.ranks} ranks, balance {balance(shares.loads):.2f}, "
             f"{sent:.0f} of {ring} blocks sent)"
         )
+
+
+def _all_columns(layout: Layout) -> Tensor:
+    """The columns of all keys, those of the first rank first, (1, kv_blocks)."""
+    return layout.kv_owners.argsort(stable=True)[None]
 
 
 def _dealt(layout: Layout, loads: Tensor, pieces: Tensor, able: Tensor) -> tuple[Tensor, Tensor]:
