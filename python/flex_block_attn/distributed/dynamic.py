@@ -89,7 +89,7 @@ class DynamicPlan:
         # Long rows want all keys. Of two ranks that choose by scores, others do so, too.
         come = self.exchange == "all" or (layout.ranks == 2 and self.chunks == 1)
         many = are_many(layout.q_len / layout.ranks, lines)
-        return layout.alone() if come and many and layout.shared_evenly() else layout
+        return layout.alone() if come and many and layout.shared_evenly else layout
 
 
 class _DynamicRankPlan(RankPlan):

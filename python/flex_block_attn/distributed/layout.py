@@ -162,6 +162,9 @@ class Layout:
         self.shared = torch.zeros(len(self.q_owners), dtype=torch.bool)
         # With one rank there is no one to share with.
         self.shared[_rows_in("shared_rows", shared_rows, len(self.shared))] = self.ranks > 1
+        # Whether each rank has as many of them.
+        counts = self.q_owners[self.shared].bincount(minlength=self.ranks)
+        self.shared_evenly = len(set(counts.tolist())) == 1
         # What a device has been given already.
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._columns: dict[tuple[int, torch.device], Tensor] = {}
@@ -320,10 +323,6 @@ class Layout:
             self._alone.shared = torch.zeros_like(self.shared)
             self._alone._rows, self._alone._of_device = {}, {}
         return self._alone
-
-    def shared_evenly(self) -> bool:
-        """Whether each rank has as many rows that all share."""
-        return len(set(self.q_owners[self.shared].bincount(minlength=self.ranks).tolist())) == 1
 
     def rows(self, rank: int, device: torch.device) -> Rows:
         """What a rank computes, with its tensors on a device."""
