@@ -1,16 +1,18 @@
 """The short way of a call on a GPU, past torch's dispatcher. In: tensors as users have them. Out:
 the result, or None where the call must go the long way, by the operators of :mod:`.ops`.
 
-Called by :mod:`.api` and :mod:`.masks`. torch's dispatcher and the Python code around an
-operator's derivative take several times what a call itself takes; where nobody differentiates,
-compiles, traces or watches, and kernels take the tensors as they are, none of it does anything.
-What is wrong with a call is mostly left to the long way to say.
+Called by :mod:`.api`, :mod:`.masks` and ``distributed``. torch's dispatcher and the Python code
+around an operator's derivative take several times what a call itself takes; where nobody
+differentiates, compiles, traces or watches, and kernels take the tensors as they are, none of it
+does anything. What is wrong with a call is mostly left to the long way to say.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native, launch
+from . import _native, launch, ops
 
 try:
     from torch._C import _is_tracing, _len_torch_dispatch_stack
@@ -51,6 +53,13 @@ def attention(
         return None
     out, rows = launch.forward((q, k, v), (plan, q_block, kv_block), scale, numbers, exact)
     return out, launch.lse_in(rows, q) if return_lse else None
+
+
+def gradients(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``ops.backward`` gives; nobody differentiates it."""
+    if not _nobody_watches() or torch.is_grad_enabled():
+        return ops.backward(dout, *rest)
+    return ops.backward_of(dout.device)(dout, *rest)
 
 
 def _nobody_watches() -> bool:

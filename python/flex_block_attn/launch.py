@@ -54,9 +54,12 @@ def forward(
     return out, rows
 
 
-def combine(parts: list[tuple[Tensor, Tensor]], out: Tensor) -> Tensor | None:
-    """Writes attention over parts of the keys, outputs and lses, put together, and returns its lse;
-    None if the kernel does not take them as they are: its callers have another way."""
+def combine(
+    parts: list[tuple[Tensor, Tensor]], out: Tensor, lse: Tensor | None = None
+) -> Tensor | None:
+    """Writes attention over parts of the keys, outputs and lses, put together, and returns its lse,
+    a new tensor if none is given; None if the kernel does not take them as they are: its callers
+    have another way."""
     shape = out.shape
     if not (
         out.is_cuda
@@ -67,9 +70,11 @@ def combine(parts: list[tuple[Tensor, Tensor]], out: Tensor) -> Tensor | None:
         and all(part.dtype == out.dtype and not _is_odd(part) for part, _ in parts)
         and all(lse.dtype == torch.float32 and lse.stride(2) == 1 for _, lse in parts)
         and not _is_odd(out)
+        and (lse is None or lse.stride(2) == 1)
     ):
         return None
-    lse = out.new_empty(shape[:3], dtype=torch.float32)
+    if lse is None:
+        lse = out.new_empty(shape[:3], dtype=torch.float32)
     _native.combine_cuda(parts, out, lse)
     return lse
 

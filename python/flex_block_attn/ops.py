@@ -319,6 +319,11 @@ torch.library.impl(f"{_LIBRARY}::backward", "CPU", _backward_cpu)
 torch.library.impl(f"{_LIBRARY}::backward", "CUDA", _backward_cuda)
 
 
+def backward_of(device: torch.device) -> Any:
+    """What torch comes to for tensors of a device."""
+    return _backward_cuda if device.type == "cuda" else _backward_cpu
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, plan, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, plan)

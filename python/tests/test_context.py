@@ -13,6 +13,8 @@ from flex_block_attn.distributed import (
     context_attention,
     gather_blocks,
 )
+from flex_block_attn.distributed import balance as balancing
+from flex_block_attn.distributed import plan as planning
 
 
 def random_mask(q_len, kv_len, q_block, kv_block, heads, density=0.4, batch=1):
@@ -30,6 +32,14 @@ def tiles_and_more():
     return BlockMask(blocks, mask.q_len, mask.kv_len, 16, 16)
 
 
+def choice_and_text(heads, text):
+    """Tiles that rows choose anywhere, so that ranks want nearly all keys of each other, and two
+    blocks of text that see all: twice as long as the other rows, and more."""
+    blocks = torch.rand(1, heads, 26, 26) < 0.3
+    blocks[..., 24:] = blocks[:, :, 24:] = True
+    return BlockMask(blocks, 384 + text, 384 + text, 16, 16)
+
+
 # Each gives (mask, heads of q and of k, batch, shared rows), a new mask each time.
 CASES = {
     "dense": lambda: (BlockMask.full(100, 100, 16, 16), (2, 2), 2, None),
@@ -41,6 +51,9 @@ CASES = {
         None,
     ),
     "tiles and text": lambda: (tiles_and_more(), (4, 4), 1, None),
+    "choice and text": lambda: (choice_and_text(4, 32), (4, 2), 1, [24, 25]),
+    "choice and text, 1 head": lambda: (choice_and_text(1, 32), (1, 1), 1, [24, 25]),
+    "choice and short text": lambda: (choice_and_text(2, 25), (2, 2), 2, [24, 25]),
     "text first": lambda: (random_mask(133, 133, 16, 16, 2), (2, 2), 1, [0, 1, 2]),
     "all rows shared": lambda: (random_mask(90, 90, 16, 16, 1), (2, 2), 1, range(6)),
     "grouped heads, empty rows": lambda: (random_mask(140, 140, 16, 32, 6), (6, 2), 2, None),
@@ -120,19 +133,50 @@ def test_two_ranks_exchange_keys_at_once(ranks, case, kind):
         assert max(errors.values()) < 1e-12, errors
 
 
+def of_two_ranks(group, case, kind, multiprocessors):
+    """What a rank's plan is for a GPU of so many multiprocessors, and errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balancing, "_MULTIPROCESSORS", multiprocessors)
+        # So few rows are not balanced by chance.
+        patch.setattr(planning, "_AS_GOOD", 0.8)
+        mask, heads, batch, shared = CASES[case]()
+        plan = plan_of(kind, mask, 2, shared, 1)
+        rank, device = dist.get_rank(group), torch.device("cpu")
+        of_rank = plan.of_rank(rank, device, heads[1], batch * heads[0])
+        ((moves, _),) = of_rank.steps()
+        errors = one_and_many(group, case, kind, chunks=1)
+    together = of_rank.together is not None
+    return moves.step.is_whole, sum(of_rank.rows.shared_counts), together, errors
+
+
+@pytest.mark.parametrize("kind", ["static", "needed"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("choice")])
+@pytest.mark.parametrize("multiprocessors", [1e-3, 132])
+def test_two_ranks_that_send_all(ranks, case, kind, multiprocessors):
+    """On a GPU that is kept busy, text is shared no longer, and the backward pass begins before
+    keys have come; on one that is not, text is shared, and all keys are waited for."""
+    busy = multiprocessors < 1
+    for whole, shared, together, errors in ranks.run(
+        2, of_two_ranks, case=case, kind=kind, multiprocessors=multiprocessors
+    ):
+        assert whole and (shared == 0) == busy
+        assert together == (kind == "static" and not busy)
+        assert max(errors.values()) < 1e-12, errors
+
+
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_chunks(ranks, chunks):
     for errors in ranks.run(3, one_and_many, case="tiles and text", chunks=chunks):
         assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.parametrize("case", ["tiles and text", "choice and text"])
 @pytest.mark.parametrize("size, chunks", [(4, 2), (2, 1)])
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
-def test_dtypes(ranks, dtype, tolerance, size, chunks):
+def test_dtypes(ranks, dtype, tolerance, size, chunks, case):
     """Of bfloat16, each part's output and gradients are rounded once more than in one process."""
-    case = "tiles and text"
     for errors in ranks.run(size, one_and_many, case=case, dtype=dtype, chunks=chunks):
         assert max(errors.values()) < tolerance, errors
 

@@ -45,6 +45,10 @@ def test_parts_of_an_attention_are_put_together(count, head_dim, dtype):
     assert relative_error(out[:, :, 30:], expected[:, :, 30:]) < 1e-2
     torch.testing.assert_close(lse, lses[:, :, 30:], rtol=1e-4, atol=1e-4)
     assert out[:, :, :30].isnan().all()
+    # The lse goes where it is told to.
+    rows = torch.full(q.shape[:3], torch.nan, device="cuda")
+    assert launch.combine(parts, out[:, :, 30:], rows[:, :, 30:]) is not None
+    assert torch.equal(rows[:, :, 30:], lse) and rows[:, :, :30].isnan().all()
     # Sums of another dtype, and more parts, are left to others.
     assert launch.combine(parts, out[:, :, 30:].float()) is None
     assert launch.combine(parts * 4, out[:, :, 30:]) is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flex_block_attn import BlockMask, create_block_mask
 from flex_block_attn.distributed import ContextPlan, DynamicPlan, Layout
-from flex_block_attn.distributed.balance import assign, balance, level
+from flex_block_attn.distributed.balance import assign, balance, lasts, level
 from flex_block_attn.distributed.cut import mask_of_heads, whole_blocks
 from flex_block_attn.distributed.steps import steps_of
 
@@ -226,6 +226,60 @@ def test_two_ranks_that_want_nearly_all_keys_send_all():
             assert moves.step.send == [0, 128] and moves.step.receive == [0, 128]
         parts = ContextPlan(mask, layout=layout, chunks=2).of_rank(0, CPU, 2).steps()
         assert not any(moves.step.is_whole for moves, _ in parts)
+
+
+def test_two_ranks_that_send_all_share_no_rows_if_these_are_many():
+    """Of one head, a row of text takes as long as all else with the keys of the other."""
+    plan = ContextPlan(ssta(), 2)
+    for lines, shared in ((24, 0), (1, 6)):
+        shares = plan.shares(24, lines)
+        assert shares.layout.shared.sum() == shared
+        assert balance(shares.loads) >= 0.99
+    report = plan.report(heads=24, head_dim=128)
+    assert report.bytes_moved == report.ring_bytes
+    # Sums over the batch of heads and batches are what counts.
+    assert not ContextPlan(ssta(heads=1), 2).shares(1, 24).layout.shared.any()
+    # A rank with a row of text more than the other would have more to do.
+    mask = ssta(heads=1)
+    odd = BlockMask(mask.blocks[:, :, 1:, 1:], 365 * 384, 365 * 384, 384, 384)
+    some = Layout.balanced(odd, 2, shared_rows=range(360, 365))
+    assert ContextPlan(odd, layout=some).shares(1, 24).layout.shared.any()
+    even = ContextPlan(odd, layout=Layout.balanced(odd, 2, shared_rows=range(359, 365)))
+    assert not even.shares(1, 24).layout.shared.any()
+
+
+def test_shared_rows_are_not_the_longest_with_keys_of_others():
+    """They are computed with one's own keys by as much more as other rows."""
+    plan = ContextPlan(ssta(heads=1), 2)
+    for rank in range(2):
+        of_rank = plan.of_rank(rank, CPU, 1)
+        ((_, step),) = of_rank.steps()
+        for mask in (of_rank.local, step):
+            rows = mask.blocks.sum(dim=3)
+            assert lasts(rows, 384, 1) <= 1.02 * 3 * rows.sum().item() / 132
+
+
+def test_a_backward_pass_of_one_head_waits_for_all_keys():
+    """All rows see the keys of text: they would take longer than all else, twice."""
+    mask = ssta(heads=1)
+    plan = ContextPlan(mask, 2)
+    for rank in range(2):
+        of_rank = plan.of_rank(rank, CPU, 1)
+        columns = of_rank.together.blocks.sum(dim=2)
+        assert lasts(columns, 384, 1) <= 1.02 * 3 * columns.sum().item() / 132
+        parts = (of_rank.local, of_rank.steps()[0][1])
+        assert sum(lasts(x.blocks.sum(dim=2), 384, 1) for x in parts) > 1.5 * lasts(columns, 384, 1)
+        assert plan.of_rank(rank, CPU, 1, 24).together is None
+
+
+def test_two_ranks_send_many_keys_as_they_lie_if_they_compute_meanwhile():
+    """To pick out those that are wanted, a third, would take longer."""
+    sta = BlockMask.sta((6, 6, 10), (3, 3, 3), tile_tokens=384, text_tokens=6 * 384)
+    assert ContextPlan(sta, 2).of_rank(0, CPU, 24, 24).steps()[0][0].step.is_whole
+    small = BlockMask.sta((6, 6, 10), (3, 3, 3), tile_tokens=16, text_tokens=6 * 16)
+    assert not ContextPlan(small, 2).of_rank(0, CPU, 24, 24).steps()[0][0].step.is_whole
+    window = BlockMask.sliding_window(122880, 122880, 384, 384, left=12288, right=12288)
+    assert not ContextPlan(window, 2).of_rank(0, CPU, 24, 24).steps()[0][0].step.is_whole
 
 
 def test_nothing_is_exchanged_where_nothing_is_wanted():

@@ -1,10 +1,11 @@
 """Who computes what, so that all are done at the same time. In: costs. Out: a rank for each.
 
-Pure functions on small tensors of the host; called by :mod:`.layout` and :mod:`.plan`. Costs are
-blocks to compute.
+Pure functions on small tensors of the host; called by :mod:`.layout`, :mod:`.plan` and
+:mod:`.dynamic`. Costs are blocks to compute.
 """
 
 import heapq
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from torch import Tensor
 # Neighbours share keys, so an assignment of neighbours is taken if it is balanced so far. Beyond,
 # ranks that wait cost more than the bytes that neighbours save.
 ENOUGH = 0.95
+# Of an H100.
+_MULTIPROCESSORS = 132
+# Queries, or keys, that one of them has at a time, with the whole list of what they see.
+_TILE = 128
+# Tiles for each of them, so that the longest list does not keep one busy when all others are done.
+_MANY = 24
 
 
 def balance(loads: Tensor) -> float:
@@ -107,3 +114,24 @@ def level(loads: Tensor, pieces: Tensor, holders: Tensor) -> Tensor:
         owners[piece] = best
         loads[best] += pieces[piece].item()
     return owners
+
+
+def lasts(counts: Tensor, block_size: int, lines: int) -> float:
+    """How long a GPU computes lists of blocks, in tiles with one block each: until multiprocessors
+    have shared all of them, and no shorter than one of them takes for the longest.
+
+    Args:
+        counts: blocks in each list, (batch, heads, lists).
+        block_size: queries, or keys, that have a list.
+        lines: batches and heads of an attention, which counts may be fewer of.
+    """
+    if not counts.numel():
+        return 0.0
+    total = counts.sum().item() * lines / prod(counts.shape[:2]) * block_size / _TILE
+    return max(float(counts.max()), total / _MULTIPROCESSORS)
+
+
+def are_many(tokens: float, lines: int) -> bool:
+    """Whether so many queries, of so many batches and heads, are so many tiles for each
+    multiprocessor that the longest list does not matter."""
+    return tokens * lines >= _MANY * _MULTIPROCESSORS * _TILE

@@ -10,7 +10,9 @@ lses. Rows that all ranks share go the other way: their queries travel, and part
 Backward: keys travel again, because keeping them would take the memory that dividing saves;
 gradients of a step need only the final output and lse, and those of keys return to their owners
 while the next step computes. The rank's own keys come first and last, by halves of the heads, so
-that there is something to compute while the first keys come and the last gradients return.
+that there is something to compute while the first keys come and the last gradients return. Where
+that would leave a GPU idle, because there are few heads and some keys that all rows see, all keys
+are waited for, and computed with at once.
 """
 
 from typing import Any
@@ -19,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
+from .. import direct
 from ..api import as_inputs, default_scale, flex_block_attn
 from ..masks import BlockMask
 from .cut import check_extents
 from .dynamic import DynamicPlan
 from .exchange import place_in
-from .keys import Keys
+from .keys import Keys, Together
 from .merge import Merged, Sums
 from .plan import ContextPlan, RankPlan
 from .shared import SharedRows
@@ -77,7 +79,7 @@ def context_attention(
             "and head_dim must be equal, and k's heads divide q's"
         )
     scale = default_scale(q) if scale is None else float(scale)
-    of_rank = plan.of_rank(rank, q.device, k.shape[1])
+    of_rank = plan.of_rank(rank, q.device, k.shape[1], q.shape[0] * q.shape[1])
     out, lse = _ContextAttention.apply(q, k, v, of_rank, group, scale)
     return (out, lse) if return_lse else out
 
@@ -131,7 +133,7 @@ def _forward(
     for (k_, v_), mask in keys:
         attend(k_, v_, mask)
 
-    out, lse = rows.part(merged, q_all)
+    out, lse = rows.part(merged, q_all, 1 + len(plan.steps()))
     return out, lse, q_all
 
 
@@ -155,6 +157,17 @@ def _backward(
     """
     rows = SharedRows(plan, group)
     dout = torch.zeros_like(out) if dout is None else dout
+    settings = *plan.block_sizes, scale, torch.are_deterministic_algorithms_enabled()
+    if plan.together is not None:
+        # What is ready leaves first.
+        of_all = Together(k, v, plan, group)
+        row = rows.gradients(dout, dlse, out, lse)()
+        of_rows = row.dout, row.dlse, q_all, *of_all.wait(), row.out, row.lse, plan.together.plan
+        dq_, *of_keys = direct.gradients(*of_rows, *settings, [True] * 3)
+        returning = of_all.gradients(*of_keys)
+        dq = Sums([slice(0, q_all.shape[1])], lse.dtype)
+        dq.add(dq_)
+        return rows.sum(dq, q_all), *returning()
     # The order is that of the forward pass, for the same reason.
     joined = rows.gradients(dout, dlse, out, lse)
     keys = Keys(k, v, plan, group)
@@ -173,8 +186,7 @@ def _backward(
         of_rows = row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan
         if stretch is not None and len(stretches) > 1:
             of_rows = _of_heads(q_stretches[stretch], *of_rows)
-        settings = *plan.block_sizes, scale, torch.are_deterministic_algorithms_enabled()
-        dq_, dk_, dv_ = ops.backward(*of_rows, *settings, [True] * 3)
+        dq_, dk_, dv_ = direct.gradients(*of_rows, *settings, [True] * 3)
         dq.add(dq_, stretch)
         return dk_, dv_
 

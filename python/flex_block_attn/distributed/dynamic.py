@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..masks import BlockMask, as_blocks
+from .balance import are_many
 from .layout import Layout
 from .plan import Cut, RankPlan, as_chunks
 from .steps import Moves, groups_of, needs_of, sent_of, steps_of
@@ -33,7 +34,9 @@ class DynamicPlan:
             kv_blocks) or fewer dimensions; of q, k and v's device. :func:`gather_blocks` helps to
             make it.
         layout: where tokens are: :meth:`Layout.even`, or :meth:`Layout.balanced` of a mask like
-            those to come. Rows that it shares are computed where each column's keys are.
+            those to come. Rows that it shares are computed where each column's keys are; if these
+            are many, and ranks are two or send all keys, each computes its own ones alone, where
+            each has as many.
         chunks: how many parts keys come in; one is computed with while the next is on its way. If
             not given, 1 for two ranks, whose own keys are enough to compute with until all others
             have come, and 2 for more.
@@ -70,19 +73,32 @@ class DynamicPlan:
         part = self.blocks[:, heads.start : heads.stop]
         return DynamicPlan(part, self.layout, chunks=self.chunks, exchange=self.exchange)
 
-    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
-        """What a rank does where k and v have so many heads."""
+    def of_rank(
+        self, rank: int, device: torch.device, kv_heads: int, lines: int | None = None
+    ) -> RankPlan:
+        """What a rank does where k and v have so many heads, and q so many batches and heads
+        together; as many as the mask, if not given."""
         if self.blocks.device != device:
             raise ValueError(f"blocks is on {self.blocks.device}, but q is on {device}")
-        return _DynamicRankPlan(self, rank, device, kv_heads)
+        lines = self.blocks.shape[:2].numel() if lines is None else lines
+        return _DynamicRankPlan(self, self._layout_for(lines), rank, device, kv_heads)
+
+    def _layout_for(self, lines: int) -> Layout:
+        """The layout; or without its shared rows, where ranks are better off without."""
+        layout = self.layout
+        # Long rows want all keys. Of two ranks that choose by scores, others do so, too.
+        come = self.exchange == "all" or (layout.ranks == 2 and self.chunks == 1)
+        many = are_many(layout.q_len / layout.ranks, lines)
+        return layout.alone() if come and many and layout.shared_evenly else layout
 
 
 class _DynamicRankPlan(RankPlan):
     """Masks are made as their turn comes, and steps when they must be known; both are kept for
     the backward pass."""
 
-    def __init__(self, plan: DynamicPlan, rank: int, device: torch.device, kv_heads: int):
-        layout = plan.layout
+    def __init__(
+        self, plan: DynamicPlan, layout: Layout, rank: int, device: torch.device, kv_heads: int
+    ):
         self._all = plan.exchange == "all"
         # All keys travel for all heads alike.
         groups = 1 if self._all else groups_of(plan.blocks, kv_heads)
@@ -95,7 +111,8 @@ class _DynamicRankPlan(RankPlan):
         self._made = False
         own = layout.own_columns(rank, device)
         local = self._cut.dynamic(own, layout.count(rank, keys=True))
-        super().__init__(rows, local, [], (layout.q_block_size, layout.kv_block_size), groups)
+        sizes = layout.q_block_size, layout.kv_block_size
+        super().__init__(rank, rows, local, [], sizes, groups)
 
     def known(self) -> list[tuple[Moves, BlockMask | None]]:
         return self.steps() if self._made or self._all else []

@@ -1,13 +1,13 @@
 """Rows of tensors that change ranks. In: rows sorted by the rank they go to. Out: rows sorted by
 the rank they come from.
 
-Called by everything here that communicates. All of it is one collective, ``all_to_all_single``
-with counts: it runs on gloo as on NCCL, and a rank that has nothing to send is no special case.
-Bytes are sent, so every dtype travels on every backend.
+Called by everything here that communicates. Nearly all of it is one collective,
+``all_to_all_single`` with counts: it runs on gloo as on NCCL, and a rank that has nothing to send
+is no special case. What goes to all ranks, as much from each, is gathered instead: that needs no
+copies to send. Bytes are sent, so every dtype travels on every backend.
 """
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ def wide(x: Tensor) -> Tensor:
     return x.view(torch.complex128) if fits else x
 
 
+def copy_wide(target: Tensor, source: Tensor) -> None:
+    """``target.copy_(source)`` of one dtype, 16 bytes at a time where both lie so."""
+    to, of = wide(target), wide(source)
+    if to.dtype == of.dtype:
+        to.copy_(of)
+    else:
+        target.copy_(source)
+
+
 class Exchange:
     """Rows on their way. They leave when this is made; :meth:`wait` gives those that came.
 
@@ -48,6 +57,7 @@ class Exchange:
         send: rows for each rank of the group.
         receive: rows from each rank of the group.
         group: the ranks; ``None`` are all.
+        into: a contiguous tensor for the rows that come; a new one if not given.
     """
 
     def __init__(
@@ -56,31 +66,66 @@ class Exchange:
         send: Sequence[int],
         receive: Sequence[int],
         group: dist.ProcessGroup | None,
+        into: Tensor | None = None,
     ):
-        row_bytes = prod(rows.shape[1:]) * rows.element_size()
-        self._came = rows.new_empty((sum(receive), *rows.shape[1:]))
+        # Of bytes, numbers that are rows themselves are as many rows each.
+        size = rows.element_size() if rows.dim() == 1 else 1
+        counts = [n * size for n in receive], [n * size for n in send]
+
+        def start(target: Tensor, source: Tensor) -> dist.Work:
+            return dist.all_to_all_single(target, source, *counts, group=group, async_op=True)
+
+        self._leave(rows, sum(receive), group, into, start)
+
+    @classmethod
+    def to_all(
+        cls,
+        rows: Tensor,
+        counts: Sequence[int],
+        group: dist.ProcessGroup | None,
+        into: Tensor | None = None,
+    ) -> "Exchange":
+        """This rank's rows to all ranks.
+
+        Args:
+            counts: rows of each rank.
+        """
+        ranks = len(counts)
+        if counts.count(counts[0]) < ranks:
+            copies = rows.repeat(ranks, *(1,) * (rows.dim() - 1))
+            return cls(copies, [len(rows)] * ranks, counts, group, into)
+
+        def start(target: Tensor, source: Tensor) -> dist.Work:
+            return dist.all_gather_into_tensor(target, source, group=group, async_op=True)
+
+        exchange = cls.__new__(cls)
+        exchange._leave(rows, sum(counts), group, into, start)
+        return exchange
+
+    def _leave(
+        self,
+        rows: Tensor,
+        count: int,
+        group: dist.ProcessGroup | None,
+        into: Tensor | None,
+        start: Callable[[Tensor, Tensor], dist.Work],
+    ) -> None:
+        self._came = rows.new_empty((count, *rows.shape[1:])) if into is None else into
         # gloo sends from the host's memory only.
         self._staged = rows.is_cuda and dist.get_backend(group) == "gloo"
         # Kept until they have left.
-        self._bytes = rows.reshape(-1).contiguous().view(torch.uint8)
-        self._target = self._came.view(-1).view(torch.uint8)
+        self._bytes = rows.contiguous().view(torch.uint8)
+        self._target = self._came.view(torch.uint8)
         if self._staged:
             self._bytes, self._target = self._bytes.cpu(), self._target.cpu()
-        self._work = dist.all_to_all_single(
-            self._target,
-            self._bytes,
-            [n * row_bytes for n in receive],
-            [n * row_bytes for n in send],
-            group=group,
-            async_op=True,
-        )
+        self._work = start(self._target, self._bytes)
 
     def wait(self) -> Tensor:
         """(received rows, ...), those from rank 0 first."""
         if self._work is not None:
             self._work.wait()
             if self._staged:
-                self._came.view(-1).view(torch.uint8).copy_(self._target)
+                self._came.view(torch.uint8).copy_(self._target)
             self._work = self._bytes = self._target = None
         return self._came
 

@@ -6,14 +6,14 @@ of heads, with its k and v side by side; where it is of all, k and v travel as t
 are copied nothing else runs: they are copied once, and 16 bytes at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..masks import BlockMask
-from .exchange import Exchange, wide
+from .exchange import Exchange, copy_wide, wide
 from .plan import RankPlan
 from .steps import Moves
 
@@ -84,18 +84,74 @@ class _Some:
 
 class _Whole:
     """All tokens of two tensors, (batch, heads, tokens, head_dim), from one rank to the other and
-    back; both ways, what comes is as long as what it is added to or computed with."""
+    back; both ways, what comes is as long as what it is added to or computed with. It comes into
+    tensors that are given, at once if they are contiguous, or into new ones."""
 
-    def __init__(self, k: Tensor, v: Tensor, send: list[int], receive: list[int], group: Any):
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        send: list[int],
+        receive: list[int],
+        group: Any,
+        into: tuple[Tensor, Tensor] | None = None,
+    ):
         batch, heads, _, head_dim = k.shape
         numbers = batch * heads * head_dim
         counts = [[tokens * numbers for tokens in each] for each in (send, receive)]
         self._shape = batch, heads, sum(receive), head_dim
-        self._exchanges = [Exchange(x.reshape(-1), *counts, group) for x in (k, v)]
+        self._into = into
+        self._exchanges = [
+            Exchange(x.reshape(-1), *counts, group, None if place is None else place.view(-1))
+            for x, place in zip((k, v), self._at_once() or (None, None), strict=True)
+        ]
+
+    def _at_once(self) -> tuple[Tensor, Tensor] | None:
+        return self._into if self._into and self._into[0].is_contiguous() else None
 
     def wait(self) -> tuple[Tensor, Tensor]:
         k, v = (exchange.wait().view(self._shape) for exchange in self._exchanges)
+        if self._into is not None and self._at_once() is None:
+            for place, came in zip(self._into, (k, v), strict=True):
+                copy_wide(place, came)
         return k, v
+
+
+class Together:
+    """All keys of two ranks, one's after the other's, and all their gradients."""
+
+    def __init__(self, k: Tensor, v: Tensor, plan: RankPlan, group: Any):
+        ((moves, _),) = plan.steps()
+        self._step, self._group, self._own = moves.step, group, (k, v)
+        own, other = k.shape[2], moves.step.tokens
+        parts = [slice(0, own), slice(own, None)] if plan.rank == 0 else None
+        self._mine, self._others = parts or [slice(other, None), slice(0, other)]
+        shape = *k.shape[:2], own + other, k.shape[3]
+        self._all = k.new_empty(shape), v.new_empty(shape)
+        theirs = tuple(x[:, :, self._others] for x in self._all)
+        self._coming = _Whole(k, v, self._step.send, self._step.receive, group, theirs)
+        for x, part in zip(self._all, (k, v), strict=True):
+            # While those of the other travel.
+            copy_wide(x[:, :, self._mine], part)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """k and v."""
+        self._coming.wait()
+        return self._all
+
+    def gradients(self, dk: Tensor, dv: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Gradients of the rank's own, from those of all that it had; the other's leave at once,
+        and one's own are waited for when the result is called."""
+        theirs = (x[:, :, self._others] for x in (dk, dv))
+        coming = _Whole(*theirs, self._step.receive, self._step.send, self._group)
+
+        def arrived() -> tuple[Tensor, Tensor]:
+            sums = coming.wait()
+            for total, x in zip(sums, (dk, dv), strict=True):
+                total.add_(x[:, :, self._mine])
+            return sums
+
+        return arrived
 
 
 # Gradients on their way to a rank: of all of its keys, or of rows.

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..masks import BlockMask, as_size
 from .balance import assign
 from .cut import whole_blocks
-from .exchange import gathered, place_in, wide
+from .exchange import gathered, place_in
 
 # A row that keeps so many times the blocks of the middle one is shared: it would want keys that
 # nothing else on its rank wants, and take as long as all else there.
@@ -75,15 +75,15 @@ class Positions:
         else:
             x.index_copy_(2, self._positions, part)
 
-    def fill(self, x: Tensor, write: Callable[[Tensor], Any]) -> Any:
-        """As :meth:`put`, of a part that a function writes into what it is given; what the function
-        returns."""
+    def fill(self, write: Callable[..., Any], *tensors: Tensor) -> None:
+        """As :meth:`put`, of parts of tensors that a function writes into what it is given."""
         if self._together:
-            return write(x.narrow(2, self._start, self._count))
-        part = x.new_empty((*x.shape[:2], self._count, *x.shape[3:]))
-        result = write(part)
-        self.put(x, part)
-        return result
+            write(*(x.narrow(2, self._start, self._count) for x in tensors))
+            return
+        parts = [x.new_empty((*x.shape[:2], self._count, *x.shape[3:])) for x in tensors]
+        write(*parts)
+        for x, part in zip(tensors, parts, strict=True):
+            self.put(x, part)
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,13 @@ class Rows:
             are_shared=self.are_shared.to(device),
         )
 
-    def join(self, own: Tensor, shared: Tensor, dim: int = 2) -> Tensor:
-        """The joint tensor of values of the rank's own rows and of all shared ones."""
-        parts = (own, shared) if self.shared_last else (shared, own)
-        large = [wide(x) for x in parts]
-        if {x.dtype for x in large} != {torch.complex128}:
-            return torch.cat(parts, dim=dim)
-        return torch.cat(large, dim=dim).view(own.dtype)
+    def own_of(self, joint: Tensor) -> Tensor:
+        """Of a joint tensor, the rank's own rows."""
+        return joint.narrow(2, 0 if self.shared_last else sum(self.shared_counts), len(self.own))
 
-    def part(self, joint: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:
-        """The reverse of :meth:`join`."""
-        own, shared = len(self.own), sum(self.shared_counts)
-        if self.shared_last:
-            return joint.split([own, shared], dim=dim)
-        shared_part, own_part = joint.split([shared, own], dim=dim)
-        return own_part, shared_part
+    def shared_of(self, joint: Tensor) -> Tensor:
+        """Of a joint tensor, all shared rows."""
+        return joint.narrow(2, len(self.own) * self.shared_last, sum(self.shared_counts))
 
 
 class Layout:
@@ -170,10 +162,14 @@ class Layout:
         self.shared = torch.zeros(len(self.q_owners), dtype=torch.bool)
         # With one rank there is no one to share with.
         self.shared[_rows_in("shared_rows", shared_rows, len(self.shared))] = self.ranks > 1
+        # Whether each rank has as many of them.
+        counts = self.q_owners[self.shared].bincount(minlength=self.ranks)
+        self.shared_evenly = len(set(counts.tolist())) == 1
         # What a device has been given already.
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._columns: dict[tuple[int, torch.device], Tensor] = {}
         self._of_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._alone: Layout | None = None
         self._counts = [
             [len(tokens) for tokens in map(of, range(self.ranks))]
             for of in (self.q_tokens, self.kv_tokens)
@@ -317,6 +313,16 @@ class Layout:
         """Raises unless a group has as many ranks."""
         if ranks != self.ranks:
             raise ValueError(f"{name} has {ranks} ranks, but the layout is for {self.ranks}")
+
+    def alone(self) -> "Layout":
+        """The same tokens on each rank, which computes all of its rows alone."""
+        if not self.shared.any():
+            return self
+        if self._alone is None:
+            self._alone = copy(self)
+            self._alone.shared = torch.zeros_like(self.shared)
+            self._alone._rows, self._alone._of_device = {}, {}
+        return self._alone
 
     def rows(self, rank: int, device: torch.device) -> Rows:
         """What a rank computes, with its tensors on a device."""

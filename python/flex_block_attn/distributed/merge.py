@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import launch
+from .. import _native, launch
 
 # Some rows of a tensor, or all.
 Select = Callable[[Tensor], Tensor]
+# Parts that one kernel puts together.
+FEW = _native.MOST_PARTS
 
 
 class Merged:
@@ -42,19 +44,34 @@ class Merged:
         """Some of the rows."""
         return Merged([(select(out), select(lse)) for out, lse in self._parts])
 
-    def into(self, out: Tensor) -> Tensor:
-        """Writes the output into a tensor of any dtype, and returns the lse."""
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Outputs and lses."""
+        return list(self._parts)
+
+    def fill(self, count: int, like: Tensor) -> None:
+        """Makes it so many parts, the missing ones of no keys; rows are of the shape and dtype of
+        ``like``."""
+        while len(self._parts) < count:
+            self._parts.append((torch.zeros_like(like), _no_lse(like)))
+
+    def into(self, out: Tensor, lse: Tensor | None = None) -> Tensor:
+        """Writes the output into a tensor of any dtype, and returns the lse, written into a tensor
+        if it is given."""
+        if len(self._parts) > 1:
+            combined = launch.combine(self._parts, out, lse)
+            if combined is not None:
+                return combined
+        result = self._into(out)
+        return result if lse is None else lse.copy_(result)
+
+    def _into(self, out: Tensor) -> Tensor:
         if not self._parts:
-            dtype = torch.promote_types(out.dtype, torch.float32)
             out.zero_()
-            return out.new_full(out.shape[:-1], -torch.inf, dtype=dtype)
+            return _no_lse(out)
         if len(self._parts) == 1:
             part, lse = self._parts[0]
             out.copy_(part)
             return lse
-        combined = launch.combine(self._parts, out)
-        if combined is not None:
-            return combined
         lse = torch.stack([lse for _, lse in self._parts]).logsumexp(dim=0)
         # Rows without any key: exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
         base = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -74,6 +91,12 @@ class Merged:
             return out.to(like.dtype), lse
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         return out, self.into(out)
+
+
+def _no_lse(out: Tensor) -> Tensor:
+    """Of rows without any key, whose output this is."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    return out.new_full(out.shape[:-1], -torch.inf, dtype=dtype)
 
 
 class Sums:

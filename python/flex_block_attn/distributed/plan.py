@@ -10,17 +10,25 @@ import torch
 from torch import Tensor
 
 from ..masks import BlockMask, as_size
-from .balance import balance, level
+from .balance import are_many, balance, lasts, level
 from .cut import mask_of_heads, whole_blocks
 from .layout import Layout, Rows, block_lengths
 from .report import RankReport, Report
-from .steps import Moves, groups_of, needs_of, sent_of, steps_of
+from .steps import Moves, groups_of, needs_of, sent_of, steps_of, takes_all
+
+# Two launches of a backward pass become one, which has to wait for all keys, if they would take so
+# many times as long.
+_MUCH_LONGER = 1.25
+# Of the best balance that there is, what is as good.
+_AS_GOOD = 0.99
 
 
 @dataclass(frozen=True)
 class Shares:
     """Who needs and computes what of a mask."""
 
+    # As the user's; or without its shared rows.
+    layout: Layout
     # bool (groups, ranks, kv_blocks): the keys of others that a rank is sent.
     needs: Tensor
     # (groups, kv_blocks): the rank that computes the column in rows that all share.
@@ -34,12 +42,15 @@ class RankPlan:
 
     def __init__(
         self,
+        rank: int,
         rows: Rows,
         local: BlockMask | None,
         steps: list[tuple[Moves, BlockMask | None]],
         sizes: tuple[int, int],
         groups: int,
+        together: BlockMask | None = None,
     ):
+        self.rank = rank
         self.rows = rows
         # Groups of heads that keys travel for.
         self.groups = groups
@@ -47,6 +58,9 @@ class RankPlan:
         self.local = local
         # Blocks of queries and of keys.
         self.block_sizes = sizes
+        # The mask over all keys of two ranks, one's after the other's, if the backward pass is to
+        # compute with all at once.
+        self.together = together
         self._steps = steps
 
     def known(self) -> list[tuple[Moves, BlockMask | None]]:
@@ -63,9 +77,10 @@ class ContextPlan:
 
     Each rank computes the queries that it holds, over its own keys and those that others send it:
     blocks that its rows keep, and no more; of heads with masks of their own, each head's. (Two
-    ranks that want nearly all keys of each other send all: to pick some out would take longer.)
-    Rows that the layout has all ranks share are computed piece by piece: each column by a rank that
-    has its keys anyway.
+    ranks that want nearly all keys of each other send all, or many while they compute long: to
+    pick some out would take longer.) Rows that the layout has all ranks share are computed piece by
+    piece: each column by a rank that has its keys anyway. But if all keys go to all ranks, and rows
+    are many, each rank computes its own ones of these alone, where that is as balanced.
 
     Args:
         mask: over the whole sequence, of whole blocks.
@@ -101,8 +116,8 @@ class ContextPlan:
         self.chunks = as_chunks(chunks, self.layout.ranks)
         self.mask = mask
         self.blocks = blocks.cpu()
-        self._shares: dict[int, Shares] = {}
-        self._of_rank: dict[tuple[int, torch.device, int], RankPlan] = {}
+        self._shares: dict[tuple[int, int], Shares] = {}
+        self._of_rank: dict[tuple[int, torch.device, int, int], RankPlan] = {}
         self._of_heads: dict[range, ContextPlan] = {}
 
     @property
@@ -119,49 +134,103 @@ class ContextPlan:
             self._of_heads[heads] = ContextPlan(mask, layout=self.layout, chunks=self.chunks)
         return self._of_heads[heads]
 
-    def shares(self, kv_heads: int | None = None) -> Shares:
-        """Who needs and computes what, where k and v have so many heads; as many as the mask, if
-        not given."""
-        groups = groups_of(self.blocks, self.blocks.shape[1] if kv_heads is None else kv_heads)
-        if groups not in self._shares:
-            self._shares[groups] = self._shares_of(groups)
-        return self._shares[groups]
+    def shares(self, kv_heads: int | None = None, lines: int | None = None) -> Shares:
+        """Who needs and computes what, where k and v have so many heads, and q so many batches and
+        heads together; as many as the mask, if not given."""
+        batch, heads = self.blocks.shape[:2]
+        groups = groups_of(self.blocks, heads if kv_heads is None else kv_heads)
+        key = groups, batch * heads if lines is None else lines
+        if key not in self._shares:
+            self._shares[key] = self._shares_of(*key)
+        return self._shares[key]
 
-    def _shares_of(self, groups: int) -> Shares:
+    def _shares_of(self, groups: int, lines: int) -> Shares:
         layout = self.layout
-        needs = sent_of(needs_of(self.blocks, layout, groups), layout, self.chunks)
         # (groups, q_blocks, kv_blocks), adding up to means over batch and heads.
         kept = self.blocks.double().mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
         kept /= self.blocks.shape[1]
-        loads = torch.zeros(layout.ranks, dtype=torch.float64)
-        alone = ~layout.shared
-        loads.index_add_(0, layout.q_owners[alone], kept[:, alone].sum(dim=(0, 2)))
+        shares = self._shares_in(layout, kept)
+        if not takes_all(shares.needs, layout) or not are_many(layout.q_len / layout.ranks, lines):
+            return shares
+        # Nothing but a balance is to be had from rows that are shared.
+        alone = self._shares_in(layout.alone(), kept)
+        as_good = balance(alone.loads) >= _AS_GOOD * balance(shares.loads)
+        return alone if as_good else shares
+
+    def _shares_in(self, layout: Layout, kept: Tensor) -> Shares:
+        ranks = torch.arange(layout.ranks)[:, None]
+        has = ranks == layout.kv_owners
+        mine = (ranks == layout.q_owners) & ~layout.shared
+        # What ranks compute alone: (ranks, kv_blocks), all of it, and that with their own keys.
+        computed = mine.to(kept.dtype) @ kept.sum(dim=0)
+        loads, own = computed.sum(dim=1), (computed * has).sum(dim=1)
+        come = layout.kv_len - torch.tensor([layout.count(r, keys=True) for r in range(len(has))])
+        pairs = own * layout.q_block_size * layout.kv_block_size / come.clamp(min=1)
+        needs = needs_of(self.blocks, layout, len(kept))
+        needs = sent_of(needs, layout, self.chunks, pairs.min().item())
         # Shared rows in pieces: a column of a group each, for whoever has its keys anyway.
         pieces = kept[:, layout.shared].sum(dim=1)
-        has = needs | (torch.arange(layout.ranks)[:, None] == layout.kv_owners)
-        column_ranks = layout.kv_owners.repeat(groups, 1)
-        some = pieces > 0
-        column_ranks[some] = level(loads, pieces[some], has.transpose(0, 1)[:, some])
-        loads.index_add_(0, column_ranks.flatten(), pieces.flatten())
-        return Shares(needs, column_ranks, loads)
+        owners, total = _dealt(layout, loads, pieces, needs | has)
+        if takes_all(needs, layout):
+            # Of these rows, too, ranks compute more with their own keys, by as much as of others:
+            # in what is computed with the keys of others they would be the longest by far.
+            kept_back = _kept_back(layout, own / loads.clamp(min=1e-9), pieces)
+            able = (needs & ~kept_back[:, None]) | has
+            others, leveled = _dealt(layout, loads, pieces, able)
+            if balance(leveled) >= _AS_GOOD * balance(total):
+                owners, total = others, leveled
+        return Shares(layout, needs, owners, total)
 
-    def of_rank(self, rank: int, device: torch.device, kv_heads: int) -> RankPlan:
-        """What a rank does where k and v have so many heads; made once for a device."""
+    def of_rank(
+        self, rank: int, device: torch.device, kv_heads: int, lines: int | None = None
+    ) -> RankPlan:
+        """What a rank does where k and v have so many heads, and q so many batches and heads
+        together, as many as the mask if not given; made once for a device."""
         groups = groups_of(self.blocks, kv_heads)
-        key = rank, device, groups
+        lines = self.blocks.shape[:2].numel() if lines is None else lines
+        key = rank, device, groups, lines
         if key not in self._of_rank:
-            layout, shares = self.layout, self.shares(kv_heads)
-            rows = layout.rows(rank, torch.device("cpu"))
-            cut = Cut(self.blocks, rows, shares.column_ranks == rank, layout)
-            steps = [
-                (step.moves(device), cut.static(step.columns, step.tokens, device))
-                for step in steps_of(shares.needs, layout, rank, self.chunks)
-            ]
-            own = layout.own_columns(rank, torch.device("cpu"))
-            local = cut.static(own, layout.count(rank, keys=True), device)
-            sizes = layout.q_block_size, layout.kv_block_size
-            self._of_rank[key] = RankPlan(layout.rows(rank, device), local, steps, sizes, groups)
+            self._of_rank[key] = self._made(rank, device, self.shares(kv_heads, lines), lines)
         return self._of_rank[key]
+
+    def _made(self, rank: int, device: torch.device, shares: Shares, lines: int) -> RankPlan:
+        layout, cpu = shares.layout, torch.device("cpu")
+        cut = Cut(self.blocks, layout.rows(rank, cpu), shares.column_ranks == rank, layout)
+        own = layout.own_columns(rank, cpu)
+        local = cut.static(own, layout.count(rank, keys=True), device)
+        steps = [
+            (step.moves(device), cut.static(step.columns, step.tokens, device))
+            for step in steps_of(shares.needs, layout, rank, self.chunks)
+        ]
+        together = None
+        if len(steps) == 1 and steps[0][0].step.is_whole and self._waits(shares, lines):
+            together = cut.static(_all_columns(layout), layout.kv_len, device)
+        return RankPlan(
+            rank,
+            layout.rows(rank, device),
+            local,
+            steps,
+            (layout.q_block_size, layout.kv_block_size),
+            len(shares.needs),
+            together,
+        )
+
+    def _waits(self, shares: Shares, lines: int) -> bool:
+        """Whether the backward passes of two ranks wait for all keys: if launches over one's own
+        and over the other's would take much longer. So it is where all rows see some keys of each,
+        which then are the longest in both."""
+        layout, cpu = shares.layout, torch.device("cpu")
+        apart, at_once = [], []
+        for rank in range(2):
+            cut = Cut(self.blocks, layout.rows(rank, cpu), shares.column_ranks == rank, layout)
+            parts = [cut.counts(layout.own_columns(each, cpu)) for each in range(2)]
+            if not all(part.any() for part in parts):
+                return False
+            times = (lasts(x, layout.kv_block_size, lines) for x in (*parts, torch.cat(parts, 2)))
+            first, second, both = times
+            apart.append(first + second)
+            at_once.append(both)
+        return max(apart) > _MUCH_LONGER * max(at_once)
 
     def report(
         self, *, heads: int, head_dim: int, kv_heads: int | None = None, itemsize: int = 2
@@ -181,14 +250,14 @@ class ContextPlan:
            2         5      14.0          5       1.0      0.1      0.1           1.3
         balance 0.956, 0.5 MB moved, 13.3% of a ring's
         """
-        layout = self.layout
         heads, head_dim = as_size("heads", heads), as_size("head_dim", head_dim)
         kv_heads = heads if kv_heads is None else as_size("kv_heads", kv_heads)
         itemsize = as_size("itemsize", itemsize)
         batch = self.blocks.shape[0]
+        shares = self.shares(kv_heads, batch * heads)
+        layout = shares.layout
         q_tokens = block_lengths(layout.q_len, layout.q_block_size)
         kv_tokens = block_lengths(layout.kv_len, layout.kv_block_size)
-        shares = self.shares(kv_heads)
         groups = len(shares.needs)
         key = 2 * batch * kv_heads * head_dim * itemsize
         ranks = []
@@ -225,6 +294,34 @@ class ContextPlan:
         )
 
 
+def _all_columns(layout: Layout) -> Tensor:
+    """The columns of all keys, those of the first rank first, (1, kv_blocks)."""
+    return layout.kv_owners.argsort(stable=True)[None]
+
+
+def _dealt(layout: Layout, loads: Tensor, pieces: Tensor, able: Tensor) -> tuple[Tensor, Tensor]:
+    """A rank for each piece of shared rows, of those that are able, bool (groups, ranks,
+    kv_blocks); and what ranks compute then."""
+    owners = layout.kv_owners.repeat(len(pieces), 1)
+    some = pieces > 0
+    owners[some] = level(loads, pieces[some], able.transpose(0, 1)[:, some])
+    return owners, loads.index_add(0, owners.flatten(), pieces.flatten())
+
+
+def _kept_back(layout: Layout, shares: Tensor, pieces: Tensor) -> Tensor:
+    """Which pieces ranks keep, bool (groups, kv_blocks), so that a rank's own keys come to a share
+    of what it computes of shared rows, once the other pieces have been dealt out evenly."""
+    ranks = layout.ranks
+    keep = ((shares * ranks - 1) / max(1, ranks - 1)).clamp(0, 1)[layout.kv_owners]
+    result = pieces > 0
+    for rank in range(ranks):
+        mine = result & (layout.kv_owners == rank)
+        # One of so many, evenly.
+        ends = mine.cumsum(dim=1) * keep
+        result &= ~mine | (ends.floor() > (ends - keep).floor())
+    return result
+
+
 def as_chunks(chunks: int | None, ranks: int) -> int:
     """Parts that keys come in, if given, else by the number of ranks."""
     if chunks is None:
@@ -245,6 +342,10 @@ class Cut:
         self._blocks = blocks[:, :, rows.blocks] & (~rows.are_shared[:, None] | computes)
         self._layout = layout
         self._q_len = len(rows.own) + sum(rows.shared_counts)
+
+    def counts(self, columns: Tensor) -> Tensor:
+        """Blocks of each of the columns, (batch, heads, slots)."""
+        return self._of(columns).sum(dim=2)
 
     def static(self, columns: Tensor, tokens: int, device: torch.device) -> BlockMask | None:
         """The mask over columns of so many tokens, (groups or 1, slots); None where it selects

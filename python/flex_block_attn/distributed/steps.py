@@ -17,6 +17,11 @@ from .layout import Layout, block_lengths, upload
 # GPU copies keys before they leave and where they arrive, while nothing else runs; all of them go
 # and come as they lie, while it computes.
 _NEARLY_ALL = 0.75
+# Of a smaller share all are sent, too, if it is not small and all can come while a rank computes
+# with its own: pairs of tokens that it computes for each token that comes. A GPU that computes 600
+# TFLOPS takes as long for them as a connection of 100 GB/s for the token.
+_MANY = 0.25
+_HIDING = 6000
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,25 @@ def needs_of(blocks: Tensor, layout: Layout, groups: int) -> Tensor:
     return (counts > 0) & (rank != kv_owners)
 
 
-def sent_of(needs: Tensor, layout: Layout, chunks: int) -> Tensor:
+def sent_of(needs: Tensor, layout: Layout, chunks: int, pairs: float = 0.0) -> Tensor:
     """Which key blocks of others each rank is sent: those that it needs, but all between two ranks
-    that need nearly all.
+    that need nearly all, or many while they compute long.
 
     Args:
         needs: as of :func:`needs_of`, on the host.
+        pairs: of tokens, in a head, that a rank computes with its own keys for each token that
+            comes if all do, as far as that is known.
     """
     wanted = needs.sum().item() / max(1, len(needs) * len(layout.kv_owners))
-    if layout.ranks != 2 or chunks > 1 or wanted < _NEARLY_ALL:
+    enough = _NEARLY_ALL if pairs < _HIDING else _MANY
+    if layout.ranks != 2 or chunks > 1 or wanted < enough:
         return needs
     return _others(layout).expand_as(needs)
+
+
+def takes_all(needs: Tensor, layout: Layout) -> bool:
+    """Whether all keys go to all ranks; ``needs`` are those of :func:`sent_of`."""
+    return needs.equal(_others(layout).expand_as(needs))
 
 
 def _others(layout: Layout) -> Tensor:
@@ -141,7 +154,7 @@ def steps_of(needs: Tensor, layout: Layout, rank: int, chunks: int) -> list[Step
     """
     if not needs.any():
         return []
-    if layout.ranks == 2 and chunks == 1 and needs.equal(_others(layout).expand_as(needs)):
+    if layout.ranks == 2 and chunks == 1 and takes_all(needs, layout):
         return [_whole_step(layout, rank)]
     size, groups = layout.kv_block_size, len(needs)
     owners = layout.kv_owners
