@@ -7,29 +7,26 @@ use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
-use flex_block_attn_ptx::{Arg, Element, MAX_RANK, Swizzle, TensorMap};
+use flex_block_attn_ptx::{Arg, Element, MAX_ARGS, MAX_RANK, Swizzle, TensorMap};
 
 use crate::Error;
 use crate::driver::{Driver, EncodedMap};
 
-/// Arguments of a launch at most.
-pub(crate) const MOST: usize = 64;
-
 /// Values and their addresses. It must not move once it was filled.
 pub(crate) struct Arguments {
-    values: [EncodedMap; MOST],
-    addresses: [*const c_void; MOST],
+    values: [EncodedMap; MAX_ARGS],
+    addresses: [*const c_void; MAX_ARGS],
 }
 
 impl Arguments {
     pub(crate) fn empty() -> Self {
         Self {
-            values: [EncodedMap([0; 16]); MOST],
-            addresses: [ptr::null(); MOST],
+            values: [EncodedMap([0; 16]); MAX_ARGS],
+            addresses: [ptr::null(); MAX_ARGS],
         }
     }
 
-    /// Puts in the arguments of a launch, at most [`MOST`], whose tensor maps have been checked.
+    /// Puts in the arguments of a launch, at most [`MAX_ARGS`], whose tensor maps have been checked.
     /// What it gives is valid as long as this stays where it is.
     pub(crate) fn fill(
         &mut self,

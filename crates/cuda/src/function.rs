@@ -3,9 +3,9 @@
 use std::ffi::c_int;
 use std::ptr;
 
-use flex_block_attn_ptx::{Entry, Launch, LaunchError};
+use flex_block_attn_ptx::{Entry, Launch};
 
-use crate::arguments::{Arguments, MOST};
+use crate::arguments::Arguments;
 use crate::driver::{self, FunctionHandle, LaunchAttribute, LaunchConfig, Stream};
 use crate::{Device, Error};
 
@@ -72,12 +72,6 @@ impl Function {
     /// launch; the stream is one of this device, alive.
     pub unsafe fn launch(&self, launch: &Launch, stream: Stream) -> Result<(), Error> {
         self.entry.check(launch)?;
-        if launch.args.len() > MOST {
-            return Err(Error::Launch(LaunchError {
-                kernel: self.entry.name.clone(),
-                problem: format!("{} arguments, {MOST} at most", launch.args.len()),
-            }));
-        }
         let mut cluster = LaunchAttribute {
             id: driver::LAUNCH_ATTRIBUTE_CLUSTER,
             pad: [0; 4],

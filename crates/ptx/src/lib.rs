@@ -21,7 +21,7 @@ pub mod verify;
 
 pub use builder::{Builder, Reg};
 pub use ir::{Kernel, Module};
-pub use launch::{Arg, Entry, Launch, LaunchError, MAX_RANK, Swizzle, TensorMap};
+pub use launch::{Arg, Entry, Launch, LaunchError, MAX_ARGS, MAX_RANK, Swizzle, TensorMap};
 pub use print::print;
 pub use types::{Class, Element, Scalar, Ty};
 pub use verify::verify;

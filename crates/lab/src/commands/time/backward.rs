@@ -151,7 +151,9 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let mut mains = Vec::new();
     let chosen = choose(false)?;
     let like = |config: &Config| {
-        (config.element, config.head_dim, config.deterministic) == (element, head_dim, false)
+        let kind = (config.element, config.head_dim, config.deterministic);
+        kind == (element, head_dim, false)
+            && !config.canvas
             && (config.piece == 64 || *config == chosen)
             && block.is_multiple_of(config.piece)
     };
