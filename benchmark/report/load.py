@@ -4,6 +4,7 @@ In: a folder of results. Out: :class:`Device`. Called by :mod:`.__main__`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,14 +137,15 @@ def _device(folder: Path) -> Device:
         entries.setdefault((suite, passed), []).append(_entry(runs[key]))
     newest = {key: each[-1][0].commit for key, each in runs.items()}
     measured = {(*key, row.impl) for key, each in runs.items() for run in each for row in run}
-    absent: dict[tuple[str, str], int] = {}
+    # Who was tried again has the reason of the last time.
+    reasons: dict[tuple[str, str, str, str], str] = {}
     for text in files.absent.rows():
         key = text["suite"], text["case"], text["pass"]
         is_old = text["commit"] != newest.get(key, text["commit"])
         is_here = (*key, text["impl"]) in measured
         if not (is_old or is_here or text["reason"] == WAITS):
-            reason = text["impl"], text["reason"]
-            absent[reason] = absent.get(reason, 0) + 1
+            reasons[(*key, text["impl"])] = text["reason"]
+    absent = Counter((impl, reason) for (*_, impl), reason in reasons.items())
     note = folder / "note.md"
     return Device(
         folder,

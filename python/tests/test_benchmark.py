@@ -27,7 +27,7 @@ from benchmark.report.__main__ import main as report
 from benchmark.report.load import devices
 from benchmark.report.plots import text_of_png
 from benchmark.report.tables import number
-from benchmark.results import COLUMNS
+from benchmark.results import ABSENT_COLUMNS, COLUMNS
 from benchmark.suites import LENGTHS, MASKS, RATES, SUITES
 
 CPU = torch.device("cpu")
@@ -705,6 +705,19 @@ def test_numbers_have_three_digits():
     texts = ["0", "0.00123", "0.0400", "1.00", "1.00", "12.3", "123", "1000", "12346"]
     assert [number(x) for x in numbers] == texts
     assert number(None) == ""
+
+
+def test_who_was_tried_again_has_the_last_reason(results):
+    (folder,) = (path.parent for path in results.glob("*/results.csv"))
+    row = rows(results)[0]
+    with (folder / "absent.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ABSENT_COLUMNS)
+        writer.writeheader()
+        for reason in ("is not installed", "is late"):
+            known = {name: row[name] for name in ABSENT_COLUMNS if name in row}
+            writer.writerow({**known, "impl": "FA3", "reason": reason})
+    (device,) = devices(results)
+    assert device.absent == {("FA3", "is late"): 1}
 
 
 def test_a_plot_says_what_it_shows(reported):
