@@ -22,6 +22,9 @@ use crate::lists::PARTIAL;
 
 /// Stages of k and of v.
 const STAGES: usize = 2;
+/// Tiles whose rows are kept, a power of two: those in the stages, which consumers may still read of, and
+/// as many that come next.
+const ROWS: u32 = 2 * STAGES as u32;
 /// The warps that plan and, for a video, walk; of the first, thread 0 loads.
 const PLANNER: u32 = 1;
 const WALKER: u32 = 2;
@@ -54,7 +57,7 @@ pub(super) struct Stores<'k> {
     pub(super) queries: Queries<'k>,
     pub(super) keys: Ring<'k>,
     pub(super) values: Ring<'k>,
-    /// Of the tile in each stage, one after the other, the first keys of its pieces: the loader's notes,
+    /// Of each of the last tiles, one after the other, the first keys of its pieces: the loader's notes,
     /// for which it has no registers. Where blocks may be partial, consumers read them, too.
     rows: Address<'k, u32>,
     /// Of a video: what its tiles are put together from.
@@ -75,7 +78,7 @@ impl Config {
             keys: ring(),
             values: ring(),
             jobs: Jobs::new(&shared, self.canvas),
-            rows: shared.bytes(STAGES as u32 * self.row_bytes(), 4),
+            rows: shared.bytes(ROWS * self.row_bytes(), 4),
             boxes: self.canvas.then(|| Notes::new(&shared, self)),
         };
         shared.finish();
@@ -147,19 +150,9 @@ impl Config {
             let walk = Keys::new(problem, self, jobs.start(k));
             let load_keys = |turn: Reg<'k, u32>| {
                 let rows = self.rows_of(stores, turn);
-                let empty = match self.mask {
-                    None => {
-                        walk.next_tile(rows);
-                        keys.wait_empty(turn)
-                    }
-                    Some(_) => {
-                        // Consumers read of the tile before until then.
-                        let empty = keys.wait_empty(turn);
-                        walk.next_tile(rows);
-                        empty
-                    }
-                };
-                self.load_tile(k, empty, maps.k.rows(), rows, line);
+                // To look up blocks takes long: it is done while the tile's place is not yet free.
+                walk.next_tile(rows);
+                self.load_tile(k, keys.wait_empty(turn), maps.k.rows(), rows, line);
             };
             let load_values = |turn: Reg<'k, u32>| {
                 let rows = self.rows_of(stores, turn);
@@ -182,16 +175,14 @@ impl Config {
         });
     }
 
-    /// Bytes of a stage's rows.
+    /// Bytes of a tile's rows.
     fn row_bytes(self) -> u32 {
         4 * self.pieces()
     }
 
     /// Where the first keys of a tile's pieces are.
     fn rows_of<'k>(self, stores: &Stores<'k>, turn: Reg<'k, u32>) -> Address<'k, u32> {
-        stores
-            .rows
-            .plus((turn & (STAGES as u32 - 1)) * self.row_bytes())
+        stores.rows.plus((turn & (ROWS - 1)) * self.row_bytes())
     }
 
     /// Has an empty stage filled with the pieces whose first keys are at `rows`.

@@ -107,7 +107,7 @@ fn turns() -> Vec<Mutation> {
             kind: "turn counter",
             base: Base::Wide,
             edit: |s| count(s, LOADED, 2),
-            by: By::Emulator(&["Race", "Deadlock", "Mbarrier"]),
+            by: By::Emulator(&["UninitialisedMemory", "Race", "Deadlock", "Mbarrier"]),
         },
         Mutation {
             name: "both count a row's last tile twice",
