@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention import Attention, end_to_end
 from .problem import Absent, Problem
+from .suites import Video
 
 # Elements of the largest mask of tokens that is made.
 MOST_OF_A_TOKEN_MASK = 2**29
@@ -53,12 +54,16 @@ def ours(problem: Problem) -> Attention:
 
 def _our_ssta(problem: Problem) -> Attention:
     """A call of ssta_3d_attention; what its mask costs is timed apart."""
+    assert problem.case.video is not None
+    attend = ssta_of(problem.case.video)
+    return Attention(lambda q, k, v, _: attend(q, k, v), ours(problem).make_mask)
+
+
+def ssta_of(of: Video, pad_type: str = "zero") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Calls of ssta_3d_attention for a video."""
     from flex_block_attn.ssta_attention import ssta_3d_attention
 
-    of = problem.case.video
-    assert of is not None
-
-    def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ssta_3d_attention(
             q,
             k,
@@ -69,11 +74,12 @@ def _our_ssta(problem: Problem) -> Attention:
             of.window,
             of.text,
             lambda_=of.lambda_,
+            pad_type=pad_type,
             mask_share_within_head=False,
             sampling_type="importance",
         )[0]
 
-    return Attention(run, ours(problem).make_mask)
+    return attend
 
 
 # --- torch ---------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from flex_block_attn import BlockMask, flex_block_attn_func, video_attention
 from flex_block_attn.ssta_attention import (
     PAD_TYPES,
     create_ssta_3d_mask,
-    ssta_3d_attention,
     tile,
     untile,
 )
@@ -32,6 +31,7 @@ from flex_block_attn.tiles import Canvas
 from flex_block_attn.video import PADDINGS
 
 from .clock import peak_mib, turn
+from .peers import ssta_of
 from .suites import SUITES, Case, Video, video
 
 SMALL = video("7x13x20", 2, Video((7, 13, 20), topk=4, text=100))
@@ -75,26 +75,6 @@ def planned(of: Video, padding: str, q: Tensor, k: Tensor) -> BlockMask:
     return BlockMask(choose(of, padding, q, k), *sizes)
 
 
-def end_to_end(of: Video, pad_type: str) -> Way:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ssta_3d_attention(
-            q,
-            k,
-            v,
-            of.thw,
-            of.topk,
-            of.tile,
-            of.window,
-            of.text,
-            lambda_=of.lambda_,
-            pad_type=pad_type,
-            mask_share_within_head=False,
-            sampling_type="importance",
-        )[0]
-
-    return attend
-
-
 def by_copies(of: Video) -> Way:
     """By the functions that models have for it, and the same kernels."""
     canvas = canvas_of(of)
@@ -131,7 +111,7 @@ def over_mask(of: Video, padding: str, mask: BlockMask) -> Way:
 def ways(of: Video, masks: dict[str, BlockMask]) -> dict[str, Way]:
     """By the name of a way. Masks are those of :func:`planned`, by padding."""
     return {
-        **{f"ssta, {pad_type}": end_to_end(of, pad_type) for pad_type in PAD_TYPES},
+        **{f"ssta, {pad_type}": ssta_of(of, pad_type) for pad_type in PAD_TYPES},
         "ssta, zero, by copies": by_copies(of),
         **{
             f"video_attention, {padding}": over_mask(of, padding, mask)

@@ -50,7 +50,40 @@ fn distances(first: u32, end: u32) -> impl Iterator<Item = u32> {
         .take_while(move |&distance| distance < end)
 }
 
-/// The rows of this thread block's head, in its batch: `cta_y` and `cta_z`.
+/// A tensor, of whose heads a kernel reads or writes the rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads<'k> {
+    address: Reg<'k, u64>,
+    /// Bytes from one row, head and batch to the next.
+    row: Reg<'k, u64>,
+    head: Reg<'k, u64>,
+    batch: Reg<'k, u64>,
+}
+
+impl<'k> Heads<'k> {
+    /// Declares the parameters of [`args`].
+    pub(crate) fn new(k: &'k Builder, name: &str) -> Self {
+        let address = k.param(name);
+        let stride = |of: &str| k.param(&format!("{name}_{of}_stride"));
+        let (row, head, batch) = (stride("row"), stride("head"), stride("batch"));
+        Self {
+            address,
+            row,
+            head,
+            batch,
+        }
+    }
+
+    /// The rows of a head, in a batch.
+    pub(crate) fn rows(self, head: Reg<'k, u32>, batch: Reg<'k, u32>) -> Rows<'k> {
+        Rows {
+            first: self.address + head.to_u64() * self.head + batch.to_u64() * self.batch,
+            stride: self.row,
+        }
+    }
+}
+
+/// The rows of a head, in a batch.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'k> {
     /// Address of the first.
@@ -60,24 +93,24 @@ pub(crate) struct Rows<'k> {
 }
 
 impl<'k> Rows<'k> {
-    /// Declares the parameters of [`args`].
+    /// Declares the parameters of [`args`]: the rows of this thread block's head, in its batch, `cta_y` and
+    /// `cta_z`.
     pub(crate) fn new(k: &'k Builder, name: &str) -> Self {
-        let address = k.param::<u64>(name);
-        let stride = |of: &str| k.param::<u64>(&format!("{name}_{of}_stride"));
-        let (row, head, batch) = (stride("row"), stride("head"), stride("batch"));
-        Self {
-            first: address + k.cta_y().to_u64() * head + k.cta_z().to_u64() * batch,
-            stride: row,
-        }
+        Heads::new(k, name).rows(k.cta_y(), k.cta_z())
+    }
+
+    /// Address of row `row`.
+    pub(crate) fn row(self, row: Reg<'k, u32>) -> Reg<'k, u64> {
+        self.first + row.to_u64() * self.stride
     }
 
     /// Address of chunk `chunk` of row `row`.
     pub(crate) fn chunk(self, row: Reg<'k, u32>, chunk: Reg<'k, u32>) -> Reg<'k, u64> {
-        self.first + row.to_u64() * self.stride + chunk.times_wide(2 * CHUNK)
+        self.row(row) + chunk.times_wide(2 * CHUNK)
     }
 }
 
-/// The arguments for [`Rows::new`]: the address, then bytes from one row, head and batch to the
+/// The arguments for [`Heads::new`] and [`Rows::new`]: the address, then bytes from one row, head and batch to the
 /// next.
 ///
 /// # Panics

@@ -71,7 +71,7 @@ impl Kernel {
 }
 
 /// Arguments of a launch at most: those who launch have so many places for them.
-pub const MAX_ARGS: usize = 96;
+pub const MAX_ARGS: usize = 64;
 
 /// Thread blocks along x, y, z at most.
 const MOST_BLOCKS: [u32; 3] = [i32::MAX as u32, 65_535, 65_535];
@@ -310,7 +310,7 @@ mod tests {
         assert!(refusal(&|l| l.grid[0] = 3).contains("no multiple of the cluster's 2"));
         assert!(refusal(&|l| l.args.truncate(1)).contains("1 arguments for 2 parameters"));
         let many = |l: &mut Launch| l.args = vec![Arg::U32(0); MAX_ARGS + 1];
-        assert!(refusal(&many).contains("97 arguments, 96 at most"));
+        assert!(refusal(&many).contains("65 arguments, 64 at most"));
         assert!(refusal(&|l| l.args[0] = Arg::F32(1.0)).contains("for parameter count"));
         let far = TensorMap {
             address: 1,

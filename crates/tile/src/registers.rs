@@ -204,9 +204,7 @@ impl<'k> RegTile<'k> {
             }
         }
     }
-}
 
-impl<'k> RegTile<'k> {
     /// Rounds to 16 bits and lets the threads of a quad exchange, so that each has four columns side by
     /// side of every 16, from [`four_of_sixteen`] on, in two words, of each of its two rows.
     ///

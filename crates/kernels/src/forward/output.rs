@@ -10,15 +10,11 @@ use super::problem::Problem;
 use super::queries::Note;
 use super::{Args, OWN};
 use crate::canvas;
-use crate::chunk::{self, CHUNK, Lanes};
+use crate::chunk::{self, Heads, Lanes, Rows};
 
 /// Where results go.
 pub(super) struct Results<'k> {
-    /// Address of the output, and bytes from one row, head and batch to the next.
-    out: Reg<'k, u64>,
-    row: Reg<'k, u64>,
-    head: Reg<'k, u64>,
-    batch: Reg<'k, u64>,
+    out: Heads<'k>,
     /// Address of the logarithms.
     lse: Reg<'k, u64>,
 }
@@ -34,10 +30,7 @@ impl<'k> Results<'k> {
     /// Declares its parameters.
     pub(super) fn new(k: &'k Builder) -> Self {
         Self {
-            out: k.param("out"),
-            row: k.param("out_row_stride"),
-            head: k.param("out_head_stride"),
-            batch: k.param("out_batch_stride"),
+            out: Heads::new(k, "out"),
             lse: k.param("lse"),
         }
     }
@@ -61,12 +54,13 @@ impl<'k> Results<'k> {
                 k.store_global(lse.at(4 * 8 * i), log_sum);
             });
         }
-        let own = self.line(note) + (four_of_sixteen(wg.lane) * 2).to_u64();
+        let out = self.rows(note);
+        let own = (four_of_sixteen(wg.lane) * 2).to_u64();
         let fours = output.fours(wg.lane, pair);
         for row in 0..2 {
             let place = first + 8 * row as u32;
             let (token, inside) = canvas::token(&problem.grid, place, problem.q_len);
-            let address = own + token.to_u64() * self.row;
+            let address = out.row(token) + own;
             // Products are in flight: branches that only some threads take would have ptxas wait for
             // them.
             k.where_(inside, || {
@@ -93,21 +87,20 @@ impl<'k> Results<'k> {
             });
         });
         let lanes = Lanes::new(head_dim);
-        let own = (k.lane() & (lanes.each - 1)) * (2 * CHUNK);
-        let own = self.line(note) + own.to_u64();
+        let (out, chunk) = (self.rows(note), k.lane() & (lanes.each - 1));
         let zero = k.var(0u32);
         k.for_(k.lane() / lanes.each, queries, lanes.rows, |i| {
             let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
             k.if_(inside, || {
-                k.store_globals(own + token.to_u64() * self.row, [zero; 4]);
+                k.store_globals(out.chunk(token, chunk), [zero; 4]);
             });
         });
         k.warp_sync();
     }
 
-    /// Where the output of a note's head starts.
-    fn line(&self, note: Note<'k>) -> Reg<'k, u64> {
-        self.out + note.head().to_u64() * self.head + note.batch().to_u64() * self.batch
+    /// The output's rows of a note's head.
+    fn rows(&self, note: Note<'k>) -> Rows<'k> {
+        self.out.rows(note.head(), note.batch())
     }
 
     /// Where the logarithm of a query is.
