@@ -33,8 +33,6 @@ _Plan = tuple[Tensor, int, int]
 _Video = tuple[tuple[int, int, int], tuple[int, int, int], int, bool]
 # A formula's text, and its tables: contiguous int32 tensors
 _Exact = tuple[str, list[Tensor]]
-# Bytes of forward_cuda's workspace.
-FORWARD_WORKSPACE_BYTES: int
 MOST_PARTS: int
 
 def forward(
@@ -59,13 +57,20 @@ def forward_cuda(
     plan: _Plan,
     scale: float | None,
     out: Tensor,
-    rows: Tensor,
+    lse: Tensor | None,
     exact: _Exact | None,
     video: _Video | None = None,
 ) -> None: ...
-def forward_numbers(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, lengths: tuple[int, int], differentiable: bool
-) -> int | None: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    sizes: _Sizes,
+    scale: float | None,
+    wanted: tuple[bool, bool],
+    exact: _Exact | None,
+) -> tuple[Tensor, Tensor | None] | None: ...
 def are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool: ...
 def must_be_copied(tensor: Tensor) -> bool: ...
 def combine_cuda(parts: list[tuple[Tensor, Tensor]], out: Tensor, lse: Tensor) -> None: ...

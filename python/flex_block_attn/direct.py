@@ -47,12 +47,8 @@ def attention(
     """The output, and the lse if it is asked for; ``sizes`` are those that the plan is made for."""
     if not _nobody_watches() or torch.is_autocast_enabled("cuda"):
         return None
-    q_len, kv_len, q_block, kv_block = sizes
-    numbers = _native.forward_numbers(q, k, v, plan, (q_len, kv_len), torch.is_grad_enabled())
-    if numbers is None or (scale is not None and not scale >= 0):
-        return None
-    out, rows = launch.forward((q, k, v), (plan, q_block, kv_block), scale, numbers, exact)
-    return out, launch.lse_in(rows, q) if return_lse else None
+    wanted = torch.is_grad_enabled(), return_lse
+    return _native.attention(q, k, v, plan, sizes, scale, wanted, exact)
 
 
 def gradients(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

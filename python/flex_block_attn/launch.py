@@ -1,8 +1,8 @@
 """CUDA tensors to the library's kernels. In: tensors that kernels take as they are. Out: new
 tensors, which torch allocates here and the kernels fill, on the current stream of their device.
 
-Called by :mod:`.direct` and by the operators of :mod:`.ops`: where both ways of a call meet again;
-:func:`combine` by ``distributed``.
+Called by the operators of :mod:`.ops`, :func:`plan` by :mod:`.direct`, :func:`combine` by
+``distributed``.
 """
 
 import torch
@@ -12,9 +12,6 @@ from . import _native
 
 # A mask's expression: its text, and its tables.
 Exact = tuple[str, list[Tensor]]
-
-# Numbers of memory that the forward kernel needs behind the lse.
-WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
 
 
 def plan(blocks: Tensor, sizes: tuple[int, int, int, int], shape: tuple[int, int, int]) -> Tensor:
@@ -32,26 +29,18 @@ def plan_of_bits(bits: Tensor, lines: tuple[int, int], sizes: tuple[int, int, in
     return result
 
 
-def numbers_of(q: Tensor) -> int:
-    """How many :func:`forward` needs besides its output: the lse and the kernel's workspace."""
-    return q.shape[:3].numel() + WORKSPACE
-
-
 def forward(
     inputs: tuple[Tensor, Tensor, Tensor],
     plan: tuple[Tensor, int, int],
-    scale: float | None,
-    numbers: int,
-    exact: Exact | None = None,
+    scale: float,
+    exact: Exact | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and memory that starts with the lse, see :func:`lse_in`. A plan comes with its
-    q_block and kv_block; the scale is not negative."""
+    """The output and the lse. A plan comes with its q_block and kv_block; the scale is not
+    negative."""
     q = inputs[0]
-    out = torch.empty_like(q)
-    # One piece of memory for two: each costs the host as much as a launch.
-    rows = q.new_empty(numbers, dtype=torch.float32)
-    _native.forward_cuda(inputs, plan, scale, out, rows, exact)
-    return out, rows
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _native.forward_cuda(inputs, plan, scale, out, lse, exact)
+    return out, lse
 
 
 def combine(
@@ -81,8 +70,3 @@ def combine(
 
 def _is_odd(tensor: Tensor) -> bool:
     return tensor.stride(3) != 1 or _native.must_be_copied(tensor)
-
-
-def lse_in(rows: Tensor, q: Tensor) -> Tensor:
-    batch, heads, tokens, _ = q.shape
-    return rows.as_strided((batch, heads, tokens), (heads * tokens, tokens, 1))

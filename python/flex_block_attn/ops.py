@@ -196,9 +196,7 @@ def _forward_cuda(
         # Kernels look for the largest score before they scale.
         q, scale = -q, -scale
     inputs = for_copies(q), for_copies(k), for_copies(v)
-    numbers = launch.numbers_of(q)
-    out, rows = launch.forward(inputs, (plan, q_block, kv_block), scale, numbers, exact)
-    return out, launch.lse_in(rows, q)
+    return launch.forward(inputs, (plan, q_block, kv_block), scale, exact)
 
 
 torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)

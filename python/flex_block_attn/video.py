@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, direct, launch, ops
+from . import _native, direct, ops
 from .api import as_inputs, default_scale, is_deterministic, same_device
 from .masks import BlockMask, as_blocks
 from .tiles import Canvas, FromTiles, ToTiles, Triple, check_tokens, places_of
@@ -218,12 +218,8 @@ def _forward_cuda(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     ops.check_devices(q, k, v, plan)
-    shape = (*q.shape[:2], _places(sizes))
-    count = shape[0] * shape[1] * shape[2]
     out = _written_like(q)
-    # The kernel's workspace lies behind the lse.
-    rows = q.new_empty(count + launch.WORKSPACE, dtype=torch.float32)
-    lse = rows[:count].view(shape)
+    lse = q.new_empty((*q.shape[:2], _places(sizes)), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     if scale < 0:
@@ -235,7 +231,7 @@ def _forward_cuda(
         (plan, block, block),
         scale,
         out,
-        rows,
+        lse,
         None,
         _raw(sizes),
     )

@@ -369,8 +369,9 @@ def test_what_is_no_plain_tensor_of_a_gpu_goes_the_long_way():
     def look(*others):
         for y in (x, *others):
             assert _native.are_ready(x, y, x) is False
-            assert _native.forward_numbers(x, x, y, plan, sizes[:2], True) is None
-            assert _native.forward_numbers(x, x, x, y, sizes[:2], True) is None
+            rest = sizes, None, (True, False), None
+            assert _native.attention(x, x, y, plan, *rest) is None
+            assert _native.attention(x, x, x, y, *rest) is None
             assert _native.plan_shape(y, sizes) is None
         return others[0]
 

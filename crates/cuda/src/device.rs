@@ -225,6 +225,27 @@ impl Device {
         self.with_context(fill)
     }
 
+    /// A number that no other stream of this process has, or had, or will have; none while the stream is
+    /// captured into a graph, whose work other streams may do.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// The stream is one of this device, alive.
+    pub unsafe fn identity(&self, stream: Stream) -> Result<Option<u64>, Error> {
+        let (mut id, mut capturing) = (0, 0);
+        // SAFETY: results go to variables of their types; the stream is the caller's word.
+        self.with_context(|| unsafe {
+            self.driver.stream_capturing(stream, &raw mut capturing)?;
+            if capturing != 0 {
+                return Ok(None);
+            }
+            self.driver.stream_id(stream, &raw mut id)?;
+            Ok(Some(id))
+        })
+    }
+
     /// Waits until all that a stream was given is done.
     ///
     /// # Errors

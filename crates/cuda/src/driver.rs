@@ -187,6 +187,10 @@ calls! {
     fill = "cuMemsetD8_v2" (to: u64, value: u8, bytes: usize);
     /// Fills with a word, on a stream.
     fill_words = "cuMemsetD32Async" (to: u64, value: c_uint, words: usize, stream: Stream);
+    /// What tells a stream from all others that the process ever has.
+    stream_id = "cuStreamGetId" (stream: Stream, id: *mut u64);
+    /// Whether it is being captured into a graph: 0 if not.
+    stream_capturing = "cuStreamIsCapturing" (stream: Stream, status: *mut c_int);
     /// Waits for a stream.
     stream_wait = "cuStreamSynchronize" (stream: Stream);
     /// Makes an event.

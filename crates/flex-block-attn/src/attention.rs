@@ -72,7 +72,7 @@ pub fn forward(
 ) -> Result<()> {
     let layout = plan.layout();
     let mask = on_host(plan, &layout)?;
-    check::forward([&q, &k, &v], mask, options, &out, &lse)?;
+    check::forward([&q, &k, &v], mask, options, &out, Some(&lse))?;
     if let Some(video) = &options.video {
         let of = (video, options);
         return match q.dtype {

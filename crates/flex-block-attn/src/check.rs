@@ -198,7 +198,7 @@ pub(crate) fn forward(
     mask: Mask<'_>,
     options: &Options,
     out: &TensorMut<'_>,
-    lse: &TensorMut<'_>,
+    lse: Option<&TensorMut<'_>>,
 ) -> Result<()> {
     let sizes = inputs(q, k, v, mask, options)?;
     let out = Outline::write("out", out);
@@ -206,6 +206,7 @@ pub(crate) fn forward(
     out.dtype(sizes.dtype, "q")?;
     out.last_contiguous()?;
     out.apart()?;
+    let Some(lse) = lse else { return Ok(()) };
     let lse = Outline::write("lse", lse);
     lse.shape(lse_shape(sizes.q, options), "q")?;
     lse.dtype(sizes.dtype.lse(), "q's dtype")?;

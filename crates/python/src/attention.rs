@@ -15,7 +15,7 @@ use crate::tensor::{Kind, Raw};
 /// A plan as it crosses: an int32 tensor (batch, heads, words), and tokens of the blocks of queries and
 /// of keys.
 #[derive(FromPyObject)]
-pub struct RawPlan(Raw, usize, usize);
+pub struct RawPlan(pub Raw, pub usize, pub usize);
 
 impl RawPlan {
     /// Its address and its layout for these queries and keys, or for the places of a video, by which it

@@ -1,18 +1,15 @@
 //! Plans, forward, backward and parts put together, on CUDA tensors: addresses and a stream to the library.
 //!
-//! [`plan_shape`] and [`forward_numbers`] say beforehand whether the library takes tensors as they are,
-//! and what a call needs: all that can be looked at without torch's help, in one call from Python.
+//! Who calls has allocated what is written. [`plan_shape`] says beforehand of what shape a plan is.
 
-use std::ffi::c_void;
-
-use flex_block_attn::gpu::{self, BackwardWorkspace, FORWARD_WORKSPACE_BYTES, Mask, Plan, Stream};
-use flex_block_attn::{DType, Gradients, Options, PlanLayout, Saved, TensorMut, Video};
+use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
+use flex_block_attn::{Gradients, Options, PlanLayout, Saved};
 use pyo3::exceptions::PyValueError;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::attention::{RawPlan, RawVideo, Unbound, video};
+use crate::counter::Counter;
 use crate::error::{python, python_mask};
 use crate::exchange::is_plain;
 use crate::expression::RawExact;
@@ -126,53 +123,6 @@ fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) ->
         .map_err(python)
 }
 
-/// q, k and v, if kernels take them as they are: plain tensors of one GPU, not empty, of one dtype that
-/// kernels compute in, at addresses and of strides that they can copy from.
-fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
-    let mut raws = [None, None, None];
-    for (raw, tensor) in raws.iter_mut().zip(tensors) {
-        if !is_plain(tensor)? {
-            return Ok(None);
-        }
-        // What cannot be read, transforms' tensors perhaps, takes torch's way.
-        *raw = tensor.extract::<Raw>().ok();
-    }
-    let [Some(q), Some(k), Some(v)] = raws else {
-        return Ok(None);
-    };
-    let alike = |x: &Raw| {
-        (x.kind, x.gpu, x.dimensions) == (q.kind, q.gpu, MOST)
-            // torch has tensors of zeros without memory.
-            && x.address != 0
-            && !x.shape.contains(&0)
-            && gpu::takes(x.address as u64, x.shape, x.strides)
-    };
-    let dtype = matches!(q.kind, Kind::Float(DType::BF16 | DType::F16));
-    if !(dtype && q.gpu.is_some() && [&q, &k, &v].into_iter().all(alike)) {
-        return Ok(None);
-    }
-    for tensor in tensors {
-        // Its memory then holds the numbers with the other sign.
-        if tensor
-            .call_method0(intern!(tensor.py(), "is_neg"))?
-            .is_truthy()?
-        {
-            return Ok(None);
-        }
-    }
-    Ok(Some([q, k, v]))
-}
-
-/// Whether kernels take q, k and v as they are.
-#[pyfunction]
-pub fn are_ready(
-    q: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    v: &Bound<'_, PyAny>,
-) -> PyResult<bool> {
-    Ok(taken([q, k, v])?.is_some())
-}
-
 /// Whether a tensor must be copied before kernels take it: its rows are contiguous, but the copy engine
 /// of a GPU wants addresses and strides of whole 16 bytes.
 #[pyfunction]
@@ -180,47 +130,10 @@ pub fn must_be_copied(tensor: Raw) -> bool {
     tensor.strides[3] == 1 && !gpu::takes(tensor.address as u64, tensor.shape, tensor.strides)
 }
 
-/// The numbers, in float32, that [`forward_cuda`] needs at `rows`. None if q, k, v or the plan need a
-/// closer look than it takes: by the sequences' `lengths`, or because `differentiable` calls want more of
-/// tensors that require gradients.
+/// Attention forward on a GPU: writes `out`, and the `lse` if there is one, contiguous and of three
+/// dimensions.
 #[pyfunction]
-pub fn forward_numbers(
-    q: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    v: &Bound<'_, PyAny>,
-    plan: &Bound<'_, PyAny>,
-    lengths: (usize, usize),
-    differentiable: bool,
-) -> PyResult<Option<usize>> {
-    let Some([queries, keys, _]) = taken([q, k, v])? else {
-        return Ok(None);
-    };
-    let beside = is_plain(plan)? && plan.extract::<Raw>().is_ok_and(|x| x.gpu == queries.gpu);
-    if !beside || lengths != (queries.shape[2], keys.shape[2]) {
-        return Ok(None);
-    }
-    if differentiable {
-        for tensor in [q, k, v] {
-            let needed = tensor.getattr(intern!(tensor.py(), "requires_grad"))?;
-            if needed.is_truthy()? {
-                return Ok(None);
-            }
-        }
-    }
-    Ok(Some(numbers(&queries, None)))
-}
-
-/// Of an lse, of a video of one for each of its places, and the workspace.
-fn numbers(q: &Raw, video: Option<&Video>) -> usize {
-    let [batch, heads, tokens, _] = q.shape;
-    let tokens = video.map_or(tokens, Video::places);
-    batch * heads * tokens + FORWARD_WORKSPACE_BYTES.div_ceil(4)
-}
-
-/// Attention forward on a GPU: writes `out`, and to `rows` the lse, one number after the other, behind
-/// which the workspace lies, see [`forward_numbers`].
-#[pyfunction]
-#[pyo3(signature = (inputs, plan, scale, out, rows, exact, video=None))]
+#[pyo3(signature = (inputs, plan, scale, out, lse, exact, video=None))]
 #[allow(clippy::too_many_arguments)]
 pub fn forward_cuda(
     py: Python<'_>,
@@ -228,7 +141,7 @@ pub fn forward_cuda(
     plan: RawPlan,
     scale: Option<f64>,
     out: Raw,
-    rows: Raw,
+    lse: Option<Raw>,
     exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {
@@ -244,34 +157,23 @@ pub fn forward_cuda(
         video,
         ..Options::default()
     };
-    if rows.shape.iter().product::<usize>() < numbers(&inputs.0, video.as_ref()) {
-        let text = "rows must have as many numbers as forward_numbers says";
-        return Err(PyValueError::new_err(text));
-    }
     let on = stream(py, &inputs.0)?;
+    let counter = Counter::of(py, on)?;
     // SAFETY: all layouts were read from tensors, which `ops.py` has seen to be on the stream's device
-    // or has allocated there; the plan has as many words as its layout says; torch's allocator keeps all
-    // until the stream has come past this call.
+    // or has allocated there, as has `direct`; the plan has as many words as its layout says; torch's
+    // allocator keeps all until the stream has come past this call.
     unsafe {
         let (q, k, v) = (
             inputs.0.read("q")?,
             inputs.1.read("k")?,
             inputs.2.read("v")?,
         );
-        let [batch, heads, tokens, _] = inputs.0.shape;
-        let tokens = video.as_ref().map_or(tokens, Video::places);
-        let lse = TensorMut::from_raw(
-            rows.address as *mut c_void,
-            DType::F32,
-            [batch, heads, tokens, 1],
-            [(heads * tokens) as isize, tokens as isize, 1, 1],
-        );
-        let workspace = (rows.address + 4 * batch * heads * tokens) as u64;
-        let out = out.write("out")?;
-        let call = Unbound((q, k, v, out, lse));
+        let lse = lse.map(|lse| lse.write("lse")).transpose()?;
+        let call = Unbound((q, k, v, out.write("out")?, lse));
+        let address = counter.address();
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();
-            gpu::forward(q, k, v, &plan, &options, out, lse, workspace, on)
+            gpu::forward(q, k, v, &plan, &options, out, lse, address, on)
         })
     }
     .map_err(python)

@@ -5,6 +5,8 @@
 //! is released while the library works. No logic: arguments are checked by `flex_block_attn`.
 
 mod attention;
+mod counter;
+mod direct;
 mod doctor;
 mod error;
 mod exchange;
@@ -13,7 +15,7 @@ mod gpu;
 mod mask;
 mod tensor;
 
-use flex_block_attn::gpu::{FORWARD_WORKSPACE_BYTES, MOST_PARTS};
+use flex_block_attn::gpu::MOST_PARTS;
 use pyo3::prelude::*;
 
 #[pymodule]
@@ -27,15 +29,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_bits_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(gpu::are_ready, module)?)?;
+    module.add_function(wrap_pyfunction!(direct::are_ready, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
-    module.add_function(wrap_pyfunction!(gpu::forward_numbers, module)?)?;
+    module.add_function(wrap_pyfunction!(direct::attention, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::combine_cuda, module)?)?;
     module.add("MOST_PARTS", MOST_PARTS)?;
     module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
-    module.add("FORWARD_WORKSPACE_BYTES", FORWARD_WORKSPACE_BYTES)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
     module.add_class::<expression::Steps>()?;

@@ -1,6 +1,6 @@
 //! The forward pass: arguments to a launch.
 
-use flex_block_attn_cuda::{self as cuda, Device};
+use flex_block_attn_cuda::Device;
 use flex_block_attn_kernels::Launch;
 use flex_block_attn_kernels::forward::{Args, Config};
 
@@ -8,11 +8,7 @@ use super::video::{canvas, in_lines, no_kernel};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put};
 use crate::{Options, Result, Tensor, TensorMut, check};
 
-/// Bytes that [`forward()`] needs besides, at a multiple of 4; their contents do not matter.
-pub const FORWARD_WORKSPACE_BYTES: usize = 4;
-
-/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries. The
-/// word at `workspace` must be 0 when it starts.
+/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.
 ///
 /// # Errors
 /// Arguments that do not go together, or that the kernels do not take.
@@ -24,8 +20,8 @@ pub fn forward_step(
     plan: &Plan,
     options: &Options,
     out: &TensorMut<'_>,
-    lse: &TensorMut<'_>,
-    workspace: u64,
+    lse: Option<&TensorMut<'_>>,
+    counter: u64,
     multiprocessors: u32,
 ) -> Result<Option<(Step, Launch)>> {
     check::forward([&q, &k, &v], plan.mask(), options, out, lse)?;
@@ -46,21 +42,23 @@ pub fn forward_step(
     };
     let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
     let canvas = options.video.as_ref().map(canvas).transpose()?;
-    contiguous("lse", lse.shape, lse.strides)?;
+    if let Some(lse) = lse {
+        contiguous("lse", lse.shape, lse.strides)?;
+    }
     let [batch, heads, ..] = q.shape;
     let args = Args {
         q: in_memory("q", q.pointer as u64, q.shape, q.strides)?,
         k: in_memory("k", k.pointer as u64, k.shape, k.strides)?,
         v: in_memory("v", v.pointer as u64, v.shape, v.strides)?,
         out: in_memory("out", out.pointer as u64, out.shape, out.strides)?,
-        lse: lse.pointer as u64,
+        lse: lse.map(|lse| lse.pointer as u64),
         plan: plan.address,
         layout: plan.layout,
         batch: batch as u32,
         heads: heads as u32,
         kv_heads: k.shape[1] as u32,
         scale,
-        counter: workspace,
+        counter,
         blocks: multiprocessors,
         tables,
         canvas,
@@ -78,17 +76,20 @@ pub fn forward_step(
 }
 
 /// [`crate::forward`] on a stream of a GPU: bfloat16 and float16, head_dim 64 and 128, blocks of any
-/// multiples of 16. `lse` is contiguous; addresses, and strides of dimensions longer than 1, are
-/// multiples of 16 bytes; a negative scale is refused. Bitwise repeatable.
+/// multiples of 16. `lse`, if it is wanted, is contiguous; addresses, and strides of dimensions longer
+/// than 1, are multiples of 16 bytes; a negative scale is refused. Bitwise repeatable.
+///
+/// By the 32-bit word at `counter` thread blocks share their work. It is 0, and will be 0 again when the
+/// stream has come past this call: calls that follow each other on a stream may use the same.
 ///
 /// # Errors
 /// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on
 /// the stream then.
 ///
 /// # Safety
-/// All pointers and addresses are of the device's memory, as large as shapes and strides say, and
-/// `workspace` of [`FORWARD_WORKSPACE_BYTES`] bytes; nobody writes the inputs, or uses the outputs or
-/// the workspace, before the stream has come past this call. The stream is alive.
+/// All pointers and addresses are of the device's memory, as large as shapes and strides say; nobody
+/// writes the inputs, or uses the outputs or the counter, before the stream has come past this call. The
+/// stream is alive.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn forward(
     q: Tensor<'_>,
@@ -97,19 +98,16 @@ pub unsafe fn forward(
     plan: &Plan,
     options: &Options,
     out: TensorMut<'_>,
-    lse: TensorMut<'_>,
-    workspace: u64,
+    lse: Option<TensorMut<'_>>,
+    counter: u64,
     stream: Stream,
 ) -> Result<()> {
     let device = Device::get(stream.device)?;
     let blocks = device.multiprocessors();
-    let step = forward_step(q, k, v, plan, options, &out, &lse, workspace, blocks)?;
+    let step = forward_step(q, k, v, plan, options, &out, lse.as_ref(), counter, blocks)?;
     if let Some((step, launch)) = step {
         // SAFETY: the caller's word.
-        unsafe {
-            device.zero_words(workspace, 1, cuda::Stream(stream.handle))?;
-            put(step, &launch, stream)?;
-        }
+        unsafe { put(step, &launch, stream)? };
     }
     Ok(())
 }

@@ -32,7 +32,7 @@ pub use flex_block_attn_kernels::plan::Mask;
 
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use combine::{MOST_PARTS, combine, combine_step};
-pub use forward::{FORWARD_WORKSPACE_BYTES, forward, forward_step};
+pub use forward::{forward, forward_step};
 
 use crate::{DType, Error, Options, Result, Tensor, check};
 
@@ -43,6 +43,36 @@ pub struct Stream {
     pub device: u32,
     /// The stream's handle (torch's `Stream.cuda_stream`); 0 is the default stream.
     pub handle: usize,
+}
+
+impl Stream {
+    /// A number that no other stream of this process has, or had, or will have, by which memory can be
+    /// kept for it; none while it is captured into a graph, whose work other streams may do.
+    ///
+    /// # Errors
+    /// No GPU; what the driver says.
+    ///
+    /// # Safety
+    /// The stream is alive.
+    pub unsafe fn identity(self) -> Result<Option<u64>> {
+        // SAFETY: the caller's word.
+        Ok(unsafe { Device::get(self.device)?.identity(cuda::Stream(self.handle))? })
+    }
+
+    /// Has a 32-bit word set to 0: a counter, before [`forward()`] takes it for the first time.
+    ///
+    /// # Errors
+    /// No GPU; what the driver says.
+    ///
+    /// # Safety
+    /// The word is of the device's memory, at a multiple of 4, and nobody uses it before the stream has
+    /// come past this. The stream is alive.
+    pub unsafe fn clear(self, address: u64) -> Result<()> {
+        let device = Device::get(self.device)?;
+        // SAFETY: the caller's word.
+        unsafe { device.zero_words(address, 1, cuda::Stream(self.handle))? };
+        Ok(())
+    }
 }
 
 /// A plan in device memory.

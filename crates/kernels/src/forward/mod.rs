@@ -11,7 +11,7 @@
 //! done with one, without a pause: the next queries take the place of the last as soon as these are
 //! multiplied with their last keys, and their first scores are under way while the output of the last is
 //! stored. Heads come in turn, so that those who run together share keys in the L2 cache, and of a
-//! head the longest lists first.
+//! head, and of the last few together, the longest lists first.
 //!
 //! A tile of keys is put together from pieces of the listed blocks: it needs not be a block, nor a
 //! part of one. The order of keys does not matter to the sum, so lists are walked from their end,
@@ -102,8 +102,9 @@ pub struct Args<'a> {
     pub v: Tensor,
     /// Output.
     pub out: Tensor,
-    /// Address of the logarithms of the rows' sums, float32 (batch, heads, q_len), contiguous.
-    pub lse: u64,
+    /// Address of the logarithms of the rows' sums, float32 (batch, heads, q_len), contiguous; none if
+    /// they are not wanted.
+    pub lse: Option<u64>,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
     /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of 128
@@ -117,7 +118,8 @@ pub struct Args<'a> {
     pub kv_heads: u32,
     /// Factor of the scores: not negative.
     pub scale: f32,
-    /// Address of an int32 that is 0 at the start of the launch, and belongs to it.
+    /// Address of an int32 that is 0 at the start of the launch, and belongs to it until it ends; then
+    /// it is 0 again.
     pub counter: u64,
     /// Thread blocks at most: the device's multiprocessors.
     pub blocks: u32,
@@ -219,10 +221,10 @@ impl Config {
             "blocks of {args:?} for {self:?}"
         );
         assert_eq!(self.canvas, args.canvas.is_some(), "{self:?}");
-        let lines = |heads| [heads, call.batch];
+        let of = |heads| [heads, call.batch];
         let kv = |tensor| {
             if let Some(canvas) = args.canvas {
-                return canvas.source(self.piece_shape(), tensor, lines(call.kv_heads));
+                return canvas.source(self.piece_shape(), tensor, of(call.kv_heads));
             }
             // A piece that is a whole tile comes by one copy.
             let one = self.pieces() == 1 && self.rows != Rows::Mixed;
@@ -233,13 +235,16 @@ impl Config {
             Rows::Whole(queries) => layout.rows() as u32 * (call.q_block / queries),
             Rows::Mixed => call.q_len.div_ceil(self.queries()),
         };
-        let tiles = call.batch * call.heads * row_tiles;
+        let lines = call.batch * call.heads;
+        let tiles = lines * row_tiles;
+        // Enough to fill the multiprocessors twice.
+        let together = (2 * args.blocks).div_ceil(row_tiles).clamp(1, lines);
         // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
         // have the same weight.
         let scale = args.scale.max(canvas::least_scale(self.canvas));
         let q = |rows: fn(Shape, Tensor, [u64; 4]) -> Arg, shape, tensor| match args.canvas {
             None => vec![rows(shape, tensor, call.of_q())],
-            Some(canvas) => canvas.source(self.piece_shape(), tensor, lines(call.heads)),
+            Some(canvas) => canvas.source(self.piece_shape(), tensor, of(call.heads)),
         };
         let mut list = q(whole, self.q_shape(), args.q);
         list.extend(kv(args.k));
@@ -253,6 +258,8 @@ impl Config {
             Arg::U32(call.kv_block),
             Arg::U64(args.counter),
             Arg::U32(tiles),
+            Arg::U32((lines - together) * row_tiles),
+            Arg::U32(together),
             Arg::U32(row_tiles),
             Arg::U32(call.q_block),
             Arg::U32(call.heads / call.kv_heads),

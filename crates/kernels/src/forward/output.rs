@@ -15,7 +15,7 @@ use crate::chunk::{self, Heads, Lanes, Rows};
 /// Where results go.
 pub(super) struct Results<'k> {
     out: Heads<'k>,
-    /// Address of the logarithms.
+    /// Address of the logarithms; 0 if nobody wants them.
     lse: Reg<'k, u64>,
 }
 
@@ -23,7 +23,7 @@ pub(super) struct Results<'k> {
 pub(super) fn args(args: &Args<'_>) -> impl Iterator<Item = Arg> {
     chunk::args(args.out)
         .into_iter()
-        .chain([Arg::U64(args.lse)])
+        .chain([Arg::U64(args.lse.unwrap_or(0))])
 }
 
 impl<'k> Results<'k> {
@@ -48,7 +48,7 @@ impl<'k> Results<'k> {
         let first = note.first + wg.index * OWN + wg.row();
         let lse = self.logarithm(problem, note, first);
         // A row lies in the four threads of a quad: one of them writes.
-        let writes = (wg.lane & 3).equals(0);
+        let writes = (wg.lane & 3).equals(0) & self.lse.differs(0);
         for (i, log_sum) in (0..).zip(log_sum) {
             k.where_(writes & (first + 8 * i).lt(problem.q_len), || {
                 k.store_global(lse.at(4 * 8 * i), log_sum);
@@ -82,7 +82,7 @@ impl<'k> Results<'k> {
         let k = problem.k;
         k.for_(k.lane(), queries, 32, |i| {
             let place = note.first + i;
-            k.if_(place.lt(problem.q_len), || {
+            k.if_(place.lt(problem.q_len) & self.lse.differs(0), || {
                 k.store_global(self.logarithm(problem, note, place), log_sum);
             });
         });

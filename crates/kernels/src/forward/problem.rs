@@ -19,6 +19,10 @@ pub(super) struct Problem<'k> {
     counter: Reg<'k, u64>,
     /// Tiles of queries of all heads and batches.
     tiles: Reg<'k, u32>,
+    /// Those of them that come a head after the other.
+    apart: Reg<'k, u32>,
+    /// Heads of the others, which come together.
+    together: Reg<'k, u32>,
     /// Tiles of queries of a head.
     row_tiles: Reg<'k, u32>,
     pub(super) q_block: Reg<'k, u32>,
@@ -57,6 +61,8 @@ impl<'k> Problem<'k> {
             kv_block: k.param("kv_block"),
             counter: k.param("counter"),
             tiles: k.param("tiles"),
+            apart: k.param("apart"),
+            together: k.param("together"),
             row_tiles: k.param("row_tiles"),
             q_block: k.param("q_block"),
             group: k.param("group"),
@@ -70,29 +76,48 @@ impl<'k> Problem<'k> {
         problem
     }
 
-    /// Does `body` for each tile of queries that this thread block takes, in a whole warp.
+    /// Does `body` for each tile of queries that this thread block takes, in a whole warp. Leaves the
+    /// counter as it was.
     pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
         let k = self.k;
         let first_lane = k.lane().equals(0);
         let tile = k.var(k.cta_x());
         k.loop_(|leave| {
             leave.when(tile.ge(self.tiles));
-            let line = tile / self.row_tiles;
+            let (line, number) = self.place(tile);
             let (head, batch) = (line % self.heads, line / self.heads);
             body(Tile {
                 head,
                 batch,
                 kv_head: head / self.group,
                 record: self.lists.record(head, batch),
-                number: tile % self.row_tiles,
+                number,
             });
             // One that nobody has taken yet.
             let taken = k.var(0u32);
             k.if_(first_lane, || {
-                taken.set(k.atomic_add_global(self.counter, 1) + k.grid_x());
+                taken.set(k.atomic_add_global(self.counter, 1));
+                // As often as there are tiles. Who counts last counts for the next launch.
+                k.if_(taken.equals(self.tiles - 1), || {
+                    k.atomic_add_global(self.counter, k.var(0u32) - self.tiles);
+                });
             });
-            tile.set(taken.uniform());
+            tile.set(taken.uniform() + k.grid_x());
         });
+    }
+
+    /// Which head's a tile is, counted over all batches, and its number there. Heads come one after the
+    /// other, so that those who run together share keys in the L2 cache. Short lists come last in a
+    /// head; so that they do in the end, too, the last heads come together.
+    fn place(&self, tile: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        let k = self.k;
+        let (line, number) = (k.var(tile / self.row_tiles), k.var(tile % self.row_tiles));
+        k.if_(tile.ge(self.apart), || {
+            let late = tile - self.apart;
+            line.set(self.apart / self.row_tiles + late % self.together);
+            number.set(late / self.together);
+        });
+        (line, number)
     }
 
     /// Keys of the block that starts at key `first`: the sequence's last may be short.

@@ -243,12 +243,13 @@ impl Video {
         let mut memory = Memory::new();
         let places = canvas.padded_len() as usize;
         let lines = self.batch * self.heads;
+        let lse = memory.alloc("lse", 4 * lines * places);
         let args = forward::Args {
             q: like_q.put(&mut memory, "q", &q),
             k: like_kv.put(&mut memory, "k", &k),
             v: like_kv.put(&mut memory, "v", &v),
             out: out_q.alloc(&mut memory, "out"),
-            lse: memory.alloc("lse", 4 * lines * places),
+            lse: Some(lse),
             plan: memory.alloc_with("plan", Plan::new(&self.mask).words()),
             layout: layout(&self.mask),
             batch: self.batch as u32,
@@ -272,18 +273,22 @@ impl Video {
             Close::Norm(most),
         )];
         // Of tiles beside the video there is no lse: each token's is looked at alone.
-        let of_token = |(at, &lse): (usize, &f64)| {
+        let of_token = |(at, &log_sum): (usize, &f64)| {
             let (line, token) = (at / self.tokens(), at % self.tokens());
             let place = line * places + place_of(canvas, config.piece, token);
-            let address = args.lse + 4 * place as u64;
-            Expected::new("lse", address, Element::F32, vec![lse], Close::Each(1e-4))
+            let address = lse + 4 * place as u64;
+            Expected::new(
+                "lse",
+                address,
+                Element::F32,
+                vec![log_sum],
+                Close::Each(1e-4),
+            )
         };
         expected.extend(right.lse.iter().enumerate().map(of_token));
         let mut steps = vec![Step::new(config.kernel(), config.launch(&args))];
         if !both {
-            return Setup::new(memory, steps, expected)
-                .with_scratch(args.counter)
-                .with_scratch(args.lse);
+            return Setup::new(memory, steps, expected).with_scratch(lse);
         }
 
         let sizes = Sizes {
@@ -311,7 +316,7 @@ impl Video {
         let before = backward::prepare::Args {
             out: args.out,
             dout: like_q.put(&mut memory, "dout", &dout),
-            lse: args.lse,
+            lse,
             dlse: 0,
             log2: memory.alloc("log2", 4 * workspace.numbers),
             delta: memory.alloc("delta", 4 * workspace.numbers),
@@ -397,8 +402,7 @@ impl Video {
         ]);
         Setup::new(memory, steps, expected)
             .about(about)
-            .with_scratch(args.counter)
-            .with_scratch(args.lse)
+            .with_scratch(lse)
             .with_scratch(main.dq)
             .with_scratch(bounding.bounds)
     }

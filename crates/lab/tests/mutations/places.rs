@@ -22,6 +22,8 @@ const KV_LEN: &str = "kv_len";
 const KV_BLOCK: &str = "kv_block";
 const COUNTER: &str = "counter";
 const TILES: &str = "tiles";
+const TOGETHER: &str = "together";
+const APART: &str = "apart";
 const Q_BLOCK: &str = "q_block";
 const GROUP: &str = "group";
 const ORDER: &str = "order";
@@ -532,9 +534,23 @@ fn launches() -> Vec<Mutation> {
         Mutation {
             name: "a tile of queries too many",
             kind: "plan",
-            base: Base::Wide,
+            base: Base::Ragged,
             edit: |s| word(s, TILES, |tiles| tiles + 1),
-            by: By::Emulator(&["OutOfBounds"]),
+            by: By::Emulator(&["Race"]),
+        },
+        Mutation {
+            name: "of two heads that come together but one does",
+            kind: "plan",
+            base: Base::Short,
+            edit: |s| word(s, TOGETHER, |heads| heads - 1),
+            by: By::Result,
+        },
+        Mutation {
+            name: "a tile of the heads that come apart is taken for one of those that come together",
+            kind: "plan",
+            base: Base::Ragged,
+            edit: |s| word(s, APART, |tiles| tiles - 1),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "a tile of queries too few",
@@ -555,7 +571,7 @@ fn launches() -> Vec<Mutation> {
             kind: "counter",
             base: Base::Ragged,
             edit: |s| number(s, COUNTER, 0, -2),
-            by: By::Emulator(&["Race"]),
+            by: By::Result,
         },
         Mutation {
             name: "thread blocks above others, which do the same",

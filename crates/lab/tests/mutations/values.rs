@@ -224,9 +224,9 @@ fn registers() -> Vec<Mutation> {
         Mutation {
             name: "the planner goes on for a tile of queries too many",
             kind: "loop",
-            base: Base::Wide,
+            base: Base::Ragged,
             edit: |s| longer(s, PLANNER),
-            by: By::Emulator(&["OutOfBounds"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "the consumers go on for a tile too many",

@@ -260,6 +260,7 @@ fn every_config_on_random_masks() {
             kv_heads,
             blocks: 1 + below(4) as u32,
             tokens_first: below(2) == 1,
+            lse: below(2) == 1,
             ..Forward::new(config, BlockMask::from_matrix(extents, matrix).unwrap())
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[2..3]);

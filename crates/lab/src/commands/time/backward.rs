@@ -30,26 +30,26 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let tensor = |address| forward::Tensor { address, strides };
     let unsupported = "the kernels do not take it";
 
+    let lse = gpu.alloc(4 * heads as usize * tokens)?;
     let before = forward::Args {
         q: tensor(gpu.alloc_with(&numbers(1, count))?),
         k: tensor(gpu.alloc_with(&numbers(2, count))?),
         v: tensor(gpu.alloc_with(&numbers(3, count))?),
         out: tensor(gpu.alloc(2 * count)?),
-        lse: gpu.alloc(4 * heads as usize * tokens)?,
+        lse: Some(lse),
         plan: gpu.alloc_with(&words)?,
         layout: plan.layout(),
         batch: 1,
         heads,
         kv_heads: heads,
         scale,
-        counter: gpu.alloc(4)?,
+        counter: gpu.alloc_with(&[0u8; 4])?,
         blocks: gpu.device().multiprocessors(),
         tables: &[],
         canvas: None,
     };
     let config =
         forward::Config::choose(element, head_dim, block, block, None).ok_or(unsupported)?;
-    gpu.zero_words(before.counter, 1)?;
     gpu.launch(gpu.load(&config.kernel())?, &config.launch(&before))?;
 
     let workspace = Workspace::new(tokens);
@@ -68,7 +68,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let first = prepare::Args {
         out: before.out,
         dout: tensor(gpu.alloc_with(&numbers(4, count))?),
-        lse: before.lse,
+        lse,
         dlse: 0,
         log2: gpu.alloc(line)?,
         delta: gpu.alloc(line)?,
