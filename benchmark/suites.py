@@ -76,13 +76,23 @@ class Suite:
 def case(
     heads: int, tokens: int, mask: str = "dense", rate: float = 1.0, *, name: str = "", **others
 ) -> Case:
-    """A case of as many queries as keys; without a name, one that says mask and size."""
+    """A case of as many queries as keys; without a name, one that says mask and size. A block is of
+    so many queries and keys, or of a pair of both."""
     block = others.pop("block", 384)
+    q_block, kv_block = block if isinstance(block, tuple) else (block, block)
     if not name:
         kind = f"{mask} {rate:g}" if mask in ("window", "random", "local") else mask
         name = f"{kind} h{heads} s{tokens}"
     return Case(
-        name, heads, tokens, tokens, q_block=block, kv_block=block, mask=mask, rate=rate, **others
+        name,
+        heads,
+        tokens,
+        tokens,
+        q_block=q_block,
+        kv_block=kv_block,
+        mask=mask,
+        rate=rate,
+        **others,
     )
 
 
@@ -164,7 +174,8 @@ def _causal() -> tuple[Case, ...]:
             tokens,
             mask,
             head_dim=dim,
-            block=128,
+            # Where a mask is exact, the size of blocks is ours to choose.
+            block=(192, 128) if (mask, dim) == ("causal", 64) else 128,
             name=f"{mask} d{dim} h24 s{tokens}",
             importance=(1 if tokens == 30720 else 2) - (mask == "causal" and dim == 128),
         )

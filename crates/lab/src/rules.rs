@@ -16,7 +16,7 @@ pub fn kernels() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for mask in rules.iter().map(|rule| Some(rule.mask())) {
         for head_dim in [64, 128] {
-            for (q_block, kv_block) in [(128, 128), (128, 16), (16, 16)] {
+            for (q_block, kv_block) in [(128, 128), (128, 16), (16, 16), (192, 128)] {
                 let config = forward::Config::choose(element, head_dim, q_block, kv_block, mask);
                 kernels.extend(config.map(forward::Config::kernel));
             }

@@ -20,14 +20,13 @@ impl Config {
     ) -> Option<Self> {
         // As measured by `benchmark.tune`. Wide tiles cost the fewest instructions a key, even if put
         // together from pieces; pieces are as large as blocks allow. Short heads leave so much of the
-        // softmax to hide that two warpgroups are too few; but expressions need registers, which three
-        // do not leave.
+        // softmax to hide that two warpgroups are too few.
         const NARROW: Tiles = &[(128, 128), (128, 64), (128, 32), (128, 16)];
         const WIDE: Tiles = &[(192, 192), (192, 64), (128, 32), (128, 16)];
         const MIXED: (Rows, Tiles) = (Rows::Mixed, &[(64, 64), (64, 32), (64, 16)]);
-        let order: &[(Rows, Tiles)] = match (head_dim, mask) {
-            (128, _) | (64, Some(_)) => &[(Rows::Whole(128), WIDE), MIXED],
-            (64, None) => &[(Rows::Whole(192), NARROW), (Rows::Whole(128), WIDE), MIXED],
+        let order: &[(Rows, Tiles)] = match head_dim {
+            128 => &[(Rows::Whole(128), WIDE), MIXED],
+            64 => &[(Rows::Whole(192), NARROW), (Rows::Whole(128), WIDE), MIXED],
             _ => return None,
         };
         let configs = order.iter().flat_map(|&(rows, tiles)| {
