@@ -644,40 +644,14 @@ impl<'k> Grid<'k> {
         tile: SharedTile<'k>,
         maps: Maps<'k>,
         spot: Reg<'k, u32>,
-        line: [Reg<'k, u32>; 2],
-        full: Barrier<'k>,
-    ) {
-        self.each_panel(tile, maps, spot, line, |panel, map, at| {
-            tile.load_panel(panel, map, at, full);
-        });
-    }
-
-    /// Has a piece stored; rows that are no tokens go nowhere.
-    pub(crate) fn store(
-        &self,
-        tile: SharedTile<'k>,
-        maps: Maps<'k>,
-        spot: Reg<'k, u32>,
-        line: [Reg<'k, u32>; 2],
-    ) {
-        self.each_panel(tile, maps, spot, line, |panel, map, at| {
-            tile.store_panel(panel, map, at);
-        });
-    }
-
-    fn each_panel(
-        &self,
-        tile: SharedTile<'k>,
-        maps: Maps<'k>,
-        spot: Reg<'k, u32>,
         [head, batch]: [Reg<'k, u32>; 2],
-        copy: impl Fn(u32, Reg<'k, u64>, [Operand; MATRIX_AXES]),
+        full: Barrier<'k>,
     ) {
         let line = batch * maps.per_batch + head;
         let all = |map: Reg<'k, u64>, [a, b, c]: [Operand; 3]| {
             for panel in 0..tile.shape.panels() {
                 let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
-                copy(panel, map, [column, a, b, c, line.operand()]);
+                tile.load_panel(panel, map, [column, a, b, c, line.operand()], full);
             }
         };
         // Two forms of one copy, as a map that is chosen at run time takes more registers.

@@ -174,8 +174,6 @@ pub fn backward_steps(
             ("k", &main.k, k.shape),
             ("v", &main.v, v.shape),
             ("dout", &main.dout, q.shape),
-            ("dk", &main.dk, k.shape),
-            ("dv", &main.dv, v.shape),
         ],
         options,
     )?;

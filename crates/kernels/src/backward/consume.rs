@@ -6,28 +6,29 @@
 //!
 //! The consumers take turns at the tensor cores: while one's products run, the other makes weights and
 //! gradients. A turn is all products of a tile, from dv to the gradients of the next one's weights.
+//!
+//! dk and dv are stored straight from registers: neither consumer waits for the other in the end.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Consumer as Taker, Fragments, Left, Phases, Place, Producer as Giver, RegTile, Right,
-    SharedTile, WARPGROUP, Waiter, Warpgroup,
+    Consumer as Taker, Fragments, Left, Phases, Producer as Giver, RegTile, Right, SharedTile,
+    WARPGROUP, Waiter, Warpgroup, four_of_sixteen,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, NEXT_PIECE, ROWS, Share, Stores, WANTS};
+use super::kernel::{END, NEXT_PIECE, ROWS, Share, Stores, WANTS};
 use super::queries::{KeyTile, Problem};
 use super::{Config, EIGHT_BYTES, KEYS, OWN, UNIT};
-use crate::canvas::least_scale;
+use crate::canvas::{self, least_scale};
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::PARTIAL_WANTS;
 
-/// Named barriers: all consumers; a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits
-/// for its turn, `TURN + w`.
-const BOTH: u32 = 1;
-const OWN_SYNC: u32 = 2;
-const TURN: u32 = 4;
+/// Named barriers: a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits for its turn,
+/// `TURN + w`.
+const OWN_SYNC: u32 = 1;
+const TURN: u32 = 3;
 
 /// Bytes between what consumers keep of steps: a number for each thread.
 pub(super) const KEPT_BYTES: u32 = 4 * WARPGROUP;
@@ -146,7 +147,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
     }
 
     /// Walks the tiles of queries, then stores dk and dv.
-    pub(super) fn run(&self, maps: Maps<'k>) {
+    pub(super) fn run(&self) {
         let Self { k, wg, .. } = *self;
         self.dk.fill(0.0);
         self.dv.fill(0.0);
@@ -157,7 +158,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             true => self.each_apart(),
             false => self.each(),
         }
-        self.store(maps);
+        self.store();
     }
 
     /// Walks tiles that are wanted by both consumers.
@@ -462,39 +463,34 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.give_dq(stage);
     }
 
-    /// Stores dk and dv.
-    fn store(&self, maps: Maps<'k>) {
-        let Self { k, wg, keys, .. } = *self;
-        let (own_keys, own_values) = (self.own_keys, self.own_values);
-        let pair = pair(self.config.element);
+    /// Stores dk and dv, as far as there are such keys. (K's and V's places are not free for them: the
+    /// other consumer may still multiply by these.)
+    fn store(&self) {
+        let Self {
+            k,
+            wg,
+            keys,
+            problem,
+            ..
+        } = *self;
         for mut register in self.dk.registers().iter().copied() {
-            register *= self.problem.scale;
+            register *= problem.scale;
         }
-        // Both have done with K and V, whose places the gradients take.
-        k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
-        wg.store(&self.dv, pair, own_values);
-        wg.store(&self.dk, pair, own_keys);
-        wg.sync(wg.index + OWN_SYNC);
-        k.if_(wg.first_thread, || {
-            let first = keys.first + wg.index * OWN;
-            if let Some(grid) = &self.problem.grid {
-                let piece = self.config.piece;
-                for i in 0..OWN / piece {
-                    let spot = grid.spot(first + i * piece);
-                    let line = [keys.head, keys.batch];
-                    let part = |tile: SharedTile<'k>| tile.row_range(i * piece, piece);
-                    grid.store(part(own_keys), maps.dk.boxes(), spot, line);
-                    grid.store(part(own_values), maps.dv.boxes(), spot, line);
-                }
-            } else {
-                let place = Place::rows(first, keys.head, keys.batch);
-                let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
-                own_keys.store(maps.dk.rows(), panels());
-                own_values.store(maps.dv.rows(), panels());
+        let first = keys.first + wg.index * OWN + wg.row();
+        let tokens = [0, 8].map(|row| canvas::token(&problem.grid, first + row, problem.kv_len));
+        let own = (four_of_sixteen(wg.lane) * 2).to_u64();
+        for (gradient, heads) in [(&self.dv, problem.dv), (&self.dk, problem.dk)] {
+            let rows = heads.rows(keys.head, keys.batch);
+            let fours = gradient.fours(wg.lane, pair(self.config.element));
+            for (row, (token, inside)) in tokens.into_iter().enumerate() {
+                let address = rows.row(token) + own;
+                k.where_(inside, || {
+                    for (i, four) in (0..).zip(&fours) {
+                        k.store_globals(address.at(2 * 16 * i), four[row]);
+                    }
+                });
             }
-            k.bulk_commit();
-            k.bulk_wait(0);
-        });
+        }
     }
 }
 

@@ -30,14 +30,12 @@ pub(super) const NEXT_PIECE: u32 = 8;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
-pub(super) struct Maps<'k> {
+struct Maps<'k> {
     /// Of pieces; and of whole tiles, but for videos.
     q: (Source<'k>, Option<Reg<'k, u64>>),
     dout: (Source<'k>, Option<Reg<'k, u64>>),
     k: Source<'k>,
     v: Source<'k>,
-    pub(super) dk: Source<'k>,
-    pub(super) dv: Source<'k>,
 }
 
 /// What is in shared memory.
@@ -140,8 +138,6 @@ impl Config {
             dout: (source("dout"), whole("whole_dout")),
             k: source("k"),
             v: source("v"),
-            dk: source("dk"),
-            dv: source("dv"),
         };
         let problem = Problem::new(k, self);
         let shared = Shared::new(k);
@@ -200,7 +196,7 @@ impl Config {
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
-                Consumer::new(self, &problem, keys, &stores).run(maps);
+                Consumer::new(self, &problem, keys, &stores).run();
             },
         );
     }

@@ -31,6 +31,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
+use crate::chunk;
 use crate::exact::{Mask, Table};
 use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
@@ -245,14 +246,10 @@ impl Config {
         Shape::new(self.piece, self.head_dim, self.element)
     }
 
-    fn out_shape(self) -> Shape {
-        Shape::new(OWN, self.head_dim, self.element)
-    }
-
     /// The main kernel's launch for some tensors.
     ///
     /// # Panics
-    /// If blocks are not multiples of the piece.
+    /// If blocks are not multiples of the piece, or the address or strides of dk or dv not of 16 bytes.
     pub fn launch(self, args: &Args<'_>) -> Launch {
         let layout = args.layout;
         let call = Call::new(
@@ -297,14 +294,11 @@ impl Config {
             of_queries(args.dout),
             source(whole, self.kv_shape(), args.k, of_kv),
             source(whole, self.kv_shape(), args.v, of_kv),
-            source(panels, self.out_shape(), args.dk, of_kv),
-            source(panels, self.out_shape(), args.dv, of_kv),
         ]
         .concat();
+        list.extend([args.lse, args.delta, args.dq].map(Arg::U64));
+        list.extend([args.dk, args.dv].map(chunk::args).concat());
         list.extend([
-            Arg::U64(args.lse),
-            Arg::U64(args.delta),
-            Arg::U64(args.dq),
             Arg::F32(args.scale),
             Arg::U32(ordered.into()),
             Arg::U32(call.q_len),

@@ -6,6 +6,7 @@ use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
 use crate::canvas::{self, Grid};
+use crate::chunk::Heads;
 use crate::exact::Exact;
 use crate::lists::Lists;
 use crate::merge::{Merge, NO_BLOCK, WARP_TOKENS};
@@ -19,6 +20,8 @@ pub(super) struct Problem<'k> {
     pub(super) lse: Reg<'k, u64>,
     pub(super) delta: Reg<'k, u64>,
     pub(super) dq: Reg<'k, u64>,
+    pub(super) dk: Heads<'k>,
+    pub(super) dv: Heads<'k>,
     pub(super) scale: Reg<'k, f32>,
     /// Whether tiles of keys are taken by the plan's order of columns: each is of one column then.
     ordered: Reg<'k, u32>,
@@ -106,6 +109,8 @@ impl<'k> Problem<'k> {
             lse: k.param("lse"),
             delta: k.param("delta"),
             dq: k.param("dq"),
+            dk: Heads::new(k, "dk"),
+            dv: Heads::new(k, "dv"),
             scale: k.param("scale"),
             ordered: k.param("ordered"),
             q_len: k.param("q_len"),
