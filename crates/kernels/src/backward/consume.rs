@@ -40,8 +40,11 @@ pub(super) struct Consumer<'a, 'k> {
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
+    /// The first of this thread's keys; the other is the eighth behind it.
+    first: Reg<'k, u32>,
     pub(super) wg: Warpgroup<'k>,
     keys_full: Waiter<'k>,
+    pub(super) values_full: Waiter<'k>,
     pub(super) queries: Taker<'k>,
     pub(super) douts: Taker<'k>,
     /// Both sides of the exchange of gradients.
@@ -114,7 +117,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
-        let own = keys.first + wg.index * OWN + wg.row();
+        let first = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
@@ -124,8 +127,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
             problem,
             stores,
             keys,
+            first,
             wg,
             keys_full: phases.waiter(stores.keys_full),
+            values_full: phases.waiter(stores.values_full),
             queries: stores.queries.consumer(wg.leader, &phases),
             douts: stores.douts.consumer(wg.leader, &phases),
             given: stores.gradients.producer(&phases),
@@ -140,7 +145,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
             dq: RegTile::uninit(k, config.unit_rows()),
             dk,
             dv,
-            hidden: Hidden::new(problem, keys, wg, own),
+            hidden: Hidden::new(problem, keys, wg, first),
             // Masked scores are -inf, of which 0 times would be NaN.
             scale: problem.scale.max(least_scale(config.canvas)) * std::f32::consts::LOG2_E,
         }
@@ -164,9 +169,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
     /// Walks tiles that are wanted by both consumers.
     fn each(&self) {
         let Self { k, wg, .. } = *self;
-        k.if_(self.seek(0), || {
+        let some = || {
             self.wait_for_turn();
             self.issue_scores(0);
+            self.values_full.wait();
             self.weigh(0);
             self.issue_dv(0);
             self.issue_dk(0);
@@ -180,7 +186,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
                 self.sync_steps();
                 self.finish_dq(0);
             });
-        });
+        };
+        // Copies that nobody needs are waited for, too: they write to this thread block's memory.
+        k.if_else(self.seek(0), some, || self.values_full.wait());
     }
 
     /// Does all tiles but the first; dq's of the last, too.
@@ -359,7 +367,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
         for (i, &want) in (0..).zip(wants) {
             let partial = (want >> PARTIAL_WANTS) & hidden.warp;
             k.if_(partial.differs(0), || {
-                let Self { wg, keys, .. } = *self;
+                let Self {
+                    wg, keys, first, ..
+                } = *self;
                 let note = self.stores.notes[stage];
                 let line = k.load_shared::<u32>(note);
                 exact.hide(
@@ -367,7 +377,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
                     &Where {
                         batch: keys.batch,
                         head: line % self.problem.heads,
-                        rows: Axis::Keys(keys.first + wg.index * OWN + wg.row()),
+                        rows: Axis::Keys(first),
                         first_column: k.load_shared(note.at(ROWS + NEXT_PIECE * i)),
                         lane: wg.lane,
                     },
@@ -470,13 +480,13 @@ impl<'a, 'k> Consumer<'a, 'k> {
             k,
             wg,
             keys,
+            first,
             problem,
             ..
         } = *self;
         for mut register in self.dk.registers().iter().copied() {
             register *= problem.scale;
         }
-        let first = keys.first + wg.index * OWN + wg.row();
         let tokens = [0, 8].map(|row| canvas::token(&problem.grid, first + row, problem.kv_len));
         let own = (four_of_sixteen(wg.lane) * 2).to_u64();
         for (gradient, heads) in [(&self.dv, problem.dv), (&self.dk, problem.dk)] {

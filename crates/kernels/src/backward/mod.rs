@@ -263,15 +263,18 @@ impl Config {
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
         // A tile of keys of one block comes when its list's length says; others as they lie.
-        let ordered = call.kv_block.is_multiple_of(KEYS);
-        let key_tiles = match ordered {
-            true => layout.columns() as u32 * (call.kv_block / KEYS),
-            false => call.kv_len.div_ceil(KEYS),
+        let tiles = match call.kv_block.is_multiple_of(KEYS) {
+            true => call.kv_block / KEYS,
+            false => 0,
+        };
+        let key_tiles = match tiles {
+            0 => call.kv_len.div_ceil(KEYS),
+            tiles => layout.columns() as u32 * tiles,
         };
         let rows = layout.rows() as u32;
         let window = (args.window / call.q_block).min(rows);
         // An empty list has as many entries as none that is spread.
-        let window = match ordered && rows >= FEWEST_SPREAD {
+        let window = match tiles > 0 && rows >= FEWEST_SPREAD {
             true => window,
             false => 0,
         };
@@ -300,7 +303,7 @@ impl Config {
         list.extend([args.dk, args.dv].map(chunk::args).concat());
         list.extend([
             Arg::F32(args.scale),
-            Arg::U32(ordered.into()),
+            Arg::U32(tiles),
             Arg::U32(call.q_len),
             Arg::U32(call.kv_len),
             Arg::U32(call.q_block),

@@ -11,14 +11,15 @@ use crate::{Base, By, Mutation, Setup};
 
 // mbarriers, in the order of their initialisation: those of rings are of the first of two stages.
 const KEYS_FULL: usize = 0;
-const Q_FULL: usize = 1;
-const Q_EMPTY: usize = 2;
-const DOUT_FULL: usize = 5;
-const GRADIENTS_FULL: usize = 9;
-const GRADIENTS_EMPTY: usize = 10;
+const VALUES_FULL: usize = 1;
+const Q_FULL: usize = 2;
+const Q_EMPTY: usize = 3;
+const DOUT_FULL: usize = 6;
+const GRADIENTS_FULL: usize = 10;
+const GRADIENTS_EMPTY: usize = 11;
 // Those of the first consumer.
-const DQ_FULL: usize = 13;
-const DQ_EMPTY: usize = 15;
+const DQ_FULL: usize = 14;
+const DQ_EMPTY: usize = 16;
 
 /// Waits of a consumer for its turn: its barrier's number is in a register.
 fn waits_for_turn(op: &Op) -> bool {
@@ -50,10 +51,17 @@ pub fn table() -> Vec<Mutation> {
 fn tiles() -> Vec<Mutation> {
     vec![
         Mutation {
-            name: "keys and values are not waited for",
+            name: "keys are not waited for",
             kind: "missing full wait",
             base: Base::Gradients,
             edit: |s| no_wait(s, KEYS_FULL),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "values are not waited for",
+            kind: "missing full wait",
+            base: Base::Gradients,
+            edit: |s| no_wait(s, VALUES_FULL),
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
@@ -252,10 +260,10 @@ fn integers() -> Vec<Mutation> {
             kind: "expect-tx",
             base: Base::Integers,
             edit: |s| {
-                // The second is for dout, deltas and steps.
+                // Behind those for keys, values and queries: for dout, deltas and steps.
                 change(
                     s.kernel_mut(),
-                    Nth(2),
+                    Nth(3),
                     op!(Op::MbarrierArriveExpect { .. }),
                     |op| {
                         if let Op::MbarrierArriveExpect { bytes, .. } = op {
