@@ -306,6 +306,17 @@ impl<'k> Source<'k> {
         }
     }
 
+    /// Has maps fetched ahead of their first copies.
+    pub(crate) fn prefetch(self, k: &'k Builder) {
+        match self {
+            Self::Rows(map) => k.prefetch_map(map),
+            Self::Canvas(maps) => {
+                k.prefetch_map(maps.video);
+                k.prefetch_map(maps.text);
+            }
+        }
+    }
+
     /// The map of rows.
     pub(crate) fn rows(self) -> Reg<'k, u64> {
         match self {

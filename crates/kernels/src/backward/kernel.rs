@@ -220,6 +220,14 @@ impl Config {
         let phases = Phases::new(k);
         let queries = stores.queries.producer(&phases);
         let douts = stores.douts.producer(&phases);
+        k.if_(leader, || {
+            for from in [maps.k, maps.v, maps.q.0, maps.dout.0] {
+                from.prefetch(k);
+            }
+            for map in [maps.q.1, maps.dout.1].into_iter().flatten() {
+                k.prefetch_map(map);
+            }
+        });
         let keys = problem.keys();
         k.sync_threads();
         let tiles = [
