@@ -1,6 +1,7 @@
 //! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
 //!
-//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
+//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel
+//! reads, and zeros to which it adds;
 //! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
 //! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
 //! [`finish`] rounds dq. The workspace is made of three arrays, or four, see [`Workspace`].
