@@ -188,6 +188,7 @@ impl Config {
         shared.finish();
 
         // All sync once barriers are ready; what comes before is what the loader's first copies wait for.
+        // The launch may be early, so what was launched before is waited for, too.
         let (producer, consumer) = self.registers();
         k.if_else(
             Warpgroup::number(k).equals(0),
@@ -198,6 +199,8 @@ impl Config {
                     let reducer = (k.tid() >> 5) - 1;
                     let first_lane = k.lane().equals(0);
                     k.if_(first_lane & reducer.equals(0), || stores.init(k));
+                    k.grid_wait();
+                    k.grid_launch();
                     k.sync_threads();
                     k.if_(first_lane & reducer.lt(CONSUMERS), || {
                         reduce::reduce(self, &problem, reducer, &stores);
@@ -208,6 +211,7 @@ impl Config {
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
+                k.grid_wait();
                 k.sync_threads();
                 Consumer::new(self, &problem, problem.keys(), &stores).run();
             },
@@ -228,6 +232,7 @@ impl Config {
                 k.prefetch_map(map);
             }
         });
+        k.grid_wait();
         let keys = problem.keys();
         k.sync_threads();
         let tiles = [

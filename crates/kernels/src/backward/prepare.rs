@@ -148,6 +148,8 @@ impl Config {
         let grid = self.boxes.map(|piece| Grid::new(k, piece));
         let steps = self.deterministic.then(|| Steps::new(k));
 
+        // The main kernel waits for the end of this one.
+        k.grid_launch();
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
         let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);

@@ -44,6 +44,7 @@ pub fn table() -> Vec<Mutation> {
     table.extend(sums());
     table.extend(integers());
     table.extend(stores());
+    table.extend(starts());
     table
 }
 
@@ -369,5 +370,28 @@ fn stores() -> Vec<Mutation> {
             },
             by: By::Result,
         },
+    ]
+}
+
+/// An early start: waits for the launch before are the loader's, of the warps behind it, and the
+/// consumers'.
+fn starts() -> Vec<Mutation> {
+    let mutation = |name, edit| Mutation {
+        name,
+        kind: "early start",
+        base: Base::Gradients,
+        edit,
+        by: By::Emulator(&["Early"]),
+    };
+    vec![
+        mutation("the loader does not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(0), op!(Op::GridWait))
+        }),
+        mutation("reducers do not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(1), op!(Op::GridWait))
+        }),
+        mutation("consumers do not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(2), op!(Op::GridWait))
+        }),
     ]
 }

@@ -48,6 +48,7 @@ fn orders(op: &Op) -> bool {
             | Op::MbarrierArriveExpect { .. }
             | Op::MbarrierWait { .. }
             | Op::BulkCommit
+            | Op::GridWait
             | Op::BulkWait { .. }
             | Op::WgmmaFence
             | Op::WgmmaCommit
