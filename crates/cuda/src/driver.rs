@@ -59,6 +59,7 @@ impl Stream {
 }
 
 /// `CUlaunchAttribute`: what it is and, in 64 bytes, its value.
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct LaunchAttribute {
     pub(crate) id: c_int,
@@ -83,6 +84,7 @@ pub(crate) struct LaunchConfig {
 pub(crate) struct EncodedMap(pub(crate) [u64; 16]);
 
 pub(crate) const LAUNCH_ATTRIBUTE_CLUSTER: c_int = 4;
+pub(crate) const LAUNCH_ATTRIBUTE_EARLY: c_int = 6;
 pub(crate) const FUNCTION_LOCAL_BYTES: c_int = 3;
 pub(crate) const FUNCTION_REGISTERS: c_int = 4;
 pub(crate) const FUNCTION_SHARED_BYTES: c_int = 8;

@@ -72,26 +72,41 @@ impl Function {
     /// launch; the stream is one of this device, alive.
     pub unsafe fn launch(&self, launch: &Launch, stream: Stream) -> Result<(), Error> {
         self.entry.check(launch)?;
-        let mut cluster = LaunchAttribute {
-            id: driver::LAUNCH_ATTRIBUTE_CLUSTER,
+        let mut attributes = [LaunchAttribute {
+            id: 0,
             pad: [0; 4],
             value: [0; 16],
+        }; 2];
+        let mut attribute_count = 0;
+        let mut attribute = |id, value: &[u32]| {
+            let next = &mut attributes[attribute_count];
+            next.id = id;
+            next.value[..value.len()].copy_from_slice(value);
+            attribute_count += 1;
         };
-        cluster.value[..3].copy_from_slice(&[self.entry.cluster, 1, 1]);
+        if self.entry.cluster > 1 {
+            attribute(
+                driver::LAUNCH_ATTRIBUTE_CLUSTER,
+                &[self.entry.cluster, 1, 1],
+            );
+        }
+        if self.entry.early {
+            attribute(driver::LAUNCH_ATTRIBUTE_EARLY, &[1]);
+        }
         let config = LaunchConfig {
             grid: launch.grid,
             block: [self.entry.threads, 1, 1],
             shared_bytes: self.entry.shared_bytes,
             stream,
-            attributes: &raw const cluster,
-            attribute_count: u32::from(self.entry.cluster > 1),
+            attributes: attributes.as_ptr(),
+            attribute_count: attribute_count as u32,
         };
         let driver = self.device.driver;
         self.device.with_context(|| {
             let mut arguments = Arguments::empty();
             // Encoding tensor maps, too, wants a context.
             let args = arguments.fill(driver, &launch.args)?;
-            // SAFETY: config and arguments live until the call returns, by when the driver has
+            // SAFETY: config, its attributes and arguments live until the call returns, by when the driver has
             // copied them; each argument has its parameter's size, as checked above. Memory and
             // stream are the caller's word.
             unsafe { driver.launch(&raw const config, self.handle, args, ptr::null()) }

@@ -566,7 +566,8 @@ impl Machine<'_> {
                 return self.set_max_registers(here, warp, inst, *increase, *count);
             }
 
-            Op::GridWait | Op::GridLaunch => {}
+            Op::GridWait => warp.alone |= lanes,
+            Op::GridLaunch => {}
             Op::Sleep { .. } => return Ok(Flow::Vain),
             Op::Trap => return Err(Kind::Trap.into()),
         }

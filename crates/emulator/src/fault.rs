@@ -249,6 +249,12 @@ pub enum Kind {
         /// In what.
         problem: String,
     },
+    /// A kernel that may start before the launches before it are over does not wait for them.
+    #[error("{what} before griddepcontrol.wait: the launches before may not be over")]
+    Early {
+        /// What it does.
+        what: &'static str,
+    },
     /// Asynchronous work is left at the end.
     #[error("at exit: {problem}")]
     LeftBehind {

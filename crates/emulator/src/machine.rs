@@ -3,7 +3,7 @@
 //! In: a kernel, its launch record, memory, options. Out: statistics, or the fault. Which
 //! instruction does what is `execute`'s business.
 
-use flex_block_attn_ptx::ir::{Kernel, Op};
+use flex_block_attn_ptx::ir::{Kernel, Op, Space};
 use flex_block_attn_ptx::{Arg, Launch, Ty};
 
 use crate::bulk::{Captured, Load};
@@ -139,6 +139,27 @@ fn fits(kernel: &Kernel, launch: &Launch) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Whether an instruction has to do with global memory.
+fn is_global(op: &Op) -> bool {
+    match op {
+        Op::Load { space, .. }
+        | Op::Store { space, .. }
+        | Op::Atomic { space, .. }
+        | Op::Reduce { space, .. } => *space == Space::Global,
+        _ => matches!(
+            op,
+            Op::LoadAcquire { .. }
+                | Op::StoreRelease { .. }
+                | Op::TmaLoad { .. }
+                | Op::TmaStore { .. }
+                | Op::TmaReduceAdd { .. }
+                | Op::BulkLoad { .. }
+                | Op::BulkStore { .. }
+                | Op::BulkReduceAdd { .. }
+        ),
+    }
 }
 
 /// Whether an instruction may be what another warp looks for.
@@ -312,6 +333,13 @@ impl<'m> Machine<'m> {
             if inst.together && lanes != FULL {
                 return Err(Kind::Divergence { active: lanes }.into());
             }
+            let early = lanes & !warp.alone;
+            if early != 0 && is_global(&inst.inst.op) {
+                let what = "global memory is used";
+                let mut wrong = Wrong::from(Kind::Early { what });
+                wrong.lanes = early;
+                return Err(wrong);
+            }
             self.count += 1;
             warp.count += 1;
             if self.count > self.options.limit {
@@ -360,6 +388,13 @@ impl<'m> Machine<'m> {
     fn leave(&mut self, here: Here) -> Done {
         self.check_left_behind(here)?;
         let warp = self.warp(here);
+        if warp.alone != FULL {
+            // Who waits for this launch relies on it for those before.
+            let what = "a thread ends";
+            let mut wrong = Wrong::from(Kind::Early { what });
+            wrong.lanes = !warp.alone;
+            return Err(wrong);
+        }
         warp.state = State::Done;
         let count = warp.count;
         self.statistics.instructions[here.warp / 4] += count;

@@ -62,6 +62,8 @@ pub(crate) struct Program<'k> {
     /// 2: race checks go by such cells.
     pub(crate) shared_cell: u32,
     pub(crate) global_cell: u32,
+    /// Whether it may start before the launches before it are over.
+    pub(crate) early: bool,
 }
 
 impl<'k> Program<'k> {
@@ -83,6 +85,7 @@ impl<'k> Program<'k> {
             row_count: row_count as usize,
             shared_cell: 2,
             global_cell: 2,
+            early: kernel.entry().early,
         };
         program.block(&kernel.body);
         let end = program.places.last().copied().unwrap_or(Location::caller());

@@ -101,6 +101,8 @@ pub(crate) struct Warp {
     pub(crate) bulk: Vec<ThreadGroups>,
     /// Instructions executed.
     pub(crate) count: u64,
+    /// Lanes for which the launches before are over.
+    pub(crate) alone: u32,
 }
 
 impl Warp {
@@ -114,6 +116,7 @@ impl Warp {
             known: vec![0; registers],
             tracks: vec![Track::default(); registers],
             register_count,
+            alone: if program.early { 0 } else { FULL },
             ..Self::default()
         }
     }

@@ -306,6 +306,17 @@ impl<'k> Source<'k> {
         }
     }
 
+    /// Has maps fetched ahead of their first copies.
+    pub(crate) fn prefetch(self, k: &'k Builder) {
+        match self {
+            Self::Rows(map) => k.prefetch_map(map),
+            Self::Canvas(maps) => {
+                k.prefetch_map(maps.video);
+                k.prefetch_map(maps.text);
+            }
+        }
+    }
+
     /// The map of rows.
     pub(crate) fn rows(self) -> Reg<'k, u64> {
         match self {
@@ -644,40 +655,14 @@ impl<'k> Grid<'k> {
         tile: SharedTile<'k>,
         maps: Maps<'k>,
         spot: Reg<'k, u32>,
-        line: [Reg<'k, u32>; 2],
-        full: Barrier<'k>,
-    ) {
-        self.each_panel(tile, maps, spot, line, |panel, map, at| {
-            tile.load_panel(panel, map, at, full);
-        });
-    }
-
-    /// Has a piece stored; rows that are no tokens go nowhere.
-    pub(crate) fn store(
-        &self,
-        tile: SharedTile<'k>,
-        maps: Maps<'k>,
-        spot: Reg<'k, u32>,
-        line: [Reg<'k, u32>; 2],
-    ) {
-        self.each_panel(tile, maps, spot, line, |panel, map, at| {
-            tile.store_panel(panel, map, at);
-        });
-    }
-
-    fn each_panel(
-        &self,
-        tile: SharedTile<'k>,
-        maps: Maps<'k>,
-        spot: Reg<'k, u32>,
         [head, batch]: [Reg<'k, u32>; 2],
-        copy: impl Fn(u32, Reg<'k, u64>, [Operand; MATRIX_AXES]),
+        full: Barrier<'k>,
     ) {
         let line = batch * maps.per_batch + head;
         let all = |map: Reg<'k, u64>, [a, b, c]: [Operand; 3]| {
             for panel in 0..tile.shape.panels() {
                 let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
-                copy(panel, map, [column, a, b, c, line.operand()]);
+                tile.load_panel(panel, map, [column, a, b, c, line.operand()], full);
             }
         };
         // Two forms of one copy, as a map that is chosen at run time takes more registers.

@@ -7,7 +7,7 @@
 
 use thiserror::Error;
 
-use crate::ir::{Kernel, Param, ParamKind};
+use crate::ir::{Block, Kernel, Node, Op, Param, ParamKind};
 use crate::{Class, Element};
 
 /// One launch.
@@ -45,6 +45,9 @@ pub struct Entry {
     pub cluster: u32,
     /// Dynamic shared memory, in bytes.
     pub shared_bytes: u32,
+    /// Whether it says itself, by `griddepcontrol.wait`, where it waits for the launches before it: it
+    /// may start before they are over, then (programmatic dependent launch).
+    pub early: bool,
 }
 
 /// A launch that does not fit its kernel, or that no device takes.
@@ -66,8 +69,21 @@ impl Kernel {
             threads: self.threads,
             cluster: self.cluster,
             shared_bytes: self.shared_bytes,
+            early: waits(&self.body),
         }
     }
+}
+
+/// Whether there is a `griddepcontrol.wait` in it.
+fn waits(block: &Block) -> bool {
+    block.iter().any(|node| match node {
+        Node::Inst(inst) => matches!(inst.op, Op::GridWait),
+        Node::If {
+            then, otherwise, ..
+        } => waits(then) || waits(otherwise),
+        Node::Loop { body, .. } => waits(body),
+        Node::Break { .. } => false,
+    })
 }
 
 /// Arguments of a launch at most: those who launch have so many places for them.

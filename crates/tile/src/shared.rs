@@ -267,13 +267,6 @@ impl<'k> SharedTile<'k> {
         );
     }
 
-    /// Stores one panel of the view likewise, see [`SharedTile::store`].
-    #[track_caller]
-    pub fn store_panel(self, panel: u32, map: Reg<'k, u64>, coordinates: [Operand; MATRIX_AXES]) {
-        self.k
-            .tma_store(map, &coordinates, self.panel(panel).address());
-    }
-
     /// Stores the view, one panel at a time, by a map for just as many rows and one panel
     /// ([`Shape::panel_map`]): the first panel goes to `places[0]`, and so on. One thread calls
     /// it, after the writers' fence and a barrier, and commits and waits for the copies.

@@ -230,3 +230,35 @@ fn atomics_add_up() {
     assert_eq!(count, [5 * 2016]);
     assert_eq!(floats, [320.0, 640.0, 320.0, 320.0]);
 }
+
+#[test]
+fn early_kernels_wait_before_they_use_global_memory() {
+    let early = |kind: &Kind| matches!(kind, Kind::Early { .. });
+    let body = |before: bool, lanes: u32| {
+        kernel(|k, buffer, smem, tid| {
+            k.store_shared(smem + (tid << 2), tid);
+            let store = || k.store_global(buffer + tid.times_wide(4), tid);
+            if before {
+                store();
+            }
+            k.if_(tid.lt(lanes), || {
+                k.grid_wait();
+                store();
+            });
+        })
+    };
+    let text = wrong(&body(true, 32), early);
+    assert!(text.contains("global memory is used"), "{text}");
+    let text = wrong(&body(false, 31), early);
+    assert!(
+        text.contains("a thread ends") && text.contains("lane 31"),
+        "{text}"
+    );
+    let (memory, buffer) = memory();
+    let right = body(false, 32);
+    assert!(right.entry().early && !kernel(|_, _, _, _| {}).entry().early);
+    let got = results(&right, &launch(1, &[Arg::U64(buffer)]), &memory, |m| {
+        m.read::<u32>(buffer, 32)
+    });
+    assert!(got.into_iter().eq(0..32));
+}

@@ -48,7 +48,7 @@ impl BackwardWorkspace {
 /// What a call puts on a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackwardSteps {
-    /// Words that must be 0 before the launches: the first one's address, and how many.
+    /// Words that must be 0 before the launches: the first one's address, and how many, perhaps none.
     pub zeroed: (u64, usize),
     /// The launches, in order.
     pub launches: Vec<(Step, Launch)>,
@@ -131,6 +131,7 @@ pub fn backward_steps(
         delta,
         steps,
         bounds: bounds_at,
+        sums,
         batch,
         heads,
         kv_heads,
@@ -174,8 +175,6 @@ pub fn backward_steps(
             ("k", &main.k, k.shape),
             ("v", &main.v, v.shape),
             ("dout", &main.dout, q.shape),
-            ("dk", &main.dk, k.shape),
-            ("dv", &main.dv, v.shape),
         ],
         options,
     )?;
@@ -201,7 +200,10 @@ pub fn backward_steps(
         launches.insert(0, (Step::Bounds(bounds), bounds.launch(&bounding)));
     }
     Ok(Some(BackwardSteps {
-        zeroed: (sums, numbers.sums),
+        zeroed: (
+            bounds_at,
+            numbers.sums - BackwardWorkspace::bounds_at(places),
+        ),
         launches,
     }))
 }
@@ -238,7 +240,9 @@ pub unsafe fn backward(
     let device = cuda::Device::get(stream.device)?;
     // SAFETY: the caller's word.
     unsafe {
-        device.zero_words(zeroed.0, zeroed.1, cuda::Stream(stream.handle))?;
+        if zeroed.1 > 0 {
+            device.zero_words(zeroed.0, zeroed.1, cuda::Stream(stream.handle))?;
+        }
         for (step, launch) in launches {
             put(step, &launch, stream)?;
         }

@@ -13,6 +13,7 @@ impl<'k> Consumer<'_, 'k> {
     /// Walks the tiles of queries.
     pub(super) fn each_apart(&self) {
         let k = self.k;
+        self.values_full.wait();
         k.if_(self.seek(0), || {
             self.wait_for_turn();
             self.tile_apart(0, None);

@@ -6,28 +6,29 @@
 //!
 //! The consumers take turns at the tensor cores: while one's products run, the other makes weights and
 //! gradients. A turn is all products of a tile, from dv to the gradients of the next one's weights.
+//!
+//! dk and dv are stored straight from registers: neither consumer waits for the other in the end.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Consumer as Taker, Fragments, Left, Phases, Place, Producer as Giver, RegTile, Right,
-    SharedTile, WARPGROUP, Waiter, Warpgroup,
+    Consumer as Taker, Fragments, Left, Phases, Producer as Giver, RegTile, Right, SharedTile,
+    WARPGROUP, Waiter, Warpgroup, four_of_sixteen,
 };
 
-use super::kernel::{CONSUMERS, END, Maps, NEXT_PIECE, ROWS, Share, Stores, WANTS};
+use super::kernel::{END, NEXT_PIECE, ROWS, Share, Stores, WANTS};
 use super::queries::{KeyTile, Problem};
 use super::{Config, EIGHT_BYTES, KEYS, OWN, UNIT};
-use crate::canvas::least_scale;
+use crate::canvas::{self, least_scale};
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::merge::PARTIAL_WANTS;
 
-/// Named barriers: all consumers; a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits
-/// for its turn, `TURN + w`.
-const BOTH: u32 = 1;
-const OWN_SYNC: u32 = 2;
-const TURN: u32 = 4;
+/// Named barriers: a consumer's own threads at `OWN_SYNC + w`; where consumer `w` waits for its turn,
+/// `TURN + w`.
+const OWN_SYNC: u32 = 1;
+const TURN: u32 = 3;
 
 /// Bytes between what consumers keep of steps: a number for each thread.
 pub(super) const KEPT_BYTES: u32 = 4 * WARPGROUP;
@@ -39,8 +40,11 @@ pub(super) struct Consumer<'a, 'k> {
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
     keys: KeyTile<'k>,
+    /// The first of this thread's keys; the other is the eighth behind it.
+    first: Reg<'k, u32>,
     pub(super) wg: Warpgroup<'k>,
     keys_full: Waiter<'k>,
+    pub(super) values_full: Waiter<'k>,
     pub(super) queries: Taker<'k>,
     pub(super) douts: Taker<'k>,
     /// Both sides of the exchange of gradients.
@@ -113,7 +117,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
         let k = problem.k;
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
-        let own = keys.first + wg.index * OWN + wg.row();
+        let first = keys.first + wg.index * OWN + wg.row();
         let [dk, dv] = [(); 2].map(|()| RegTile::uninit(k, config.head_dim));
         let [scores, gradients] = [(); 2].map(|()| RegTile::uninit(k, config.queries()));
         let [weights, rounded] = [(); 2].map(|()| Fragments::uninit(k, config.queries() / 16));
@@ -123,8 +127,10 @@ impl<'a, 'k> Consumer<'a, 'k> {
             problem,
             stores,
             keys,
+            first,
             wg,
             keys_full: phases.waiter(stores.keys_full),
+            values_full: phases.waiter(stores.values_full),
             queries: stores.queries.consumer(wg.leader, &phases),
             douts: stores.douts.consumer(wg.leader, &phases),
             given: stores.gradients.producer(&phases),
@@ -139,14 +145,14 @@ impl<'a, 'k> Consumer<'a, 'k> {
             dq: RegTile::uninit(k, config.unit_rows()),
             dk,
             dv,
-            hidden: Hidden::new(problem, keys, wg, own),
+            hidden: Hidden::new(problem, keys, wg, first),
             // Masked scores are -inf, of which 0 times would be NaN.
             scale: problem.scale.max(least_scale(config.canvas)) * std::f32::consts::LOG2_E,
         }
     }
 
     /// Walks the tiles of queries, then stores dk and dv.
-    pub(super) fn run(&self, maps: Maps<'k>) {
+    pub(super) fn run(&self) {
         let Self { k, wg, .. } = *self;
         self.dk.fill(0.0);
         self.dv.fill(0.0);
@@ -157,15 +163,16 @@ impl<'a, 'k> Consumer<'a, 'k> {
             true => self.each_apart(),
             false => self.each(),
         }
-        self.store(maps);
+        self.store();
     }
 
     /// Walks tiles that are wanted by both consumers.
     fn each(&self) {
         let Self { k, wg, .. } = *self;
-        k.if_(self.seek(0), || {
+        let some = || {
             self.wait_for_turn();
             self.issue_scores(0);
+            self.values_full.wait();
             self.weigh(0);
             self.issue_dv(0);
             self.issue_dk(0);
@@ -179,7 +186,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
                 self.sync_steps();
                 self.finish_dq(0);
             });
-        });
+        };
+        // Copies that nobody needs are waited for, too: they write to this thread block's memory.
+        k.if_else(self.seek(0), some, || self.values_full.wait());
     }
 
     /// Does all tiles but the first; dq's of the last, too.
@@ -358,7 +367,9 @@ impl<'a, 'k> Consumer<'a, 'k> {
         for (i, &want) in (0..).zip(wants) {
             let partial = (want >> PARTIAL_WANTS) & hidden.warp;
             k.if_(partial.differs(0), || {
-                let Self { wg, keys, .. } = *self;
+                let Self {
+                    wg, keys, first, ..
+                } = *self;
                 let note = self.stores.notes[stage];
                 let line = k.load_shared::<u32>(note);
                 exact.hide(
@@ -366,7 +377,7 @@ impl<'a, 'k> Consumer<'a, 'k> {
                     &Where {
                         batch: keys.batch,
                         head: line % self.problem.heads,
-                        rows: Axis::Keys(keys.first + wg.index * OWN + wg.row()),
+                        rows: Axis::Keys(first),
                         first_column: k.load_shared(note.at(ROWS + NEXT_PIECE * i)),
                         lane: wg.lane,
                     },
@@ -462,39 +473,34 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.give_dq(stage);
     }
 
-    /// Stores dk and dv.
-    fn store(&self, maps: Maps<'k>) {
-        let Self { k, wg, keys, .. } = *self;
-        let (own_keys, own_values) = (self.own_keys, self.own_values);
-        let pair = pair(self.config.element);
+    /// Stores dk and dv, as far as there are such keys. (K's and V's places are not free for them: the
+    /// other consumer may still multiply by these.)
+    fn store(&self) {
+        let Self {
+            k,
+            wg,
+            keys,
+            first,
+            problem,
+            ..
+        } = *self;
         for mut register in self.dk.registers().iter().copied() {
-            register *= self.problem.scale;
+            register *= problem.scale;
         }
-        // Both have done with K and V, whose places the gradients take.
-        k.barrier_sync(BOTH, CONSUMERS * WARPGROUP);
-        wg.store(&self.dv, pair, own_values);
-        wg.store(&self.dk, pair, own_keys);
-        wg.sync(wg.index + OWN_SYNC);
-        k.if_(wg.first_thread, || {
-            let first = keys.first + wg.index * OWN;
-            if let Some(grid) = &self.problem.grid {
-                let piece = self.config.piece;
-                for i in 0..OWN / piece {
-                    let spot = grid.spot(first + i * piece);
-                    let line = [keys.head, keys.batch];
-                    let part = |tile: SharedTile<'k>| tile.row_range(i * piece, piece);
-                    grid.store(part(own_keys), maps.dk.boxes(), spot, line);
-                    grid.store(part(own_values), maps.dv.boxes(), spot, line);
-                }
-            } else {
-                let place = Place::rows(first, keys.head, keys.batch);
-                let panels = || (0..own_keys.shape.panels()).map(|panel| place.panel(panel));
-                own_keys.store(maps.dk.rows(), panels());
-                own_values.store(maps.dv.rows(), panels());
+        let tokens = [0, 8].map(|row| canvas::token(&problem.grid, first + row, problem.kv_len));
+        let own = (four_of_sixteen(wg.lane) * 2).to_u64();
+        for (gradient, heads) in [(&self.dv, problem.dv), (&self.dk, problem.dk)] {
+            let rows = heads.rows(keys.head, keys.batch);
+            let fours = gradient.fours(wg.lane, pair(self.config.element));
+            for (row, (token, inside)) in tokens.into_iter().enumerate() {
+                let address = rows.row(token) + own;
+                k.where_(inside, || {
+                    for (i, four) in (0..).zip(&fours) {
+                        k.store_globals(address.at(2 * 16 * i), four[row]);
+                    }
+                });
             }
-            k.bulk_commit();
-            k.bulk_wait(0);
-        });
+        }
     }
 }
 

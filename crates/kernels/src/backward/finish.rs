@@ -127,6 +127,8 @@ impl Config {
         let grid = self.boxes.map(|piece| Grid::new(k, piece));
         let steps = self.deterministic.then(|| k.param::<u64>("steps"));
 
+        // Started early, to wait here for the sums.
+        k.grid_wait();
         let group = k.cta_x() * (THREADS / 32) + (k.tid() >> 5);
         let line = k.cta_z() * heads + k.cta_y();
         // The lane's columns, sixteen of a panel's 64, and its queries: which eight, and which two.

@@ -11,7 +11,7 @@ use flex_block_attn_tile::{
 };
 
 use super::consume::{Consumer, KEPT_BYTES};
-use super::queries::{KeyTile, Problem, WALK_BYTES, Walk};
+use super::queries::{Problem, WALK_BYTES, Walk};
 use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
 use crate::canvas::Source;
 use crate::merge::WARPS;
@@ -30,22 +30,21 @@ pub(super) const NEXT_PIECE: u32 = 8;
 
 /// The tensor maps.
 #[derive(Clone, Copy)]
-pub(super) struct Maps<'k> {
+struct Maps<'k> {
     /// Of pieces; and of whole tiles, but for videos.
     q: (Source<'k>, Option<Reg<'k, u64>>),
     dout: (Source<'k>, Option<Reg<'k, u64>>),
     k: Source<'k>,
     v: Source<'k>,
-    pub(super) dk: Source<'k>,
-    pub(super) dv: Source<'k>,
 }
 
 /// What is in shared memory.
 pub(super) struct Stores<'k> {
     pub(super) keys: SharedTile<'k>,
     pub(super) values: SharedTile<'k>,
-    /// K and V are there.
+    /// K is there, and V is.
     pub(super) keys_full: Barrier<'k>,
+    pub(super) values_full: Barrier<'k>,
     pub(super) queries: Ring<'k>,
     pub(super) douts: Ring<'k>,
     /// Gradients of the scores, queries by keys: what consumers tell each other.
@@ -73,6 +72,20 @@ pub(super) struct Outgoing<'k> {
     pub(super) units: Address<'k, u32>,
     pub(super) full: Barriers<'k>,
     pub(super) empty: Barriers<'k>,
+}
+
+impl<'k> Stores<'k> {
+    /// Makes all barriers ready. One thread.
+    fn init(&self, k: &'k Builder) {
+        self.keys_full.init();
+        self.values_full.init();
+        self.queries.init();
+        self.douts.init();
+        self.gradients.init();
+        self.dq.full.init();
+        self.dq.empty.init();
+        k.mbarrier_init_fence();
+    }
 }
 
 /// How consumers share the making of a tile's dq, a unit each.
@@ -140,8 +153,6 @@ impl Config {
             dout: (source("dout"), whole("whole_dout")),
             k: source("k"),
             v: source("v"),
-            dk: source("dk"),
-            dv: source("dv"),
         };
         let problem = Problem::new(k, self);
         let shared = Shared::new(k);
@@ -171,71 +182,80 @@ impl Config {
             gradients: Ring::stored(&shared, STAGES, gradient, WARPS, WARPS),
             dq: outgoing(),
             keys_full: shared.barrier(1),
+            values_full: shared.barrier(1),
             walk: self.canvas.then(|| shared.bytes(WALK_BYTES, 16)),
         };
         shared.finish();
-        k.if_(k.tid().equals(0), || {
-            stores.keys_full.init();
-            stores.queries.init();
-            stores.douts.init();
-            stores.gradients.init();
-            stores.dq.full.init();
-            stores.dq.empty.init();
-            k.mbarrier_init_fence();
-        });
-        k.sync_threads();
 
-        let keys = problem.keys();
+        // All sync once barriers are ready; what comes before is what the loader's first copies wait for.
+        // The launch may be early, so what was launched before is waited for, too.
         let (producer, consumer) = self.registers();
         k.if_else(
             Warpgroup::number(k).equals(0),
             || {
                 Warpgroup::release_registers(k, producer);
-                k.if_(k.tid().lt(32), || self.load(maps, &problem, keys, &stores));
-                // The warps behind the loader's.
-                let reducer = (k.tid() >> 5) - 1;
-                k.if_(k.lane().equals(0) & reducer.lt(CONSUMERS), || {
-                    reduce::reduce(self, &problem, reducer, &stores);
-                });
+                let others = || {
+                    // The warps behind the loader's.
+                    let reducer = (k.tid() >> 5) - 1;
+                    let first_lane = k.lane().equals(0);
+                    k.if_(first_lane & reducer.equals(0), || stores.init(k));
+                    k.grid_wait();
+                    k.grid_launch();
+                    k.sync_threads();
+                    k.if_(first_lane & reducer.lt(CONSUMERS), || {
+                        reduce::reduce(self, &problem, reducer, &stores);
+                    });
+                };
+                let load = || self.load(maps, &problem, &stores);
+                k.if_else(k.tid().lt(32), load, others);
             },
             || {
                 Warpgroup::acquire_registers(k, consumer);
-                Consumer::new(self, &problem, keys, &stores).run(maps);
+                k.grid_wait();
+                k.sync_threads();
+                Consumer::new(self, &problem, problem.keys(), &stores).run();
             },
         );
     }
 
-    fn load<'k>(
-        self,
-        maps: Maps<'k>,
-        problem: &Problem<'k>,
-        keys: KeyTile<'k>,
-        stores: &Stores<'k>,
-    ) {
+    fn load<'k>(self, maps: Maps<'k>, problem: &Problem<'k>, stores: &Stores<'k>) {
         let (k, options) = (problem.k, TmaOptions::default());
         let leader = k.lane().equals(0);
         let phases = Phases::new(k);
         let queries = stores.queries.producer(&phases);
         let douts = stores.douts.producer(&phases);
         k.if_(leader, || {
-            stores
-                .keys_full
-                .arrive_expect(2 * stores.keys.shape.bytes());
-            if problem.grid.is_none() {
-                let place = Place::rows(keys.first, keys.head, keys.batch);
-                let full = stores.keys_full;
-                stores.keys.load(maps.k.rows(), place, full, options);
-                stores.values.load(maps.v.rows(), place, full, options);
+            for from in [maps.k, maps.v, maps.q.0, maps.dout.0] {
+                from.prefetch(k);
+            }
+            for map in [maps.q.1, maps.dout.1].into_iter().flatten() {
+                k.prefetch_map(map);
+            }
+        });
+        k.grid_wait();
+        let keys = problem.keys();
+        k.sync_threads();
+        let tiles = [
+            (stores.keys, maps.k, stores.keys_full),
+            (stores.values, maps.v, stores.values_full),
+        ];
+        k.if_(leader, || {
+            for (tile, from, full) in tiles {
+                full.arrive_expect(tile.shape.bytes());
+                if problem.grid.is_none() {
+                    let place = Place::rows(keys.first, keys.head, keys.batch);
+                    tile.load(from.rows(), place, full, options);
+                }
             }
         });
         if let Some(grid) = &problem.grid {
             k.warp_sync();
             k.if_(k.lane().lt(KEYS / self.piece), || {
                 let spot = grid.spot(keys.first + k.lane() * self.piece);
-                for (tile, from) in [(stores.keys, maps.k), (stores.values, maps.v)] {
+                for (tile, from, full) in tiles {
                     let part = tile.part(k.lane(), self.piece);
                     let line = [keys.head, keys.batch];
-                    grid.load(part, from.boxes(), spot, line, stores.keys_full);
+                    grid.load(part, from.boxes(), spot, line, full);
                 }
             });
         }

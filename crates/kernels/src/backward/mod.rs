@@ -1,6 +1,7 @@
 //! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
 //!
-//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel reads;
+//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel
+//! reads, and zeros to which it adds;
 //! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
 //! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
 //! [`finish`] rounds dq. The workspace is made of three arrays, or four, see [`Workspace`].
@@ -31,6 +32,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
+use crate::chunk;
 use crate::exact::{Mask, Table};
 use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
@@ -245,14 +247,10 @@ impl Config {
         Shape::new(self.piece, self.head_dim, self.element)
     }
 
-    fn out_shape(self) -> Shape {
-        Shape::new(OWN, self.head_dim, self.element)
-    }
-
     /// The main kernel's launch for some tensors.
     ///
     /// # Panics
-    /// If blocks are not multiples of the piece.
+    /// If blocks are not multiples of the piece, or the address or strides of dk or dv not of 16 bytes.
     pub fn launch(self, args: &Args<'_>) -> Launch {
         let layout = args.layout;
         let call = Call::new(
@@ -266,15 +264,18 @@ impl Config {
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
         // A tile of keys of one block comes when its list's length says; others as they lie.
-        let ordered = call.kv_block.is_multiple_of(KEYS);
-        let key_tiles = match ordered {
-            true => layout.columns() as u32 * (call.kv_block / KEYS),
-            false => call.kv_len.div_ceil(KEYS),
+        let tiles = match call.kv_block.is_multiple_of(KEYS) {
+            true => call.kv_block / KEYS,
+            false => 0,
+        };
+        let key_tiles = match tiles {
+            0 => call.kv_len.div_ceil(KEYS),
+            tiles => layout.columns() as u32 * tiles,
         };
         let rows = layout.rows() as u32;
         let window = (args.window / call.q_block).min(rows);
         // An empty list has as many entries as none that is spread.
-        let window = match ordered && rows >= FEWEST_SPREAD {
+        let window = match tiles > 0 && rows >= FEWEST_SPREAD {
             true => window,
             false => 0,
         };
@@ -297,16 +298,13 @@ impl Config {
             of_queries(args.dout),
             source(whole, self.kv_shape(), args.k, of_kv),
             source(whole, self.kv_shape(), args.v, of_kv),
-            source(panels, self.out_shape(), args.dk, of_kv),
-            source(panels, self.out_shape(), args.dv, of_kv),
         ]
         .concat();
+        list.extend([args.lse, args.delta, args.dq].map(Arg::U64));
+        list.extend([args.dk, args.dv].map(chunk::args).concat());
         list.extend([
-            Arg::U64(args.lse),
-            Arg::U64(args.delta),
-            Arg::U64(args.dq),
             Arg::F32(args.scale),
-            Arg::U32(ordered.into()),
+            Arg::U32(tiles),
             Arg::U32(call.q_len),
             Arg::U32(call.kv_len),
             Arg::U32(call.q_block),

@@ -1,4 +1,4 @@
-//! What the main kernel reads of each query besides q and dout: `delta = rowsum(dout * out)`, less the
+//! What the main kernel finds of each query besides q and dout: its sums of dq, zeros; `delta = rowsum(dout * out)`, less the
 //! gradient of the lse (FlashAttention-2, arXiv 2307.08691, section 3.1.2), and the lse in units of
 //! log2. Queries without keys, and those that only fill up the workspace's lines, get a lse of inf,
 //! which makes their weights 0.
@@ -8,12 +8,13 @@
 //! a query sum to 1: no part of the sum exceeds `(|dout| max |v| + |delta|) max |k|`, for which 2^30 is
 //! left. Not a number where something that goes in is not: integers would not show it.
 //!
-//! Bound by memory: a thread's eight loads of 16 bytes are all under way before the first is used.
+//! Bound by memory: a thread's eight loads of 16 bytes, and as many stores of zeros, are all under way
+//! before the first is used.
 
 use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
-use super::{Workspace, bounds};
+use super::{UNIT, Workspace, bounds};
 use crate::canvas::{self, Canvas, Grid};
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
@@ -58,6 +59,8 @@ pub struct Args {
     pub steps: u64,
     /// Address of what [`bounds`] leaves; likewise.
     pub bounds: u64,
+    /// Address of dq's sums, to be set to 0: for each head [`Workspace::units`] of 64 x head_dim.
+    pub sums: u64,
     /// Batches.
     pub batch: u32,
     /// Heads.
@@ -106,7 +109,7 @@ impl Config {
         let mut list = Vec::from(chunk::args(args.out));
         list.extend(chunk::args(args.dout));
         let line = Workspace::new(args.q_len as usize).line as u32;
-        list.extend([args.lse, args.dlse, args.log2, args.delta].map(Arg::U64));
+        list.extend([args.lse, args.dlse, args.log2, args.delta, args.sums].map(Arg::U64));
         list.extend([args.q_len, line].map(Arg::U32));
         list.extend(canvas::args(self.boxes, args.canvas));
         if self.deterministic {
@@ -140,10 +143,13 @@ impl Config {
         let (out, dout) = (Rows::new(k, "out"), Rows::new(k, "dout"));
         let (lse, dlse) = (k.param::<u64>("lse"), k.param::<u64>("dlse"));
         let (log2, delta) = (k.param::<u64>("log2"), k.param::<u64>("delta"));
+        let sums = k.param::<u64>("sums");
         let (q_len, line) = (k.param::<u32>("q_len"), k.param::<u32>("line"));
         let grid = self.boxes.map(|piece| Grid::new(k, piece));
         let steps = self.deterministic.then(|| Steps::new(k));
 
+        // The main kernel waits for the end of this one.
+        k.grid_launch();
         let lanes = Lanes::new(self.head_dim);
         let warp = k.tid() >> 5;
         let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);
@@ -154,6 +160,8 @@ impl Config {
             let inside = inside & chunk.lt(lanes.chunks);
             [out, dout].map(|tensor| k.load_constants_where(inside, tensor.chunk(token, chunk)))
         });
+        let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
+        self.clear(k, sums, head, line);
         // Of two tensors' rows the products' sum. Lane i of a row's has the i-th: a warp's results are
         // neighbours.
         let product = |one: usize, other: usize| {
@@ -172,7 +180,6 @@ impl Config {
         let value = product(0, 1);
         let squares = steps.as_ref().map(|_| product(1, 1));
         let row = first + chunk * lanes.rows;
-        let head = k.cta_z() * k.special(Special::GridY) + k.cta_y();
         let read = head.times_wide(q_len) + row.to_u64();
         let written = head.times_wide(line) + place(row).to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
@@ -198,6 +205,23 @@ impl Config {
             k.store_global(delta + (written << 2), result);
             k.store_global(log2 + (written << 2), scaled);
         });
+    }
+
+    /// Sets to 0 as many of a head's sums as are of this thread block's rows: wherever which of them
+    /// lies, together they are all.
+    fn clear(self, k: &Builder, sums: Reg<'_, u64>, head: Reg<'_, u32>, line: Reg<'_, u32>) {
+        let chunks_of_row = self.head_dim / 4;
+        // Behind a line's last unit there is one without sums.
+        let chunks = (line - UNIT) * chunks_of_row;
+        let sums = sums + head.to_u64() * (chunks.times_wide(16));
+        let own = self.rows() * chunks_of_row;
+        let zero = k.var(0u32);
+        for step in 0..own / THREADS {
+            let chunk = k.cta_x() * own + (k.tid() + step * THREADS);
+            k.if_(chunk.lt(chunks), || {
+                k.store_globals(sums + chunk.times_wide(16), [zero; 4]);
+            });
+        }
     }
 }
 

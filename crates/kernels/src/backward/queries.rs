@@ -6,6 +6,7 @@ use flex_block_attn_ptx::{Builder, Reg};
 
 use super::{Config, KEYS, UNIT};
 use crate::canvas::{self, Grid};
+use crate::chunk::Heads;
 use crate::exact::Exact;
 use crate::lists::Lists;
 use crate::merge::{Merge, NO_BLOCK, WARP_TOKENS};
@@ -19,13 +20,15 @@ pub(super) struct Problem<'k> {
     pub(super) lse: Reg<'k, u64>,
     pub(super) delta: Reg<'k, u64>,
     pub(super) dq: Reg<'k, u64>,
+    pub(super) dk: Heads<'k>,
+    pub(super) dv: Heads<'k>,
     pub(super) scale: Reg<'k, f32>,
-    /// Whether tiles of keys are taken by the plan's order of columns: each is of one column then.
-    ordered: Reg<'k, u32>,
+    /// Tiles of keys of a column, if they are taken by the plan's order of columns; else 0.
+    tiles: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) q_block: Reg<'k, u32>,
-    pub(super) kv_block: Reg<'k, u32>,
+    kv_block: Reg<'k, u32>,
     pub(super) heads: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
@@ -106,8 +109,10 @@ impl<'k> Problem<'k> {
             lse: k.param("lse"),
             delta: k.param("delta"),
             dq: k.param("dq"),
+            dk: Heads::new(k, "dk"),
+            dv: Heads::new(k, "dv"),
             scale: k.param("scale"),
-            ordered: k.param("ordered"),
+            tiles: k.param("tiles"),
             q_len: k.param("q_len"),
             kv_len: k.param("kv_len"),
             q_block: k.param("q_block"),
@@ -141,11 +146,11 @@ impl<'k> Problem<'k> {
         let k = self.k;
         let (head, batch) = (k.cta_y(), k.cta_z());
         let first = k.var(k.cta_x() * KEYS);
-        k.if_(self.ordered.differs(0), || {
-            let per_block = self.kv_block / KEYS;
+        k.if_(self.tiles.differs(0), || {
+            let rank = k.cta_x() / self.tiles;
             let record = self.lists.record(head * self.group, batch);
-            let column = self.lists.of_rank(record, k.cta_x() / per_block);
-            first.set((column * per_block + k.cta_x() % per_block) * KEYS);
+            let column = self.lists.of_rank(record, rank);
+            first.set((column * self.tiles + (k.cta_x() - rank * self.tiles)) * KEYS);
         });
         KeyTile { first, head, batch }
     }
@@ -159,7 +164,7 @@ impl<'k> Problem<'k> {
         let start = k.var(0u32);
         k.if_(count.equals(self.spread), || {
             // Multiples of the golden ratio, less their whole part, are spread evenly.
-            let part = keys.first / KEYS * GOLDEN;
+            let part = (keys.first >> KEYS.ilog2()) * GOLDEN;
             start.set((part.times_wide(self.window) >> 32).to_u32());
         });
         start

@@ -74,9 +74,9 @@ pub(super) fn reduce<'k>(
             k.bulk_commit();
             // The next tile is there: of it this consumer has made scores already.
             read_note(other);
+            // Sums that have been read are written before the launch ends: nothing here waits for that.
             k.bulk_wait_read(0);
             out.empty.at(index).arrive();
         }
     });
-    k.bulk_wait(0);
 }

@@ -209,6 +209,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
         delta: gpu.alloc(line)?,
         steps: 0,
         bounds: 0,
+        sums: gpu.alloc((4 * rows * HEAD_DIM) as usize)?,
         batch: 1,
         heads: HEADS,
         kv_heads: HEADS,
@@ -219,7 +220,7 @@ fn rows_of_products(gpu: &mut Gpu) -> Result<Measured> {
     let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;
     Ok(Measured {
         times,
-        work: f64::from(rows * (4 * HEAD_DIM + 12)),
+        work: f64::from(rows * (8 * HEAD_DIM + 12)),
     })
 }
 

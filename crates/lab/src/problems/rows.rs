@@ -81,6 +81,7 @@ impl Prepare {
             steps[at] = (30.0 - bound.log2()).min(100.0).floor().exp2();
         }
 
+        let sums = batch * heads * Workspace::new(q_len).units * 64 * head_dim;
         let mut memory = Memory::new();
         let mut numbers = |name: &str, of: &dyn Fn(usize) -> f32| {
             let values: Vec<f32> = (0..queries).map(of).collect();
@@ -107,6 +108,7 @@ impl Prepare {
                 true => memory.alloc_with("bounds", bounds.as_flattened()),
                 false => 0,
             },
+            sums: memory.alloc("sums", 4 * sums),
             batch: batch as u32,
             heads: heads as u32,
             kv_heads: (heads / group) as u32,
@@ -118,8 +120,16 @@ impl Prepare {
             Expected::new("delta", args.delta, Element::F32, deltas, close),
             Expected::new("log2", args.log2, Element::F32, log2s, Close::Each(1e-5)),
         ];
+        let exactly = Close::Each(0.0);
+        let zeros = vec![0.0; sums];
+        expected.push(Expected::new(
+            "sums",
+            args.sums,
+            Element::F32,
+            zeros,
+            exactly,
+        ));
         if config.deterministic {
-            let exactly = Close::Each(0.0);
             expected.push(Expected::new(
                 "steps",
                 args.steps,

@@ -1,24 +1,25 @@
-//! Attention backward: what loader, consumers and reducers hand each other, the consumers' turns, and
-//! what sums of integers need.
+//! Attention backward: what loader, consumers and reducers hand each other, the consumers' turns, what
+//! sums of integers need, and where dk and dv are stored.
 
 use flex_block_attn_ptx::Ty;
-use flex_block_attn_ptx::ir::{Cmp, Fence, Op, Operand};
+use flex_block_attn_ptx::ir::{Binary, Cmp, Fence, Op, Operand, Space};
 
-use crate::edit::Which::{All, Nth};
-use crate::edit::{arrives_on, change, move_before, only_threads, op, remove};
+use crate::edit::Which::{All, Nth, Within};
+use crate::edit::{all, arrives_on, change, move_before, only_threads, op, param, remove};
 use crate::phases::{count, flip, no_release, no_wait};
 use crate::{Base, By, Mutation, Setup};
 
 // mbarriers, in the order of their initialisation: those of rings are of the first of two stages.
 const KEYS_FULL: usize = 0;
-const Q_FULL: usize = 1;
-const Q_EMPTY: usize = 2;
-const DOUT_FULL: usize = 5;
-const GRADIENTS_FULL: usize = 9;
-const GRADIENTS_EMPTY: usize = 10;
+const VALUES_FULL: usize = 1;
+const Q_FULL: usize = 2;
+const Q_EMPTY: usize = 3;
+const DOUT_FULL: usize = 6;
+const GRADIENTS_FULL: usize = 10;
+const GRADIENTS_EMPTY: usize = 11;
 // Those of the first consumer.
-const DQ_FULL: usize = 13;
-const DQ_EMPTY: usize = 15;
+const DQ_FULL: usize = 14;
+const DQ_EMPTY: usize = 16;
 
 /// Waits of a consumer for its turn: its barrier's number is in a register.
 fn waits_for_turn(op: &Op) -> bool {
@@ -42,6 +43,8 @@ pub fn table() -> Vec<Mutation> {
     table.extend(exchange());
     table.extend(sums());
     table.extend(integers());
+    table.extend(stores());
+    table.extend(starts());
     table
 }
 
@@ -49,10 +52,17 @@ pub fn table() -> Vec<Mutation> {
 fn tiles() -> Vec<Mutation> {
     vec![
         Mutation {
-            name: "keys and values are not waited for",
+            name: "keys are not waited for",
             kind: "missing full wait",
             base: Base::Gradients,
             edit: |s| no_wait(s, KEYS_FULL),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
+        },
+        Mutation {
+            name: "values are not waited for",
+            kind: "missing full wait",
+            base: Base::Gradients,
+            edit: |s| no_wait(s, VALUES_FULL),
             by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
@@ -251,10 +261,10 @@ fn integers() -> Vec<Mutation> {
             kind: "expect-tx",
             base: Base::Integers,
             edit: |s| {
-                // The second is for dout, deltas and steps.
+                // Behind those for keys, values and queries: for dout, deltas and steps.
                 change(
                     s.kernel_mut(),
-                    Nth(2),
+                    Nth(3),
                     op!(Op::MbarrierArriveExpect { .. }),
                     |op| {
                         if let Op::MbarrierArriveExpect { bytes, .. } = op {
@@ -265,5 +275,123 @@ fn integers() -> Vec<Mutation> {
             },
             by: By::Emulator(&["Mbarrier", "Deadlock", "Race", "UninitialisedMemory"]),
         },
+    ]
+}
+
+/// Stores of dk and dv: nothing else is stored two words at a time.
+fn is_stored(op: &Op) -> bool {
+    matches!(op, Op::Store { space: Space::Global, src, .. } if src.len() == 2)
+}
+
+/// dk and dv.
+fn stores() -> Vec<Mutation> {
+    vec![
+        Mutation {
+            name: "dk and dv of keys behind the last are stored",
+            kind: "guard",
+            base: Base::Gradients,
+            edit: |s| {
+                let kv_len = param(s.kernel(), "kv_len");
+                let guards = move |op: &Op| matches!(op, Op::Compare { b, .. } if *b == kv_len);
+                let instructions = all(s.kernel());
+                let number = instructions.iter().filter(|i| guards(&i.op)).count();
+                // Behind those that hide scores and choose lists: one for each row of a thread.
+                change(s.kernel_mut(), Within(number - 2, number), guards, |op| {
+                    if let Op::Compare { b, .. } = op {
+                        *b = Operand::Imm(u32::MAX.into());
+                    }
+                })
+            },
+            by: By::Emulator(&["OutOfBounds"]),
+        },
+        Mutation {
+            name: "dk and dv in each other's place",
+            kind: "gradients' place",
+            base: Base::Gradients,
+            edit: |s| {
+                let at = |name: &str| {
+                    let found = s
+                        .kernel()
+                        .params
+                        .iter()
+                        .position(|param| param.name == name);
+                    found.expect("the kernel has it") as u32
+                };
+                let (dk, dv) = (at("dk"), at("dv"));
+                change(s.kernel_mut(), All, op!(Op::Param { .. }), |op| {
+                    if let Op::Param { param, .. } = op {
+                        *param = match *param {
+                            own if own == dk => dv,
+                            own if own == dv => dk,
+                            own => own,
+                        };
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "columns of dk and dv are half as far apart",
+            kind: "gradients' place",
+            base: Base::Gradients,
+            edit: |s| {
+                change(s.kernel_mut(), All, is_stored, |op| {
+                    if let Op::Store { address, .. } = op {
+                        address.offset /= 2;
+                    }
+                })
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "dk is not multiplied by the scale",
+            kind: "scale",
+            base: Base::Integers,
+            edit: |s| {
+                let scale = param(s.kernel(), "scale");
+                let in_place = move |op: &Op| {
+                    matches!(
+                        *op,
+                        Op::Binary { op: Binary::Mul, dst, a, b, .. }
+                            if a == Operand::Reg(dst) && b == scale
+                    )
+                };
+                remove(s.kernel_mut(), All, in_place)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "the last columns of dk are not stored",
+            kind: "missing store",
+            base: Base::Gradients,
+            edit: |s| {
+                // Eight stores of each of two rows: dv's, then dk's.
+                remove(s.kernel_mut(), Nth(31), is_stored)
+            },
+            by: By::Result,
+        },
+    ]
+}
+
+/// An early start: waits for the launch before are the loader's, of the warps behind it, and the
+/// consumers'.
+fn starts() -> Vec<Mutation> {
+    let mutation = |name, edit| Mutation {
+        name,
+        kind: "early start",
+        base: Base::Gradients,
+        edit,
+        by: By::Emulator(&["Early"]),
+    };
+    vec![
+        mutation("the loader does not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(0), op!(Op::GridWait))
+        }),
+        mutation("reducers do not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(1), op!(Op::GridWait))
+        }),
+        mutation("consumers do not wait for the launch before", |s| {
+            remove(s.kernel_mut(), Nth(2), op!(Op::GridWait))
+        }),
     ]
 }

@@ -30,10 +30,6 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (INTEGERS, "wgmma.commit_group.sync.aligned", 3),
     // Nobody fills the first tile's dout before its q is given back, which is later.
     (INTEGERS, "wgmma.wait_group.sync.aligned", 1),
-    // Behind dv, before dk: the one behind dk is for both.
-    (INTEGERS, "fence.proxy.async.shared::cta", 1),
-    // The last sums have been read, and are written before the launch ends.
-    (INTEGERS, "cp.async.bulk.wait_group", 1),
 ];
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
@@ -52,6 +48,7 @@ fn orders(op: &Op) -> bool {
             | Op::MbarrierArriveExpect { .. }
             | Op::MbarrierWait { .. }
             | Op::BulkCommit
+            | Op::GridWait
             | Op::BulkWait { .. }
             | Op::WgmmaFence
             | Op::WgmmaCommit

@@ -127,9 +127,9 @@ pub fn table() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock", "NamedBarrier"]),
         },
         Mutation {
-            name: "gradients of keys are stored before all warps have written them",
+            name: "kept steps are read before all warps have written them",
             kind: "named barrier",
-            base: Base::Gradients,
+            base: Base::Integers,
             edit: |s| {
                 remove(
                     s.kernel_mut(),
@@ -137,7 +137,7 @@ pub fn table() -> Vec<Mutation> {
                     op!(Op::BarrierSync { threads: OWN, .. }),
                 )
             },
-            by: By::Emulator(&["Race", "ProxyFence", "UninitialisedMemory"]),
+            by: By::Emulator(&["Race", "UninitialisedMemory"]),
         },
         Mutation {
             name: "c is stored before all warps have written it",

@@ -149,13 +149,15 @@ impl Builder {
         self.write(|dst| Op::CachePolicy { dst, which })
     }
 
-    /// Waits until the kernels launched before are done, if launched programmatically.
+    /// Waits until the launches before are over. A kernel that does so anywhere may start before, so
+    /// each of its threads does, before it has to do with global memory.
     #[track_caller]
     pub fn grid_wait(&self) {
         self.emit(Op::GridWait);
     }
 
-    /// Lets the next kernel start, if it was launched programmatically.
+    /// Lets the next launch start, if its kernel waits itself, once all thread blocks have come here or
+    /// to their end.
     #[track_caller]
     pub fn grid_launch(&self) {
         self.emit(Op::GridLaunch);
