@@ -197,9 +197,9 @@ fn means() {
                 let problem = Pool {
                     config,
                     batch: 2,
-                    heads: 3,
-                    len,
-                    block,
+                    heads: [3, 0],
+                    tiles: pool::Tiles::blocks(len, block),
+                    more: 0,
                     layout,
                 };
                 right_on(gpu, &problem.setup());

@@ -200,6 +200,18 @@ impl Builder {
         self.store_vector(Space::Global, address.address(), [value]);
     }
 
+    /// Stores the lowest byte of a word.
+    #[track_caller]
+    pub fn store_global_byte(&self, address: impl AddressOf<u64>, word: Reg<'_, u32>) {
+        let src = vec![word.to_u16().operand()];
+        self.emit(Op::Store {
+            space: Space::Global,
+            ty: Ty::U8,
+            src,
+            address: address.address(),
+        });
+    }
+
     /// Stores `N` (2 or 4) neighbours; the address is a multiple of their size.
     #[track_caller]
     pub fn store_globals<T: Scalar, const N: usize>(
