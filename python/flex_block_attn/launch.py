@@ -13,6 +13,12 @@ from . import _native
 # A mask's expression: its text, and its tables.
 Exact = tuple[str, list[Tensor]]
 
+# Of tiles: canvas and tile along (t, h, w), tokens of text, and whether padding counts as zeros, or
+# None of tokens in tile order.
+Order = tuple[tuple[int, int, int], tuple[int, int, int], int, bool | None]
+# Tiles that a row keeps, the weight of relevance if by importance, whether heads share a mask.
+Choice = tuple[int, float | None, bool]
+
 # Numbers of memory that the forward kernel needs behind the lse.
 WORKSPACE = -(-_native.FORWARD_WORKSPACE_BYTES // 4)
 
@@ -52,6 +58,26 @@ def forward(
     rows = q.new_empty(numbers, dtype=torch.float32)
     _native.forward_cuda(inputs, plan, scale, out, rows, exact)
     return out, rows
+
+
+def select(
+    inputs: tuple[Tensor, Tensor],
+    order: Order,
+    choice: Choice,
+    numbers: int,
+    base: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """The mask of chosen tiles and of what ``base``, contiguous, keeps: bool (batch, heads or 1,
+    blocks, blocks). ``numbers`` are those of the kernels' workspace; ``text_mask`` says which
+    tokens of text count, (batch, tokens)."""
+    q = inputs[0]
+    text_lengths = None if text_mask is None else (text_mask != 0).sum(1)
+    heads = 1 if choice[2] else q.shape[1]
+    mask = base.new_empty((q.shape[0], heads, *base.shape[-2:]))
+    workspace = q.new_empty(numbers, dtype=torch.float32)
+    _native.select_cuda(inputs, order, choice, base, text_lengths, mask, workspace)
+    return mask
 
 
 def combine(

@@ -21,7 +21,7 @@ use crate::tensor::{Kind, MOST, Raw};
 
 /// The stream that torch works on at present, on a tensor's GPU. The library makes the device's context
 /// current itself, so no device guard is needed.
-fn stream(py: Python<'_>, tensor: &Raw) -> PyResult<Stream> {
+pub fn stream(py: Python<'_>, tensor: &Raw) -> PyResult<Stream> {
     // What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
     static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let current = CURRENT.import(py, "torch._C", "_cuda_getCurrentRawStream")?;
@@ -128,7 +128,7 @@ fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) ->
 
 /// q, k and v, if kernels take them as they are: plain tensors of one GPU, not empty, of one dtype that
 /// kernels compute in, at addresses and of strides that they can copy from.
-fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
+pub fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
     let mut raws = [None, None, None];
     for (raw, tensor) in raws.iter_mut().zip(tensors) {
         if !is_plain(tensor)? {
