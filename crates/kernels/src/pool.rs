@@ -151,7 +151,7 @@ impl Config {
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
-    fn body<'k>(self, k: &'k Builder) {
+    fn body(self, k: &Builder) {
         let [first, second] = ["first", "second"].map(|name| {
             let tensor = Heads::new(k, name);
             (tensor, k.param::<u64>(&format!("{name}_means")))

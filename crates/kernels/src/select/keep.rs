@@ -23,6 +23,11 @@ const FEATURES: u32 = 32;
 const SLICE: u32 = 4 * FEATURES;
 /// Bytes from a key to the next: a multiple of 16, but not of 32, lest neighbours be in one bank.
 const KEY_BYTES: u32 = SLICE + 16;
+/// Shared memory of a multiprocessor, and what it keeps for itself with each thread block.
+const SHARED: u32 = 228 << 10;
+const RESERVED: u32 = 1 << 10;
+/// Thread blocks of a multiprocessor at most.
+const MOST_BLOCKS: u32 = 5;
 /// Columns of the mask whose loads are under way together, by 32.
 const STEPS: usize = 4;
 
@@ -48,7 +53,11 @@ pub(super) fn body(k: &Builder, weighed: bool, room: u32) {
     };
     let queries = slices + KEYS * KEY_BYTES;
     let norms = queries + ROWS * SLICE;
-    k.set_shared_bytes(ROWS * room.row_bytes + KEYS * KEY_BYTES + ROWS * SLICE + 4 * ROWS);
+    let shared_bytes = ROWS * room.row_bytes + KEYS * KEY_BYTES + ROWS * SLICE + 4 * ROWS;
+    k.set_shared_bytes(shared_bytes);
+    // Thread blocks that wait for memory in turn, as many as there is room for; beyond that registers would
+    // not suffice.
+    k.set_min_blocks((SHARED / (shared_bytes + RESERVED)).min(MOST_BLOCKS));
 
     let first_row = k.cta_x() * ROWS;
     let kv_line = k.cta_z() * kv_heads + k.cta_y() / group;
@@ -166,7 +175,7 @@ impl<'k> Scores<'k> {
 
     /// Brings features from `feature` on, of all queries and of the keys from `first` on.
     fn load(&self, first: Reg<'k, u32>, feature: Reg<'k, u32>) {
-        // A thread has 16 bytes of every 16th row.
+        // A thread has 16 bytes of a row, and of each so many behind.
         const TOGETHER: u32 = 4 * THREADS / FEATURES;
         let (k, tid) = (self.k, self.k.tid());
         let (row, part) = (tid / (FEATURES / 4), tid % (FEATURES / 4) * 16);
@@ -340,9 +349,8 @@ impl<'k> Mask<'k> {
                 let counts = row.lt(seen) & column.lt(seen);
                 let byte =
                     (counts & (kept | byte.differs(0)) | !counts & row.equals(column)).select(1, 0);
-                k.where_(column.lt(self.blocks), || {
-                    k.store_global_byte(mask + column.to_u64(), byte)
-                });
+                let (at, byte) = (mask + column.to_u64(), byte.to_u16());
+                k.where_(column.lt(self.blocks), || k.store_global_byte(at, byte));
             }
         });
     }

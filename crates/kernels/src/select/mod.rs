@@ -17,9 +17,9 @@ mod weigh;
 use flex_block_attn_ptx::{Arg, Builder, Kernel, Launch, Reg};
 
 /// Most tiles of a row that a kernel keeps the scores of, by the room that it has.
-pub const ROOMS: [u32; 3] = [512, 2048, 6144];
+pub const ROOMS: [u32; 4] = [512, 1024, 2048, 6144];
 /// Most tiles at all.
-pub const MOST_TILES: u32 = ROOMS[2];
+pub const MOST_TILES: u32 = ROOMS[3];
 
 /// What a norm is at least, lest 0 be divided by it: a mean of 0 has cosine 0 with everything.
 const LEAST_NORM: f32 = 1e-12;

@@ -130,6 +130,14 @@ impl Select {
         Setup::new(memory, steps, vec![expected]).about(last)
     }
 
+    /// The same, but about the kernel that weighs keys; of heads that do not share a mask.
+    ///
+    /// # Panics
+    /// As [`Select::setup`].
+    pub fn weighing(&self) -> Setup {
+        self.setup().about(0)
+    }
+
     /// Numbers that bfloat16 holds. A tile in the middle is 0 in all heads, and every seventh is as one
     /// before.
     fn means(&self, seed: u64, heads: usize) -> Vec<f64> {

@@ -74,6 +74,7 @@ fn rooms_for_many_tiles() {
         (513, None, ROOMS[1]),
         (140, Some(ROOMS[1]), ROOMS[1]),
         (140, Some(ROOMS[2]), ROOMS[2]),
+        (140, Some(ROOMS[3]), ROOMS[3]),
     ] {
         for lambda in [None, Some(0.6)] {
             let problem = Select {

@@ -200,10 +200,10 @@ impl Builder {
         self.store_vector(Space::Global, address.address(), [value]);
     }
 
-    /// Stores the lowest byte of a word.
+    /// Stores the lower byte of 16 bits.
     #[track_caller]
-    pub fn store_global_byte(&self, address: impl AddressOf<u64>, word: Reg<'_, u32>) {
-        let src = vec![word.to_u16().operand()];
+    pub fn store_global_byte(&self, address: impl AddressOf<u64>, bits: Reg<'_, u16>) {
+        let src = vec![bits.operand()];
         self.emit(Op::Store {
             space: Space::Global,
             ty: Ty::U8,
