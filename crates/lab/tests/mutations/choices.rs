@@ -204,14 +204,7 @@ fn of_weights() -> Vec<Mutation> {
                     ..
                 });
                 let one = u64::from(1.0f32.to_bits());
-                let divided = |op: &mut Op| match op {
-                    Op::Binary {
-                        a: Operand::Reg(_),
-                        b,
-                        ..
-                    } => *b = Operand::Imm(one),
-                    _ => {}
-                };
+                let divided = |op: &mut Op| second(op, one);
                 let count = crate::edit::all(s.kernel())
                     .iter()
                     .filter(|inst| quotients(&inst.op))
