@@ -43,8 +43,7 @@ pub enum Config {
 /// What all launches are given.
 #[derive(Debug, Clone, Copy)]
 pub struct Args {
-    /// Pooled queries and keys, and the same of one head, which nothing but [`Config::Average`] reads the
-    /// former for. Of several heads, the latter are not looked at.
+    /// Queries and keys. Where heads share a mask, their average is scored, else each head.
     pub pooled: [Pooled; 2],
     /// Whether heads share a mask.
     pub shared: bool,
