@@ -31,6 +31,10 @@ _Sizes = tuple[int, int, int, int]
 _Plan = tuple[Tensor, int, int]
 # (canvas, tile, tokens of text, whether padding is zeros)
 _Video = tuple[tuple[int, int, int], tuple[int, int, int], int, bool]
+# (canvas, tile, tokens of text, whether padding counts as zeros, or None of tokens in tile order)
+_Order = tuple[tuple[int, int, int], tuple[int, int, int], int, bool | None]
+# (tiles that a row keeps, weight of relevance if by importance, whether heads share a mask)
+_Choice = tuple[int, float | None, bool]
 # A formula's text, and its tables: contiguous int32 tensors
 _Exact = tuple[str, list[Tensor]]
 MOST_PARTS: int
@@ -74,6 +78,16 @@ def attention(
 def are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool: ...
 def must_be_copied(tensor: Tensor) -> bool: ...
 def combine_cuda(parts: list[tuple[Tensor, Tensor]], out: Tensor, lse: Tensor) -> None: ...
+def select_numbers(q: Tensor, k: Tensor, order: _Order, choice: _Choice) -> int | None: ...
+def select_cuda(
+    inputs: tuple[Tensor, Tensor],
+    order: _Order,
+    choice: _Choice,
+    base: Tensor,
+    text_lengths: Tensor | None,
+    mask: Tensor,
+    workspace: Tensor,
+) -> None: ...
 def backward_workspace(q_shape: tuple[int, ...], deterministic: bool) -> tuple[int, int]: ...
 def backward_cuda(
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],

@@ -1,10 +1,10 @@
 """The short way of a call on a GPU, past torch's dispatcher. In: tensors as users have them. Out:
 the result, or None where the call must go the long way, by the operators of :mod:`.ops`.
 
-Called by :mod:`.api`, :mod:`.masks` and ``distributed``. torch's dispatcher and the Python code
-around an operator's derivative take several times what a call itself takes; where nobody
-differentiates, compiles, traces or watches, and kernels take the tensors as they are, none of it
-does anything. What is wrong with a call is mostly left to the long way to say.
+Called by :mod:`.api`, :mod:`.masks`, :mod:`.ssta_attention` and ``distributed``. torch's
+dispatcher and the Python code around an operator's derivative take several times what a call itself
+takes; where nobody differentiates, compiles, traces or watches, and kernels take the tensors as
+they are, none of it does anything. What is wrong with a call is mostly left to the long way to say.
 """
 
 from typing import Any
@@ -49,6 +49,23 @@ def attention(
         return None
     wanted = torch.is_grad_enabled(), return_lse
     return _native.attention(q, k, v, plan, sizes, scale, wanted, exact)
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    order: launch.Order,
+    choice: launch.Choice,
+    base: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor | None:
+    """The mask of chosen tiles, see :func:`launch.select`."""
+    if not _nobody_watches():
+        return None
+    numbers = _native.select_numbers(q, k, order, choice)
+    if numbers is None:
+        return None
+    return launch.select((q, k), order, choice, numbers, base, text_mask)
 
 
 def gradients(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,12 @@ from . import _native
 # A mask's expression: its text, and its tables.
 Exact = tuple[str, list[Tensor]]
 
+# Of tiles: canvas and tile along (t, h, w), tokens of text, and whether padding counts as zeros, or
+# None of tokens in tile order.
+Order = tuple[tuple[int, int, int], tuple[int, int, int], int, bool | None]
+# Tiles that a row keeps, the weight of relevance if by importance, whether heads share a mask.
+Choice = tuple[int, float | None, bool]
+
 
 def plan(blocks: Tensor, sizes: tuple[int, int, int, int], shape: tuple[int, int, int]) -> Tensor:
     """Of a bool mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block and kv_block,
@@ -41,6 +47,26 @@ def forward(
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _native.forward_cuda(inputs, plan, scale, out, lse, exact)
     return out, lse
+
+
+def select(
+    inputs: tuple[Tensor, Tensor],
+    order: Order,
+    choice: Choice,
+    numbers: int,
+    base: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """The mask of chosen tiles and of what ``base``, contiguous, keeps: bool (batch, heads or 1,
+    blocks, blocks). ``numbers`` are those of the kernels' workspace; ``text_mask`` says which
+    tokens of text count, (batch, tokens)."""
+    q = inputs[0]
+    text_lengths = None if text_mask is None else (text_mask != 0).sum(1)
+    heads = 1 if choice[2] else q.shape[1]
+    mask = base.new_empty((q.shape[0], heads, *base.shape[-2:]))
+    workspace = q.new_empty(numbers, dtype=torch.float32)
+    _native.select_cuda(inputs, order, choice, base, text_lengths, mask, workspace)
+    return mask
 
 
 def combine(

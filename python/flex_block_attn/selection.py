@@ -7,7 +7,8 @@ tensors are and waits for nothing, so that it can be captured in a CUDA graph. N
 differentiable: a choice of blocks has no gradient.
 
 Cost on a GPU: :func:`block_means` reads its tensor once and is all that matters; scores and masks
-are a thousandth of the tokens.
+are a thousandth of the tokens. Where our kernels take a choice of a video's tiles, nothing of this
+is called for it: see ``launch.select``.
 """
 
 import torch

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import video
+from . import direct, video
 from .api import as_inputs, default_scale, flex_block_attn, flex_block_attn_func, is_deterministic
 from .masks import BlockMask, as_size, as_triple
 from .selection import block_means, importance, keep_mass, keep_top, similarity, tile_means
@@ -137,8 +137,7 @@ def create_moba_3d_mask(
         topk, threshold, lambda_, mask_share_within_head, sampling_type, adaptive_pool
     )
     _check_order(q, k, canvas, padding)
-    pooled = _pooled(q, k, canvas, choice, padding)
-    return _choose(*pooled, canvas, choice, _text(canvas, q.device))
+    return _chosen(q, k, canvas, choice, padding, _text(canvas, q.device))
 
 
 def create_ssta_3d_mask(
@@ -175,9 +174,7 @@ def create_ssta_3d_mask(
     )
     _check_order(q, k, canvas, padding)
     _check_text_mask(text_mask, q, canvas)
-    pooled = _pooled(q, k, canvas, choice, padding)
-    mask = _choose(*pooled, canvas, choice, _sta(canvas, q.device).blocks)
-    return _without_padded_text(mask, text_mask, canvas)
+    return _chosen(q, k, canvas, choice, padding, _sta(canvas, q.device).blocks, text_mask)
 
 
 @dataclass(frozen=True)
@@ -226,6 +223,10 @@ class _Choice:
         if threshold > 0:
             cells = MASS_CELLS
         return cls(topk, float(threshold), lambda_, bool(share), cells)
+
+    def is_native(self) -> bool:
+        """Whether our kernels know of it."""
+        return self.threshold == 0 and self.cells in (None, (1, 1, 1))
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -307,6 +308,28 @@ def _text(canvas: Canvas, device: torch.device) -> Tensor:
     """What text sees and is seen by, and no pair of tiles."""
     video = torch.arange(canvas.blocks, device=device) < canvas.video_blocks
     return ~(video[:, None] & video)
+
+
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    canvas: Canvas,
+    choice: _Choice,
+    padding: str | None,
+    base: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """A mask of its own for each batch and head, or each batch: the tiles that are chosen, and
+    those of `base`, without padded text. By kernels of ours where they take such a choice."""
+    if choice.is_native():
+        zeros_count = None if padding is None else padding == "zero"
+        order = canvas.thw, canvas.tile, canvas.text_len, zeros_count
+        how = choice.topk, choice.lambda_, choice.share
+        mask = direct.select(q, k, order, how, base, text_mask)
+        if mask is not None:
+            return mask
+    pooled = _pooled(q, k, canvas, choice, padding)
+    return _without_padded_text(_choose(*pooled, canvas, choice, base), text_mask, canvas)
 
 
 @torch.no_grad()
@@ -432,16 +455,14 @@ def ssta_3d_attention(
 
     if pad_type == "exact" or pad_type == "zero" and q.is_cuda and video.is_native(q, canvas):
         # Tokens stay where they are.
-        pooled = choice and _pooled(q, k, canvas, choice, pad_type)
-        mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
+        mask = _mask(q, k, canvas, choice, pad_type, sparse_type, text_mask)
         plan = mask.plan if isinstance(mask, BlockMask) else video.plan_of(mask, q, canvas)
         settings = default_scale(q), is_deterministic(False)
         out = video.attend(q, k, v, plan, canvas, pad_type, *settings)
     else:
         places = places_of(canvas, pad_type, q.device)
         tiled = [ToTiles.apply(x, *places) for x in (q, k, v)]
-        pooled = choice and _pooled(*tiled[:2], canvas, choice, None)
-        mask = _mask(pooled, canvas, choice, sparse_type, text_mask, q.device)
+        mask = _mask(*tiled[:2], canvas, choice, None, sparse_type, text_mask)
         if isinstance(mask, BlockMask):
             out = flex_block_attn(*tiled, mask)
         else:
@@ -453,18 +474,20 @@ def ssta_3d_attention(
 
 
 def _mask(
-    pooled: list[Tensor] | None,
+    q: Tensor,
+    k: Tensor,
     canvas: Canvas,
     choice: _Choice | None,
+    padding: str | None,
     sparse_type: str,
     text_mask: Tensor | None,
-    device: torch.device,
 ) -> Tensor | BlockMask:
     """The mask of a call; one that is known from sizes alone is planned once."""
     if sparse_type == "block_attn":
-        return _choose(*pooled, canvas, choice, _text(canvas, device))
-    sliding = _sta(canvas, device)
-    if choice is None and text_mask is None:
+        return _chosen(q, k, canvas, choice, padding, _text(canvas, q.device))
+    sliding = _sta(canvas, q.device)
+    if choice is not None:
+        return _chosen(q, k, canvas, choice, padding, sliding.blocks, text_mask)
+    if text_mask is None:
         return sliding
-    blocks = sliding.blocks if choice is None else _choose(*pooled, canvas, choice, sliding.blocks)
-    return _without_padded_text(blocks, text_mask, canvas)
+    return _without_padded_text(sliding.blocks, text_mask, canvas)

@@ -1,8 +1,9 @@
 """Masks of chosen tiles beside the formulas of ``ssta_reference.py``. In: sizes and how tiles are
 chosen. Out: near-ties, counted; anything else that differs raises.
 
-Used by ``test_ssta.py`` and, on GPUs, by ``test_cuda.py``. Where two tiles' scores differ by less
-than rounding leaves certain, either may be taken: such near-ties are counted, and must be few.
+Used by ``test_ssta.py`` and, on GPUs, by ``test_cuda.py`` and ``test_cuda_choices.py``. Where two
+tiles' scores differ by less than rounding leaves certain, either may be taken: such near-ties are
+counted, and must be few.
 """
 
 import math
@@ -141,14 +142,14 @@ def random_settings(seed):
     return sizes, choice
 
 
-def near_ties_of_settings(count, device):
+def near_ties_of_settings(count, device, head_dim=16):
     """Of all blocks that are chosen in so many random settings, how many are near-ties, and how
     many there are."""
     ties = blocks = 0
     for seed in range(count):
         torch.manual_seed(seed)
         sizes, choice = random_settings(seed)
-        q, k, _ = random_tokens(sizes, 1, 2, 16, torch.bfloat16)
+        q, k, _ = random_tokens(sizes, 1, 2, head_dim, torch.bfloat16)
         # Cells count padding as zeros either way.
         has_cells = choice["adaptive_pool"] or "threshold" in choice
         paddings = (None, "zero") if has_cells else (None, "zero", "exact")

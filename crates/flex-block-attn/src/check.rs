@@ -218,6 +218,20 @@ pub(crate) fn pooled(x: &Tensor<'_>) -> Result<()> {
     Outline::read("x", x).last_contiguous()
 }
 
+/// Queries and keys whose tokens are pooled.
+pub(crate) fn pooled_pair(q: &Tensor<'_>, k: &Tensor<'_>) -> Result<()> {
+    let [of_q, of_k] = [Outline::read("q", q), Outline::read("k", k)];
+    let [batch, q_heads, _, head_dim] = q.shape;
+    let [_, kv_heads, tokens, _] = k.shape;
+    of_k.dtype(q.dtype, "q")?;
+    of_k.shape([batch, kv_heads, tokens, head_dim], "q")?;
+    if kv_heads == 0 || !q_heads.is_multiple_of(kv_heads) {
+        return Err(Error::Heads { q_heads, kv_heads });
+    }
+    of_q.last_contiguous()?;
+    of_k.last_contiguous()
+}
+
 pub(crate) fn backward(
     saved: &Saved<'_>,
     dout: &Tensor<'_>,

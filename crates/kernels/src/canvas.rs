@@ -25,7 +25,7 @@ const TIME: u32 = 20;
 /// In a spot: it is one of the text.
 const TEXT: u32 = 1 << 31;
 /// Boxes, whole tiles and text, at most.
-const MOST_BOXES: u32 = 1 << 21;
+pub(crate) const MOST_BOXES: u32 = 1 << 21;
 /// Bits of a width or a height.
 const SIDE: u32 = (1 << HEIGHT) - 1;
 
@@ -392,13 +392,13 @@ impl<'k> Divisor<'k> {
 }
 
 /// The argument for a divisor's inverse.
-fn inverse(number: u32) -> Arg {
+pub(crate) fn inverse(number: u32) -> Arg {
     Arg::F32(1.0 / number as f32)
 }
 
 /// A number below [`MOST_BOXES`] divided, rounded down: an instruction of its own takes more registers
 /// than loaders have.
-fn quotient<'k>(a: Reg<'k, u32>, inverse: Reg<'k, f32>) -> Reg<'k, u32> {
+pub(crate) fn quotient<'k>(a: Reg<'k, u32>, inverse: Reg<'k, f32>) -> Reg<'k, u32> {
     // Halves are between the numbers that are asked for: what is rounded to the nearest is never near
     // the middle of two. Adding this leaves no bits for a fraction.
     const WHOLE: f32 = 1.5 * (1 << 23) as f32;

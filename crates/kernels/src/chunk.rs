@@ -5,6 +5,7 @@
 use flex_block_attn_ptx::{Arg, Builder, Element, Reg};
 
 use crate::forward::Tensor;
+use crate::gemm::pair;
 
 /// Floats of a chunk.
 pub(crate) const CHUNK: u32 = 8;
@@ -74,6 +75,17 @@ impl<'k> Heads<'k> {
         }
     }
 
+    /// Those of `then` where `cond` holds, else these.
+    pub(crate) fn or(self, cond: Reg<'k, bool>, then: Self) -> Self {
+        let pick = |then: Reg<'k, u64>, otherwise: Reg<'k, u64>| cond.select(then, otherwise);
+        Self {
+            address: pick(then.address, self.address),
+            row: pick(then.row, self.row),
+            head: pick(then.head, self.head),
+            batch: pick(then.batch, self.batch),
+        }
+    }
+
     /// The rows of a head, in a batch.
     pub(crate) fn rows(self, head: Reg<'k, u32>, batch: Reg<'k, u32>) -> Rows<'k> {
         Rows {
@@ -125,6 +137,15 @@ pub(crate) fn args(tensor: Tensor) -> [Arg; 4] {
     );
     let [row, head, batch] = bytes;
     [address, row, head, batch].map(Arg::U64)
+}
+
+/// A number as an element holds it.
+pub(crate) fn rounded(x: Reg<'_, f32>, element: Element) -> Reg<'_, f32> {
+    let word = x.pack(0.0, pair(element));
+    match element {
+        Element::F16 => word.f16_pair()[0],
+        _ => word.low_bf16(),
+    }
 }
 
 /// A chunk's floats.

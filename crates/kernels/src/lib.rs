@@ -17,6 +17,7 @@ mod lists;
 mod merge;
 pub mod plan;
 pub mod pool;
+pub mod select;
 
 pub use flex_block_attn_ptx::{Element, Kernel, Launch};
 pub use flex_block_attn_tile::Strides;
@@ -45,6 +46,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(plan::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(combine::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(pool::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(select::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(gemm::Config::all().into_iter().map(|c| c.kernel()));
     kernels
 }

@@ -1,13 +1,16 @@
 //! What a call puts on a GPU's stream, run by the emulator: plan, forward and backward of random
-//! problems, and parts of an attention put together, must be what the CPU backend computes.
+//! problems, parts of an attention put together, and choices of tiles must be what the CPU backend
+//! computes.
 
 use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
-    self, BackwardWorkspace, Mask, Step, backward_steps, combine_step, forward_step, plan_steps,
+    self, BackwardWorkspace, Mask, Order, Selection, Step, backward_steps, combine_step,
+    forward_step, plan_steps, select_steps, selection_numbers,
 };
+use flex_block_attn::select::{Choice, Scoring, tiles_in_place, video_tiles};
 use flex_block_attn::{
-    BlockMask, BoolMatrix, DType, Extents, Gradients, Options, Plan, Saved, Tensor, TensorMut,
-    backward, bf16, forward,
+    BlockMask, BoolMatrix, DType, Extents, Gradients, Options, Padding, Plan, Saved, Tensor,
+    TensorMut, Video, backward, bf16, builders, forward,
 };
 use flex_block_attn_emulator::{Memory, Options as Way, emulate};
 use flex_block_attn_lab::problems::normal;
@@ -413,6 +416,156 @@ fn attention_over_parts_of_the_keys_is_put_together() {
     let mut odd = given.clone();
     odd[1].1 = at(0, DType::F64, 1);
     assert!(refusal(&odd).contains("with float32 lses"));
+}
+
+/// Numbers whose sums are exact, so that means are rounded alike.
+fn coarse(seed: u64, shape: [usize; 4], tokens_first: bool, gap: usize) -> Stored {
+    let mut stored = Stored::new(seed, shape, tokens_first, gap);
+    for value in &mut stored.values {
+        *value = bf16::from_f64((value.to_f64() * 16.0).round() / 16.0);
+    }
+    stored
+}
+
+/// A choice by chance, of a video as it lies or in tile order.
+fn check_choice(chance: &mut Chance) {
+    let tile = chance.of(&[[1, 4, 4], [2, 3, 8], [3, 4, 4]]);
+    let tiles = [
+        1 + chance.below(3),
+        1 + chance.below(3),
+        1 + chance.below(4),
+    ];
+    let video = Video {
+        thw: std::array::from_fn(|axis| tiles[axis] * tile[axis] - chance.below(tile[axis])),
+        tile,
+        text_len: chance.of(&[0, 5, 60]),
+        padding: chance.of(&[Padding::Zero, Padding::Exact]),
+    };
+    let in_place = chance.below(2) == 1;
+    let (tiles, block) = (video.tiles(), video.block());
+    let count: usize = tiles.iter().product();
+    let canvas = builders::StaCanvas {
+        tiles,
+        window: [1, 1, 3],
+        tile_tokens: block,
+        text_tokens: video.text_len,
+    };
+    let (order, tokens) = match in_place {
+        true => (Order::Video(&video), video.tokens()),
+        false => (
+            Order::Tiles {
+                tiles: count,
+                block,
+            },
+            video.places(),
+        ),
+    };
+    let batch = 1 + chance.below(2);
+    let (heads, kv_heads) = chance.of(&[(1, 1), (3, 3), (4, 2)]);
+    let dim = chance.of(&[64, 128]);
+    let tokens_first = chance.below(2) == 1;
+    let new = |seed, heads| coarse(seed, [batch, heads, tokens, dim], tokens_first, 8);
+    let (q, k) = (new(chance.0, heads), new(chance.0 + 1, kv_heads));
+    let lambda = chance.of(&[0.7, 0.2]);
+    let scoring = chance.of(&[Scoring::Similarity, Scoring::Importance { lambda }]);
+    let choice = Choice {
+        share_heads: chance.below(2) == 1,
+        ..Choice::new(1 + chance.below(6), scoring)
+    };
+    let chosen = match in_place {
+        true => tiles_in_place(q.on_cpu(), k.on_cpu(), &video, &choice),
+        false => video_tiles(q.on_cpu(), k.on_cpu(), &canvas, &choice),
+    };
+    let sliding = builders::sta(&canvas).unwrap();
+    let expected = chosen.unwrap().union(&sliding).unwrap();
+
+    let blocks = expected.extents().q_blocks();
+    let pairs = (0..blocks * blocks).map(|i| (i / blocks, i % blocks));
+    let base: Vec<u8> = pairs
+        .clone()
+        .map(|(row, column)| u8::from(sliding.contains(0, 0, row, column)))
+        .collect();
+    let mut memory = Memory::new();
+    let (q, k) = (q.at(q.put(&mut memory, "q")), k.at(k.put(&mut memory, "k")));
+    let numbers = selection_numbers(&q, &k, order, &choice).unwrap();
+    let lines = expected.batch() * expected.heads();
+    let selection = Selection {
+        mask: memory.alloc("mask", lines * base.len()),
+        base: memory.alloc_with("base", &base),
+        blocks,
+        text_lengths: None,
+        workspace: memory.alloc("workspace", 4 * numbers),
+    };
+    let steps = select_steps(&q, &k, order, &choice, &selection).unwrap();
+    let launches =
+        2 + usize::from(choice.share_heads) + usize::from(scoring != Scoring::Similarity);
+    assert_eq!(steps.len(), launches);
+    run(&mut memory, steps);
+    let got: Vec<u8> = memory.read(selection.mask, lines * base.len());
+    let wanted: Vec<u8> = (0..lines)
+        .flat_map(|line| {
+            let (batch, head) = (line / expected.heads(), line % expected.heads());
+            let expected = &expected;
+            pairs
+                .clone()
+                .map(move |(row, column)| u8::from(expected.contains(batch, head, row, column)))
+        })
+        .collect();
+    assert!(got == wanted, "{video:?}, {choice:?}, in place: {in_place}");
+}
+
+#[test]
+fn tiles_are_chosen_as_on_the_cpu() {
+    let mut chance = Chance(3);
+    for _ in 0..24 {
+        check_choice(&mut chance);
+    }
+}
+
+#[test]
+fn choices_that_kernels_do_not_take_are_named() {
+    let refusal = |order, choice: &Choice, change: &dyn Fn(&mut Stored, &mut Selection)| {
+        let mut q = Stored::new(1, [1, 2, 64, 64], false, 0);
+        let mut selection = Selection {
+            mask: 4096,
+            base: 4096,
+            blocks: 4,
+            text_lengths: None,
+            workspace: 4096,
+        };
+        change(&mut q, &mut selection);
+        let k = Stored::new(1, [1, 1, 64, 64], false, 0);
+        let steps = select_steps(&q.at(4096), &k.at(4096), order, choice, &selection);
+        steps.expect_err("refused").to_string()
+    };
+    let order = Order::Tiles {
+        tiles: 4,
+        block: 16,
+    };
+    let similar = Choice::new(2, Scoring::Similarity);
+    let mass = Choice::new(2, Scoring::Mass { mass: 0.5 });
+    assert_eq!(
+        refusal(order, &mass, &|_, _| ()),
+        "on a GPU, scoring must be similarity, or importance of a lambda from 0 to 1, got Mass { \
+         mass: 0.5 }"
+    );
+    let cells = Choice {
+        cells: Some([[1, 4, 4], [1, 2, 2]]),
+        ..similar
+    };
+    assert!(refusal(order, &cells, &|_, _| ()).contains("cells must be a single one"));
+    let many = Order::Tiles {
+        tiles: 6145,
+        block: 16,
+    };
+    assert_eq!(
+        refusal(many, &similar, &|q, _| q.shape[2] = 6145 * 16),
+        "on a GPU, k must be at least as long as all tiles, got 64 tokens"
+    );
+    assert_eq!(
+        refusal(order, &similar, &|_, selection| selection.blocks = 3),
+        "on a GPU, blocks must be all tiles and blocks of text, at most 65535, got 3"
+    );
 }
 
 #[test]

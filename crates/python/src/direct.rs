@@ -2,7 +2,7 @@
 //! it, in one call from Python.
 //!
 //! In: tensors as users have them. Out: the result, or none where the call must go the long way. Called
-//! by `direct.py` and `api.py`.
+//! by `direct.py` and `api.py`, [`taken`] by `select`, too.
 
 use flex_block_attn::{DType, gpu};
 use pyo3::intern;
@@ -19,7 +19,7 @@ use crate::tensor::{Kind, MOST, Raw};
 
 /// q, k and v, if kernels take them as they are: plain tensors of one GPU, not empty, of one dtype that
 /// kernels compute in, at addresses and of strides that they can copy from.
-fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
+pub fn taken(tensors: [&Bound<'_, PyAny>; 3]) -> PyResult<Option<[Raw; 3]>> {
     let mut raws = [None, None, None];
     for (raw, tensor) in raws.iter_mut().zip(tensors) {
         if !is_plain(tensor)? {

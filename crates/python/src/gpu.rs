@@ -18,7 +18,7 @@ use crate::tensor::{Kind, MOST, Raw};
 
 /// The stream that torch works on at present, on a tensor's GPU. The library makes the device's context
 /// current itself, so no device guard is needed.
-fn stream(py: Python<'_>, tensor: &Raw) -> PyResult<Stream> {
+pub fn stream(py: Python<'_>, tensor: &Raw) -> PyResult<Stream> {
     // What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
     static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let current = CURRENT.import(py, "torch._C", "_cuda_getCurrentRawStream")?;

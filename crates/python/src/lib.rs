@@ -13,6 +13,7 @@ mod exchange;
 mod expression;
 mod gpu;
 mod mask;
+mod select;
 mod tensor;
 
 use flex_block_attn::gpu::MOST_PARTS;
@@ -35,6 +36,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(gpu::forward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::combine_cuda, module)?)?;
     module.add("MOST_PARTS", MOST_PARTS)?;
+    module.add_function(wrap_pyfunction!(select::select_numbers, module)?)?;
+    module.add_function(wrap_pyfunction!(select::select_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::backward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;

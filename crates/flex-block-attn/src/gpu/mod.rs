@@ -1,19 +1,21 @@
-//! Attention and plans on NVIDIA GPUs.
+//! Attention, plans and choices of tiles on NVIDIA GPUs.
 //!
 //! In: tensors whose pointers are addresses of device memory, and a stream, all the caller's. Out: work
 //! on that stream; nothing is allocated, nothing waited for, so calls may be captured into graphs.
 //! Arguments are checked as on CPUs; what the kernels do not do comes back as [`Error::Gpu`].
 //!
-//! [`plan_steps`], [`forward_step`] and [`backward_steps`] say as plain data what a call puts on the
-//! stream: what is launched is what the emulator runs in tests.
+//! [`plan_steps`], [`select_steps`], [`forward_step`] and [`backward_steps`] say as plain data what a call
+//! puts on the stream: what is launched is what the emulator runs in tests.
 //!
 //! - `forward`, `backward`: the two passes; `video`: what they know of videos;
 //! - `combine`: attention over parts of the keys, put together;
+//! - `select`: masks of tiles, by what their tokens hold;
 //! - here: what they share, and plans.
 
 mod backward;
 mod combine;
 mod forward;
+mod select;
 mod video;
 
 use std::collections::HashMap;
@@ -23,7 +25,8 @@ use flex_block_attn_cuda::{self as cuda, Device, Function};
 use flex_block_attn_kernels::backward::{self as backward_kernels, bounds, finish, prepare};
 use flex_block_attn_kernels::forward as forward_kernels;
 use flex_block_attn_kernels::{
-    Element, Kernel, Launch, Strides, combine as combining, exact, plan as planning,
+    Element, Kernel, Launch, Strides, combine as combining, exact, plan as planning, pool,
+    select as selecting,
 };
 use flex_block_attn_mask::PlanLayout;
 use flex_block_attn_mask::expression::Formula;
@@ -33,6 +36,7 @@ pub use flex_block_attn_kernels::plan::Mask;
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use combine::{MOST_PARTS, combine, combine_step};
 pub use forward::{forward, forward_step};
+pub use select::{MOST_SELECTED, Order, Selection, select, select_steps, selection_numbers};
 
 use crate::{DType, Error, Options, Result, Tensor, check};
 
@@ -155,6 +159,10 @@ pub enum Step {
     Finish(finish::Config),
     /// Attention over parts of the keys, put together.
     Combine(combining::Config),
+    /// Means of tiles.
+    Pool(pool::Config),
+    /// A part of choosing tiles by their means.
+    Select(selecting::Config),
 }
 
 impl Step {
@@ -168,6 +176,8 @@ impl Step {
             Self::Backward(config) => config.kernel(),
             Self::Finish(config) => config.kernel(),
             Self::Combine(config) => config.kernel(),
+            Self::Pool(config) => config.kernel(),
+            Self::Select(config) => config.kernel(),
         }
     }
 }

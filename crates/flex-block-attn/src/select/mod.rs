@@ -1,4 +1,4 @@
-//! Masks chosen by what tokens hold, on the CPU.
+//! Masks chosen by what tokens hold, on the CPU; [`crate::gpu::select()`] chooses on GPUs.
 //!
 //! In: queries and keys as [`Tensor`]s. Out: a [`BlockMask`], of which a plan is made as of any
 //! other. Choices are made of three pieces:

@@ -2,6 +2,7 @@
 
 mod backward;
 mod forward;
+mod select;
 
 use std::error::Error;
 
@@ -97,6 +98,10 @@ fn cases() -> Vec<Case> {
     for block in [64, 384] {
         let name = format!("pool h24 s30720 b{block}");
         cases.push(case(name, move |gpu| means(gpu, block)));
+    }
+    for shared in [false, true] {
+        let name = format!("select h16 31x45x80{}", if shared { " shared" } else { "" });
+        cases.push((name, Box::new(move |gpu| select::select(gpu, shared))));
     }
     cases
 }
@@ -230,13 +235,15 @@ fn means(gpu: &mut Gpu, block: u32) -> Result<Measured> {
         head_dim: HEAD_DIM,
     };
     let (rows, blocks) = (HEADS * TOKENS, HEADS * TOKENS / block);
-    let args = pool::Args {
+    let pooled = pool::Pooled {
         tensor: tensor(gpu, 1)?,
-        means: gpu.alloc((4 * HEAD_DIM * blocks) as usize)?,
-        batch: 1,
         heads: HEADS,
-        len: TOKENS,
-        block,
+        means: gpu.alloc((4 * HEAD_DIM * blocks) as usize)?,
+    };
+    let args = pool::Args {
+        tensors: [pooled, pool::Pooled { heads: 0, ..pooled }],
+        batch: 1,
+        tiles: pool::Tiles::blocks(TOKENS, block),
     };
     let (function, launch) = (gpu.load(&config.kernel())?, config.launch(&args));
     let times = gpu.time(1, 30, || gpu.launch(function, &launch))?;

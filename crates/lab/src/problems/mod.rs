@@ -5,7 +5,7 @@
 //! Called by tests and by `lab emulate`. Values are by chance, about normal, the same each time.
 //!
 //! - `attention`: forward and backward; `product`; `plan`: mask compaction; `rows`: preparation of
-//!   the backward pass, parts put together, pooling;
+//!   the backward pass, parts put together, pooling; `select`: masks of what suits;
 //! - `video`: forward and backward over a video in tiles;
 //! - `tensor`: how tensors lie in memory.
 
@@ -14,6 +14,7 @@ mod plan;
 mod product;
 mod rows;
 mod rule;
+mod select;
 mod tensor;
 mod video;
 
@@ -30,6 +31,7 @@ pub use plan::{BitCompaction, Compaction, MaskLayout};
 pub use product::Product;
 pub use rows::{Bounds, Combine, Pool, Prepare};
 pub use rule::Rule;
+pub use select::Select;
 pub use tensor::Layout;
 pub use video::Video;
 
@@ -237,6 +239,7 @@ impl Expected {
             Element::F16 => all(self, memory, |x| f16::from_bits(x).to_f64()),
             Element::F32 => all(self, memory, |x: f32| x.into()),
             Element::I32 => all(self, memory, |x: i32| x.into()),
+            Element::U8 => all(self, memory, |x: u8| x.into()),
             other => unreachable!("no kernel writes {other:?}"),
         }
     }
@@ -353,10 +356,17 @@ mod tests {
             Pool {
                 config: pool::Config::all()[0],
                 batch: 1,
-                heads: 1,
-                len: 10,
-                block: 4,
+                heads: [1, 2],
+                tiles: pool::Tiles::blocks(10, 4),
+                more: 0,
                 layout,
+            }
+            .setup(),
+            Select {
+                shared: true,
+                lambda: Some(0.7),
+                text_lengths: Some([10, 40]),
+                ..Select::new(20, 22)
             }
             .setup(),
         ]

@@ -6,7 +6,7 @@ use flex_block_attn_kernels::backward::{Workspace, bounds, prepare};
 use flex_block_attn_kernels::{combine, pool};
 use flex_block_attn_ptx::Element;
 
-use super::tensor::{Layout, Tensor};
+use super::tensor::{Layout, Tensor, rounded};
 use super::{Close, Expected, Setup, Step};
 
 /// Deltas and lses of queries, before the backward pass.
@@ -324,68 +324,102 @@ impl Combine {
     }
 }
 
-/// Means over blocks of tokens.
+/// Means over tiles of tokens, of two tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct Pool {
     /// The kernel.
     pub config: pool::Config,
     /// Batches.
     pub batch: usize,
-    /// Heads.
-    pub heads: usize,
-    /// Tokens.
-    pub len: usize,
-    /// Tokens of a block.
-    pub block: usize,
-    /// How they lie in memory.
+    /// Heads of each.
+    pub heads: [usize; 2],
+    /// Which tokens make a tile.
+    pub tiles: pool::Tiles,
+    /// Tokens behind, which are in no tile.
+    pub more: usize,
+    /// How the first lies in memory.
     pub layout: Layout,
 }
 
 impl Pool {
-    /// The kernel with a tensor.
+    /// The kernel with tensors, of numbers whose sums are exact.
     pub fn setup(&self) -> Setup {
-        let Self {
-            config,
-            batch,
-            heads,
-            len,
-            block,
-            layout,
-        } = *self;
-        let head_dim = config.head_dim as usize;
-        let tensor = Tensor {
-            element: config.element,
-            shape: [batch, heads, len, head_dim],
-            layout,
+        let tokens = self.tiles.thw.iter().product::<u32>() as usize + self.more;
+        let head_dim = self.config.head_dim as usize;
+        let (mut memory, mut expected) = (Memory::new(), Vec::new());
+        let mut pooled = |name, heads: usize, layout, seed| {
+            let tensor = Tensor {
+                element: self.config.element,
+                shape: [self.batch, heads, tokens, head_dim],
+                layout,
+            };
+            let mut values = tensor.normal(seed);
+            values
+                .iter_mut()
+                .for_each(|x| *x = (*x * 16.0).round() / 16.0);
+            let heads_of = values.chunks_exact(tokens * head_dim);
+            let means: Vec<f64> = heads_of.flat_map(|head| self.means(head)).collect();
+            let address = memory.alloc(name, 4 * means.len());
+            if heads > 0 {
+                let exactly = Close::Each(0.0);
+                expected.push(Expected::new(name, address, Element::F32, means, exactly));
+            }
+            pool::Pooled {
+                tensor: tensor.put(&mut memory, &format!("tokens of {name}"), &values),
+                heads: heads as u32,
+                means: address,
+            }
         };
-        let values = tensor.normal(3);
-        let mut means = Vec::new();
-        for head in values.chunks_exact(len * head_dim) {
-            for block in head.chunks(block * head_dim) {
-                let rows = block.len() / head_dim;
-                let sum = |i| block.iter().skip(i).step_by(head_dim).sum::<f64>();
-                means.extend((0..head_dim).map(|i| sum(i) / rows as f64));
+        let tensors = [
+            pooled("the means", self.heads[0], self.layout, 3),
+            pooled("the other means", self.heads[1], Layout::default(), 4),
+        ];
+        let args = pool::Args {
+            tensors,
+            batch: self.batch as u32,
+            tiles: self.tiles,
+        };
+        let step = Step::new(self.config.kernel(), self.config.launch(&args));
+        Setup::new(memory, vec![step], expected)
+    }
+
+    /// Of a head's tiles, one after the other.
+    fn means(&self, head: &[f64]) -> Vec<f64> {
+        let head_dim = self.config.head_dim as usize;
+        let pool::Tiles {
+            thw,
+            tile,
+            zeros_count,
+        } = self.tiles;
+        let [[time, height, width], [a, b, c]] = [thw, tile].map(|of| of.map(|n| n as usize));
+        let (n_h, n_w) = (height.div_ceil(b), width.div_ceil(c));
+        let count = time.div_ceil(a) * n_h * n_w;
+        let (mut sums, mut tokens) = (vec![0.0; count * head_dim], vec![0; count]);
+        for (token, row) in head
+            .chunks_exact(head_dim)
+            .take(time * height * width)
+            .enumerate()
+        {
+            let (t, h, w) = (
+                token / width / height,
+                token / width % height,
+                token % width,
+            );
+            let number = (t / a * n_h + h / b) * n_w + w / c;
+            tokens[number] += 1;
+            for (sum, x) in sums[number * head_dim..].iter_mut().zip(row) {
+                *sum += x;
             }
         }
-        let mut memory = Memory::new();
-        let args = pool::Args {
-            tensor: tensor.put(&mut memory, "tensor", &values),
-            means: memory.alloc("means", 4 * means.len()),
-            batch: batch as u32,
-            heads: heads as u32,
-            len: len as u32,
-            block: block as u32,
+        let mean = |(i, sum): (usize, &f64)| {
+            let count = if zeros_count {
+                a * b * c
+            } else {
+                tokens[i / head_dim]
+            };
+            // As float32 first: so is what is rounded.
+            rounded(self.config.element, f64::from((sum / count as f64) as f32))
         };
-        Setup::new(
-            memory,
-            vec![Step::new(config.kernel(), config.launch(&args))],
-            vec![Expected::new(
-                "the means",
-                args.means,
-                Element::F32,
-                means,
-                Close::Each(4e-6),
-            )],
-        )
+        sums.iter().enumerate().map(mean).collect()
     }
 }

@@ -6,10 +6,12 @@
 //!
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
-//!   `results`: the table, by what is broken; `gradients`: the same of the backward pass;
+//!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
+//!   tiles are chosen by;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
+mod choices;
 mod counters;
 mod edit;
 mod fences;
@@ -61,15 +63,24 @@ enum Base {
     Gradients,
     /// The same, deterministic: sums of integers.
     Integers,
+    /// Means of tiles.
+    Means,
+    /// A choice of tiles by their means: the kernel that weighs keys.
+    Weights,
+    /// The same: the kernel that scores, and keeps the best.
+    Masks,
 }
 
-const BASES: [Base; 6] = [
+const BASES: [Base; 9] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
     Base::Ragged,
     Base::Gradients,
     Base::Integers,
+    Base::Means,
+    Base::Weights,
+    Base::Masks,
 ];
 
 impl Base {
@@ -126,6 +137,9 @@ impl Base {
             }
             Self::Gradients => gradients(false),
             Self::Integers => gradients(true),
+            Self::Means => choices::means(),
+            Self::Weights => choices::weights(),
+            Self::Masks => choices::masks(),
         }
     }
 }
@@ -194,6 +208,7 @@ fn table() -> Vec<Mutation> {
         values::table(),
         results::table(),
         gradients::table(),
+        choices::table(),
     ]
     .into_iter()
     .flatten()

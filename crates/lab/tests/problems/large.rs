@@ -191,15 +191,27 @@ fn deltas_and_lses() {
 #[test]
 fn means() {
     let Some(gpu) = gpu() else { return };
+    let tiles = |thw, tile, zeros_count| pool::Tiles {
+        thw,
+        tile,
+        zeros_count,
+    };
     for config in pool::Config::all() {
-        for (len, block) in [(4096, 128), (3000, 384), (2049, 16), (1537, 1536)] {
+        for tiles in [
+            pool::Tiles::blocks(4096, 128),
+            pool::Tiles::blocks(3000, 384),
+            pool::Tiles::blocks(2049, 16),
+            pool::Tiles::blocks(1537, 1536),
+            tiles([7, 45, 80], [6, 8, 8], true),
+            tiles([5, 33, 50], [2, 4, 8], false),
+        ] {
             for layout in layouts() {
                 let problem = Pool {
                     config,
                     batch: 2,
-                    heads: 3,
-                    len,
-                    block,
+                    heads: [4, 2],
+                    tiles,
+                    more: 0,
                     layout,
                 };
                 right_on(gpu, &problem.setup());

@@ -12,6 +12,7 @@ mod large;
 mod plan;
 mod product;
 mod rows;
+mod select;
 mod video;
 
 use std::sync::OnceLock;

@@ -82,12 +82,47 @@ fn means_of_blocks() {
             let problem = Pool {
                 config,
                 batch: 1,
-                heads: 2,
-                len,
-                block,
+                heads: [2, 0],
+                tiles: pool::Tiles::blocks(len, block),
+                more: 0,
                 layout: Layout {
                     tokens_first: len % 2 == 0,
                     gap: 16,
+                },
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1));
+        }
+    }
+}
+
+#[test]
+fn means_of_tiles() {
+    // Whole tiles; tiles that stick out along some axes, by all but a token, in which a warp has none;
+    // one that is larger than the video.
+    let sizes = [
+        ([4, 6, 8], [2, 3, 4]),
+        ([3, 9, 17], [2, 8, 8]),
+        ([7, 8, 9], [6, 8, 8]),
+        ([5, 1, 33], [1, 1, 16]),
+        ([2, 3, 5], [6, 8, 8]),
+        ([9, 4, 4], [3, 1, 5]),
+    ];
+    for (index, config) in pool::Config::all().into_iter().enumerate() {
+        for (thw, tile) in sizes {
+            let zeros_count = (index + thw[0] as usize).is_multiple_of(2);
+            let problem = Pool {
+                config,
+                batch: 2,
+                heads: [[2, 1], [1, 1], [3, 1], [4, 2]][index],
+                tiles: pool::Tiles {
+                    thw,
+                    tile,
+                    zeros_count,
+                },
+                more: 5,
+                layout: Layout {
+                    tokens_first: index % 2 == 0,
+                    gap: 8,
                 },
             };
             right_in_all_ways(&problem.setup(), &Options::all(1));

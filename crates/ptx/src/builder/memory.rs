@@ -200,6 +200,18 @@ impl Builder {
         self.store_vector(Space::Global, address.address(), [value]);
     }
 
+    /// Stores the lower byte of 16 bits.
+    #[track_caller]
+    pub fn store_global_byte(&self, address: impl AddressOf<u64>, bits: Reg<'_, u16>) {
+        let src = vec![bits.operand()];
+        self.emit(Op::Store {
+            space: Space::Global,
+            ty: Ty::U8,
+            src,
+            address: address.address(),
+        });
+    }
+
     /// Stores `N` (2 or 4) neighbours; the address is a multiple of their size.
     #[track_caller]
     pub fn store_globals<T: Scalar, const N: usize>(

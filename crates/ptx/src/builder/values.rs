@@ -346,6 +346,12 @@ impl<'k> Reg<'k, u32> {
         self.convert()
     }
 
+    /// The low 16 bits.
+    #[track_caller]
+    pub fn to_u16(self) -> Reg<'k, u16> {
+        self.convert()
+    }
+
     /// The nearest float32.
     #[track_caller]
     pub fn to_f32(self) -> Reg<'k, f32> {
