@@ -26,12 +26,15 @@ except (ImportError, AttributeError):
     _CAN_TELL = False
 
 
-def plan(blocks: Tensor, sizes: tuple[int, int, int, int]) -> Tensor | None:
-    """The plan of a mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block, kv_block."""
+def plan(
+    blocks: Tensor, sizes: tuple[int, int, int, int], video: launch.Video | None = None
+) -> Tensor | None:
+    """The plan of a mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block, kv_block. Of a
+    video's tiles, rows that take as long come together."""
     if not _nobody_watches():
         return None
     shape = _native.plan_shape(blocks, sizes)
-    return None if shape is None else launch.plan(blocks, sizes, shape)
+    return None if shape is None else launch.plan(blocks, sizes, shape, video)
 
 
 def attention(

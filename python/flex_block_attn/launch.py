@@ -13,6 +13,8 @@ from . import _native
 # A mask's expression: its text, and its tables.
 Exact = tuple[str, list[Tensor]]
 
+# Canvas and tile along (t, h, w), tokens of text, and whether padding counts as zeros.
+Video = tuple[tuple[int, int, int], tuple[int, int, int], int, bool]
 # Of tiles: canvas and tile along (t, h, w), tokens of text, and whether padding counts as zeros, or
 # None of tokens in tile order.
 Order = tuple[tuple[int, int, int], tuple[int, int, int], int, bool | None]
@@ -20,11 +22,16 @@ Order = tuple[tuple[int, int, int], tuple[int, int, int], int, bool | None]
 Choice = tuple[int, float | None, bool]
 
 
-def plan(blocks: Tensor, sizes: tuple[int, int, int, int], shape: tuple[int, int, int]) -> Tensor:
-    """Of a bool mask of 2 to 4 dimensions; ``sizes`` are q_len, kv_len, q_block and kv_block,
-    ``shape`` is the plan's."""
+def plan(
+    blocks: Tensor,
+    sizes: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
+    video: Video | None = None,
+) -> Tensor:
+    """Of a bool mask of 2 to 4 dimensions, of the tiles of a video, if there is one; ``sizes`` are
+    q_len, kv_len, q_block and kv_block, ``shape`` is the plan's."""
     result = blocks.new_empty(shape, dtype=torch.int32)
-    _native.plan_cuda(blocks, sizes, result)
+    _native.plan_cuda(blocks, sizes, result, video)
     return result
 
 

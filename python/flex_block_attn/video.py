@@ -9,6 +9,7 @@ Called by users, and by :mod:`.ssta_attention`.
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
                 f"canvas_thw, tile_thw and text_len need {needed[2]} x {needed[3]} of {needed[0]} "
                 f"x {needed[1]}"
             )
-        return mask.plan
+        return kept_plan_of(mask, q, canvas)
     return plan_of(as_blocks(mask), q, canvas)
 
 
@@ -149,8 +150,26 @@ def plan_of(blocks: Tensor, q: Tensor, canvas: Canvas) -> Tensor:
     """The plan of a mask of tiles and blocks of text."""
     same_device("mask", blocks, q)
     sizes = canvas.places, canvas.places, canvas.block, canvas.block
-    plan = direct.plan(blocks, sizes)
+    video = (canvas.thw, canvas.tile, canvas.text_len, False)
+    plan = direct.plan(blocks, sizes, video if q.is_cuda and is_native(q, canvas) else None)
     return ops.plan(blocks, *sizes) if plan is None else plan
+
+
+_PLANS: WeakKeyDictionary[BlockMask, dict[Canvas, Tensor]] = WeakKeyDictionary()
+
+
+def kept_plan_of(mask: BlockMask, q: Tensor, canvas: Canvas) -> Tensor:
+    """The plan of a mask, kept with it: one that knows of the tiles, where that is of use."""
+    if not q.is_cuda or torch.compiler.is_compiling() or not is_native(q, canvas):
+        return mask.plan
+    plans = _PLANS.setdefault(mask, {})
+    plan = plans.get(canvas)
+    if plan is None:
+        plan = plan_of(mask.blocks, q, canvas)
+        # What is made while a graph is captured holds nothing before that is replayed.
+        if not torch.cuda.is_current_stream_capturing():
+            plans[canvas] = plan
+    return plan
 
 
 # --- operators ----------------------------------------------------------------------------------

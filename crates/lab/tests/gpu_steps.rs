@@ -164,7 +164,7 @@ fn check(chance: &mut Chance) {
             address: memory.alloc_with("mask", &blocks),
             strides: strides.map(|stride| stride as u64),
         };
-        run(&mut memory, plan_steps(&mask, &plan).unwrap());
+        run(&mut memory, plan_steps(&mask, &plan, None).unwrap());
         assert_eq!(memory.read::<i32>(plan.address, words.len()), words);
     }
 

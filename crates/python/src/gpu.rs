@@ -3,7 +3,7 @@
 //! Who calls has allocated what is written. [`plan_shape`] says beforehand of what shape a plan is.
 
 use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
-use flex_block_attn::{Gradients, Options, PlanLayout, Saved};
+use flex_block_attn::{Gradients, Options, PlanLayout, Saved, Video};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -75,11 +75,19 @@ pub fn plan_shape(
     Ok(layout.map(|(_, layout)| (layout.batch, layout.heads, layout.record_words())))
 }
 
-/// Plans a bool matrix on its GPU, or one for each batch and head, into an int32 tensor.
+/// Plans a bool matrix on its GPU, or one for each batch and head, into an int32 tensor; of the tiles of a
+/// `video`, if there is one.
 #[pyfunction]
-pub fn plan_cuda(py: Python<'_>, blocks: Raw, sizes: RawExtents, to: Raw) -> PyResult<()> {
+#[pyo3(signature = (blocks, sizes, to, video=None))]
+pub fn plan_cuda(
+    py: Python<'_>,
+    blocks: Raw,
+    sizes: RawExtents,
+    to: Raw,
+    video: Option<RawVideo>,
+) -> PyResult<()> {
     let (mask, layout) = mask(&blocks, sizes)?;
-    plan(py, mask, layout, &blocks, &to)
+    plan(py, mask, layout, self::video(video)?, &blocks, &to)
 }
 
 /// Plans a mask of (batch, heads) matrices from its bits, which lie on a GPU as `write_bits` has
@@ -104,10 +112,17 @@ pub fn plan_bits_cuda(
         return Err(PyValueError::new_err(text));
     }
     let address = bits.address as u64;
-    plan(py, Mask::Bits { address }, layout, &bits, &to)
+    plan(py, Mask::Bits { address }, layout, None, &bits, &to)
 }
 
-fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) -> PyResult<()> {
+fn plan(
+    py: Python<'_>,
+    mask: Mask,
+    layout: PlanLayout,
+    video: Option<Video>,
+    from: &Raw,
+    to: &Raw,
+) -> PyResult<()> {
     let words = to.shape.iter().product();
     layout.check_words(words).map_err(python_mask)?;
     let plan = Plan {
@@ -119,7 +134,7 @@ fn plan(py: Python<'_>, mask: Mask, layout: PlanLayout, from: &Raw, to: &Raw) ->
     // SAFETY: the mask's layout was read from a tensor on the stream's device, and `launch.py` has
     // allocated the plan there, which has room for its words; torch's allocator keeps both until the
     // stream has come past this call.
-    py.detach(|| unsafe { gpu::plan(&mask, &plan, on) })
+    py.detach(|| unsafe { gpu::plan(&mask, &plan, video.as_ref(), on) })
         .map_err(python)
 }
 

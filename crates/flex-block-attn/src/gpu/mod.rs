@@ -38,7 +38,7 @@ pub use combine::{MOST_PARTS, combine, combine_step};
 pub use forward::{forward, forward_step};
 pub use select::{MOST_SELECTED, Order, Selection, select, select_steps, selection_numbers};
 
-use crate::{DType, Error, Options, Result, Tensor, check};
+use crate::{DType, Error, Options, Result, Tensor, Video, check};
 
 /// A stream of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -182,11 +182,12 @@ impl Step {
     }
 }
 
-/// The launches that make a plan of a mask, in order; none if the mask has no entries.
+/// The launches that make a plan of a mask, in order; none if the mask has no entries. If its blocks are a
+/// video's tiles, those rows come first that take longest, and what takes as long runs together.
 ///
 /// # Errors
-/// When the mask is too large.
-pub fn plan_steps(mask: &Mask, plan: &Plan) -> Result<Vec<(Step, Launch)>> {
+/// When the mask is too large, or not for the video's tiles.
+pub fn plan_steps(mask: &Mask, plan: &Plan, video: Option<&Video>) -> Result<Vec<(Step, Launch)>> {
     const MOST: usize = 65_535;
     let layout = plan.layout;
     let extents = [layout.batch, layout.heads, layout.rows(), layout.columns()];
@@ -200,25 +201,30 @@ pub fn plan_steps(mask: &Mask, plan: &Plan) -> Result<Vec<(Step, Launch)>> {
             allowed: "at most 65535 along each dimension",
         });
     }
+    let canvas = |video: &Video| {
+        video.check(&layout)?;
+        video::canvas(video)
+    };
     let args = planning::Args {
         mask: *mask,
         layout,
         plan: plan.address,
+        canvas: video.map(canvas).transpose()?,
     };
     let step = |config: planning::Config| (Step::Plan(config), config.launch(&args));
-    Ok(planning::Config::of(mask).into_iter().map(step).collect())
+    Ok(planning::Config::of(&args).into_iter().map(step).collect())
 }
 
-/// Makes a plan of a mask, on a stream.
+/// Makes a plan of a mask, on a stream; of a video's tiles, if there is one.
 ///
 /// # Errors
-/// When the mask is too large, or there is no GPU for it.
+/// When the mask is too large, or not for the video's tiles; no GPU.
 ///
 /// # Safety
 /// Mask and plan lie in the device's memory, as large as their layout says; nobody else writes the
 /// mask, or uses the plan, before the stream has come past this call. The stream is alive.
-pub unsafe fn plan(mask: &Mask, plan: &Plan, stream: Stream) -> Result<()> {
-    for (step, launch) in plan_steps(mask, plan)? {
+pub unsafe fn plan(mask: &Mask, plan: &Plan, video: Option<&Video>, stream: Stream) -> Result<()> {
+    for (step, launch) in plan_steps(mask, plan, video)? {
         // SAFETY: the caller's word.
         unsafe { put(step, &launch, stream)? };
     }

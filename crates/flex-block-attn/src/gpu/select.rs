@@ -303,7 +303,7 @@ pub fn select_steps(
 ///     unsafe {
 ///         gpu::select(&q, &k, Order::Video(video), &choice, selection, stream)?;
 ///         let strides = [heads * n * n, n * n, n, 1];
-///         gpu::plan(&Mask::Bytes { address: selection.mask, strides }, plan, stream)
+///         gpu::plan(&Mask::Bytes { address: selection.mask, strides }, plan, Some(video), stream)
 ///     }
 /// }
 /// ```

@@ -3,7 +3,7 @@
 //! are a fiftieth of its plan.
 //!
 //! Two launches, on one stream: [`Config::Lists`] writes counts and lists of both sides,
-//! [`Config::Order`] then ranks the lists by their length. Between them they write every word of
+//! [`Config::Order`] then ranks the lists by what they cost. Between them they write every word of
 //! the plan. Called by `flex-block-attn`.
 
 mod lists;
@@ -13,10 +13,14 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Arg, Builder, Kernel, Launch, Reg};
 
+use crate::canvas::{self, Canvas};
+
 /// Threads of a thread block, of both kernels.
 const THREADS: u32 = 256;
 /// Rows or columns at most: what [`Config::Order`]'s keys have room for.
 const MOST_LINES: usize = 65535;
+/// Tokens of the boxes that a video is computed by.
+const PIECE: u32 = 64;
 
 /// Which of the two kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,7 +28,10 @@ pub enum Config {
     /// Counts and lists; the first launch.
     Lists(Form),
     /// Orders, from the counts; the second launch.
-    Order,
+    Order {
+        /// Whether blocks are a video's tiles, and lists ranked by their boxes.
+        canvas: bool,
+    },
 }
 
 /// What a mask is made of.
@@ -72,6 +79,8 @@ pub struct Args {
     pub layout: PlanLayout,
     /// Address of the plan, int32, [`PlanLayout::words`] of them; a multiple of 4.
     pub plan: u64,
+    /// The video whose tiles the blocks are, on both sides.
+    pub canvas: Option<Canvas>,
 }
 
 impl Config {
@@ -80,19 +89,22 @@ impl Config {
         vec![
             Self::Lists(Form::Bytes),
             Self::Lists(Form::Bits),
-            Self::Order,
+            Self::Order { canvas: false },
+            Self::Order { canvas: true },
         ]
     }
 
     /// Both, in order, for a mask.
-    pub fn of(mask: &Mask) -> [Self; 2] {
-        [Self::Lists(mask.form()), Self::Order]
+    pub fn of(args: &Args) -> [Self; 2] {
+        let canvas = args.canvas.is_some();
+        [Self::Lists(args.mask.form()), Self::Order { canvas }]
     }
 
     /// The launch for some mask.
     ///
     /// # Panics
-    /// If the mask has no entries, or more than 65535 rows, columns, heads or batches.
+    /// If the mask has no entries, or more than 65535 rows, columns, heads or batches; if the plan is not
+    /// for the video's tiles.
     pub fn launch(self, args: &Args) -> Launch {
         let layout = args.layout;
         let extents = [layout.batch, layout.heads, layout.rows(), layout.columns()];
@@ -103,7 +115,7 @@ impl Config {
         let address = |words: usize| Arg::U64(args.plan + 4 * words as u64);
         let mut list = Vec::new();
         match (self, args.mask) {
-            (Self::Order, _) => {}
+            (Self::Order { .. }, _) => {}
             (Self::Lists(_), Mask::Bytes { address, strides }) => {
                 list.push(Arg::U64(address));
                 list.extend(strides.map(Arg::U64));
@@ -123,14 +135,21 @@ impl Config {
         ]);
         for side in [Side::Rows, Side::Columns].map(|side| layout.side(side)) {
             list.push(address(side.count(0)));
-            list.push(match self {
-                Self::Lists(_) => address(side.list(0)),
-                Self::Order => address(side.order()),
-            });
+            match self {
+                Self::Lists(_) => list.push(address(side.list(0))),
+                Self::Order { canvas } => {
+                    list.push(address(side.order()));
+                    list.extend(canvas.then(|| address(side.list(0))));
+                }
+            }
         }
         let blocks = match self {
             Self::Lists(_) => lists::blocks(rows, columns),
-            Self::Order => order::blocks(rows, columns),
+            Self::Order { canvas } => {
+                args.canvas.iter().for_each(|canvas| canvas.check(layout));
+                list.extend(canvas::args(canvas.then_some(PIECE), args.canvas));
+                order::blocks(rows, columns)
+            }
         };
         Launch {
             grid: [blocks, heads, batch],
@@ -148,7 +167,13 @@ impl Config {
                 };
                 Builder::kernel(name, THREADS, |k| lists::body(k, form))
             }
-            Self::Order => Builder::kernel("plan_order", THREADS, order::body),
+            Self::Order { canvas } => {
+                let name = match canvas {
+                    false => "plan_order",
+                    true => "plan_order_canvas",
+                };
+                Builder::kernel(name, THREADS, |k| order::body(k, canvas))
+            }
         }
     }
 }

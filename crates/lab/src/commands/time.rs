@@ -167,9 +167,10 @@ fn plan(gpu: &mut Gpu, heads: usize, rows: usize, columns: usize) -> Result<Meas
         },
         layout,
         plan: gpu.alloc(4 * layout.words())?,
+        canvas: None,
     };
     let mut launches = Vec::new();
-    for config in plan::Config::of(&args.mask) {
+    for config in plan::Config::of(&args) {
         launches.push((gpu.load(&config.kernel())?, config.launch(&args)));
     }
     let times = gpu.time(20, 30, || {

@@ -27,7 +27,7 @@ use thiserror::Error;
 use crate::gpu::Gpu;
 
 pub use attention::{Backward, Forward};
-pub use plan::{BitCompaction, Compaction, MaskLayout};
+pub use plan::{BitCompaction, Compaction, MaskLayout, TileCompaction};
 pub use product::Product;
 pub use rows::{Bounds, Combine, Pool, Prepare};
 pub use rule::Rule;

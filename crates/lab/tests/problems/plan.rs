@@ -1,8 +1,9 @@
 //! Mask compaction, word for word against the host's.
 
 use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::canvas::{Canvas, Padding};
 use flex_block_attn_lab::problems::MaskLayout::{Dense, Repeated, Transposed};
-use flex_block_attn_lab::problems::{BitCompaction, Compaction};
+use flex_block_attn_lab::problems::{BitCompaction, Compaction, TileCompaction};
 
 use crate::right_in_all_ways;
 
@@ -69,6 +70,28 @@ fn bits_of_masks_with_partial_blocks() {
         ([1, 1, 40, 36], -1),
     ] {
         let problem = BitCompaction { shape, reach };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
+fn tiles_of_videos() {
+    for (thw, tile, text_len, density) in [
+        ([5, 13, 20], [2, 8, 8], 300, 128),
+        ([9, 9, 9], [4, 4, 8], 0, 60),
+        ([31, 45, 24], [6, 8, 8], 1, 90),
+        ([1, 8, 16], [1, 8, 16], 129, 256),
+    ] {
+        let problem = TileCompaction {
+            canvas: Canvas {
+                thw,
+                tile,
+                text_len,
+                padding: Padding::Exact,
+            },
+            heads: 2,
+            density,
+        };
         right_in_all_ways(&problem.setup(), &Options::all(1));
     }
 }
