@@ -4,10 +4,12 @@ the rank they come from.
 Called by everything here that communicates. Nearly all of it is one collective,
 ``all_to_all_single`` with counts: it runs on gloo as on NCCL, and a rank that has nothing to send
 is no special case. What goes to all ranks, as much from each, is gathered instead: that needs no
-copies to send. Bytes are sent, so every dtype travels on every backend.
+copies to send; several tensors between two ranks go as one. Bytes are sent, so every dtype travels
+on every backend.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -128,6 +130,81 @@ class Exchange:
                 self._came.view(torch.uint8).copy_(self._target)
             self._work = self._bytes = self._target = None
         return self._came
+
+
+class Swap:
+    """Several tensors of numbers on their way, as :class:`Exchange`, but all as one: what would
+    follow on the exchanges' stream finds no room on a GPU while attention has it.
+
+    Args:
+        tensors: of one length, numbers to rank 0 first; none to this rank itself.
+        send: numbers of each for each rank of the group.
+        receive: numbers of each from each rank of the group.
+        group: the ranks; ``None`` are all.
+        into: contiguous tensors for the numbers that come; new ones if not given.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        send: Sequence[int],
+        receive: Sequence[int],
+        group: dist.ProcessGroup | None,
+        into: Sequence[Tensor] | None = None,
+    ):
+        self._came = into or [x.new_empty(sum(receive)) for x in tensors]
+        # gloo sends from the host's memory only.
+        self._staged = tensors[0].is_cuda and dist.get_backend(group) == "gloo"
+        # Kept until they have left.
+        self._bytes = [x.contiguous().view(torch.uint8) for x in tensors]
+        self._targets = [x.view(torch.uint8) for x in self._came]
+        if self._staged:
+            self._bytes, self._targets = (
+                [x.cpu() for x in each] for each in (self._bytes, self._targets)
+            )
+        size = tensors[0].element_size()
+        operations = []
+        for each, counts, operation in (
+            (self._bytes, send, dist.isend),
+            (self._targets, receive, dist.irecv),
+        ):
+            for x in each:
+                for peer, part in enumerate(x.split([n * size for n in counts])):
+                    if len(part):
+                        rank = peer if group is None else dist.get_global_rank(group, peer)
+                        operations.append(dist.P2POp(operation, part, rank, group))
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        """The numbers that came, those from rank 0 first."""
+        for work in self._works:
+            work.wait()
+        if self._staged:
+            for came, target in zip(self._came, self._targets, strict=True):
+                came.view(torch.uint8).copy_(target)
+        self._works, self._bytes, self._targets, self._staged = [], [], [], False
+        return list(self._came)
+
+
+def let_pass(device: torch.device) -> None:
+    """Has exchanges that have left begin before what is launched next on the current stream.
+
+    Attention's thread blocks stay on a GPU until all is done, and exchanges come on a stream of
+    their own, which learns a little later that it may begin: they would find no room, and be waited
+    for after. So the current stream goes a longer way, by a stream that has something to do.
+    """
+    if device.type != "cuda":
+        return
+    current, aside = torch.cuda.current_stream(device), _aside(device)
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        torch.zeros(1, device=device)
+    current.wait_stream(aside)
+
+
+@lru_cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _Exchanged(torch.autograd.Function):

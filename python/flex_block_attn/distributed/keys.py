@@ -6,14 +6,14 @@ of heads, with its k and v side by side; where it is of all, k and v travel as t
 are copied nothing else runs: they are copied once, and 16 bytes at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..masks import BlockMask
-from .exchange import Exchange, copy_wide, wide
+from .exchange import Exchange, Swap, copy_wide, let_pass, wide
 from .plan import RankPlan
 from .steps import Moves
 
@@ -32,7 +32,13 @@ class Keys:
         self._k, self._v, self._plan, self._group = k, v, plan, group
         self._moves: Moves | None = None
         # What is known can leave before anything else happens.
-        self._coming = [self._leave(moves) for moves, _ in plan.known()[:_AHEAD]]
+        self._coming = self._leave_all([moves for moves, _ in plan.known()[:_AHEAD]])
+
+    def _leave_all(self, steps: Sequence[Moves]) -> list[_Coming]:
+        coming = [self._leave(moves) for moves in steps]
+        if coming:
+            let_pass(self._k.device)
+        return coming
 
     def _leave(self, moves: Moves) -> _Coming:
         if moves.step.is_whole:
@@ -43,7 +49,8 @@ class Keys:
         steps = self._plan.steps()
         coming, self._coming = self._coming, []
         for number, (moves, mask) in enumerate(steps):
-            coming += [self._leave(m) for m, _ in steps[number + len(coming) : number + _AHEAD]]
+            more = steps[number + len(coming) : number + _AHEAD]
+            coming += self._leave_all([moves for moves, _ in more])
             self._moves = moves
             yield coming.pop(0).wait(), mask
 
@@ -101,16 +108,15 @@ class _Whole:
         counts = [[tokens * numbers for tokens in each] for each in (send, receive)]
         self._shape = batch, heads, sum(receive), head_dim
         self._into = into
-        self._exchanges = [
-            Exchange(x.reshape(-1), *counts, group, None if place is None else place.view(-1))
-            for x, place in zip((k, v), self._at_once() or (None, None), strict=True)
-        ]
+        places = self._at_once()
+        into = None if places is None else [x.view(-1) for x in places]
+        self._swap = Swap([x.reshape(-1) for x in (k, v)], *counts, group, into)
 
     def _at_once(self) -> tuple[Tensor, Tensor] | None:
         return self._into if self._into and self._into[0].is_contiguous() else None
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        k, v = (exchange.wait().view(self._shape) for exchange in self._exchanges)
+        k, v = (x.view(self._shape) for x in self._swap.wait())
         if self._into is not None and self._at_once() is None:
             for place, came in zip(self._into, (k, v), strict=True):
                 copy_wide(place, came)
