@@ -305,6 +305,8 @@ def group(rank: int | None, ranks: int, store: str):
     local = int(os.environ["LOCAL_RANK"]) if rank is None else rank
     # Attention takes all of a GPU: what is exchanged meanwhile has to go first.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    # And take no more multiprocessors than keys need to come in time.
+    os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "8")
     options: dict[str, Any] = {}
     if rank is not None:
         options = {"init_method": f"file://{store}", "rank": rank, "world_size": ranks}

@@ -255,6 +255,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     # What is exchanged while attention has all of a GPU goes first.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "8")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = dist.get_world_size()
     parts = args.ranks_per_sample or ranks

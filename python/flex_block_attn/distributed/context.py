@@ -127,6 +127,7 @@ def _forward(
 
     def attend(k: Tensor, v: Tensor, mask: BlockMask | None) -> None:
         if mask is not None and q_all.numel() and k.numel():
+            keys.let_pass()
             merged.add(*flex_block_attn(q_all, k, v, mask, scale=scale, return_lse=True))
 
     attend(k, v, plan.local)
@@ -186,6 +187,7 @@ def _backward(
         of_rows = row.dout, row.dlse, q_all, k, v, row.out, row.lse, mask.plan
         if stretch is not None and len(stretches) > 1:
             of_rows = _of_heads(q_stretches[stretch], *of_rows)
+        keys.let_pass()
         dq_, dk_, dv_ = direct.gradients(*of_rows, *settings, [True] * 3)
         dq.add(dq_, stretch)
         return dk_, dv_

@@ -43,12 +43,20 @@ class DynamicPlan:
         exchange: "needed" sends the keys that rows keep; the host waits once in a forward pass,
             after the attention over a rank's own keys has been launched, for a copy of the
             blocks that each rank needs. "all" sends all keys to all ranks, and the host never
-            waits.
+            waits; they leave before that attention has all of a GPU. If not given, "all" for two
+            ranks, which by many heads' masks need about all of each other, "needed" for more.
     """
 
     def __init__(
-        self, blocks: Tensor, layout: Layout, *, chunks: int | None = None, exchange: str = "needed"
+        self,
+        blocks: Tensor,
+        layout: Layout,
+        *,
+        chunks: int | None = None,
+        exchange: str | None = None,
     ):
+        if exchange is None:
+            exchange = "all" if layout.ranks == 2 else "needed"
         self.blocks = as_blocks(blocks)
         shape = len(layout.q_owners), len(layout.kv_owners)
         if self.blocks.shape[2:] != shape:

@@ -6,7 +6,7 @@ of heads, with its k and v side by side; where it is of all, k and v travel as t
 are copied nothing else runs: they are copied once, and 16 bytes at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -32,13 +32,12 @@ class Keys:
         self._k, self._v, self._plan, self._group = k, v, plan, group
         self._moves: Moves | None = None
         # What is known can leave before anything else happens.
-        self._coming = self._leave_all([moves for moves, _ in plan.known()[:_AHEAD]])
+        self._coming = [self._leave(moves) for moves, _ in plan.known()[:_AHEAD]]
 
-    def _leave_all(self, steps: Sequence[Moves]) -> list[_Coming]:
-        coming = [self._leave(moves) for moves in steps]
-        if coming:
+    def let_pass(self) -> None:
+        """Attention comes next: what is on its way begins before."""
+        if self._coming:
             let_pass(self._k.device)
-        return coming
 
     def _leave(self, moves: Moves) -> _Coming:
         if moves.step.is_whole:
@@ -46,11 +45,9 @@ class Keys:
         return _Some(self._k, self._v, moves, self._plan.groups, self._group)
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], BlockMask | None]]:
-        steps = self._plan.steps()
-        coming, self._coming = self._coming, []
+        steps, coming = self._plan.steps(), self._coming
         for number, (moves, mask) in enumerate(steps):
-            more = steps[number + len(coming) : number + _AHEAD]
-            coming += self._leave_all([moves for moves, _ in more])
+            coming += [self._leave(m) for m, _ in steps[number + len(coming) : number + _AHEAD]]
             self._moves = moves
             yield coming.pop(0).wait(), mask
 
