@@ -69,9 +69,9 @@ pub(super) struct Axis {
     whole: Vec<([u32; 2], u32)>,
     /// Nodes that depend on this axis alone.
     own: Vec<usize>,
-    /// Those of them that others ask for.
-    asked: Vec<usize>,
-    /// Of each piece those of `asked`.
+    /// How many of them others ask for.
+    asked: usize,
+    /// Of each piece those that others ask for.
     ranges: Vec<Interval>,
     /// The piece whose ranges were written last.
     loaded: Option<u32>,
@@ -91,8 +91,7 @@ impl Axis {
         let own: Vec<usize> = nodes
             .filter(|&i| program.depends[i] & axes == bit)
             .collect();
-        let asked = own.iter().copied();
-        let asked: Vec<usize> = asked.filter(|&i| program.asked_from_outside(i)).collect();
+        let asked = program.asked[side as usize].len();
         let is_shared = own.iter().all(|&i| program.depends[i] == bit);
         let (len, block) = (len as u32, block as u32);
         Self {
@@ -129,7 +128,7 @@ impl Axis {
     fn push(&mut self, piece: Piece) -> u32 {
         let at = self.pieces.len() as u32;
         self.pieces.push(piece);
-        let ranges = self.pieces.len() * self.asked.len();
+        let ranges = self.pieces.len() * self.asked;
         self.ranges.resize(ranges, Interval::EITHER);
         at
     }
@@ -204,28 +203,37 @@ impl Axis {
         std::array::from_fn(|i| first + i as u32)
     }
 
-    /// Writes the ranges of a piece where others find them. `region` has the batch and the head.
+    /// Finds the ranges of a piece, of the nodes that others ask for. `region` has the batch and the
+    /// head.
     #[inline]
-    pub fn load(
+    pub fn find(
         &mut self,
         at: u32,
         program: &Program<'_>,
         known: &mut [Interval],
         region: &Region,
     ) {
-        if self.loaded == Some(at) {
-            return;
+        if !self.pieces[at as usize].is_known {
+            self.find_anew(at, program, known, region);
         }
-        self.loaded = Some(at);
+    }
+
+    /// These ranges.
+    #[inline]
+    pub fn ranges(&self, at: u32) -> &[Interval] {
+        &self.ranges[at as usize * self.asked..][..self.asked]
+    }
+
+    fn find_anew(
+        &mut self,
+        at: u32,
+        program: &Program<'_>,
+        known: &mut [Interval],
+        region: &Region,
+    ) {
         let piece = &mut self.pieces[at as usize];
-        let ranges = &mut self.ranges[at as usize * self.asked.len()..][..self.asked.len()];
-        if piece.is_known {
-            for (&node, &range) in self.asked.iter().zip(&*ranges) {
-                known[node] = range;
-            }
-            return;
-        }
         piece.is_known = true;
+        self.loaded = Some(at);
         let tokens = Interval::new(piece.start.into(), i64::from(piece.end) - 1);
         let region = match self.side {
             Side::Queries => Region {
@@ -240,8 +248,21 @@ impl Axis {
         for &node in &self.own {
             known[node] = program.range(node, known, &region);
         }
-        for (&node, range) in self.asked.iter().zip(ranges) {
+        let ranges = &mut self.ranges[at as usize * self.asked..][..self.asked];
+        for (&node, range) in program.asked[self.side as usize].iter().zip(ranges) {
             *range = known[node];
+        }
+    }
+
+    /// Writes them where nodes of both axes look for them.
+    pub fn load(&mut self, at: u32, program: &Program<'_>, known: &mut [Interval]) {
+        if self.loaded == Some(at) {
+            return;
+        }
+        self.loaded = Some(at);
+        let ranges = &self.ranges[at as usize * self.asked..];
+        for (&node, &range) in program.asked[self.side as usize].iter().zip(ranges) {
+            known[node] = range;
         }
     }
 }

@@ -10,17 +10,20 @@
 //!
 //! - `interval`: ranges of numbers. `extremes`: those of tables.
 //! - `program`: a formula, as far as ranges go. `axis`: queries and keys in halves.
+//! - `repeat`: how far blocks repeat, so that only the first are looked at.
 
 mod axis;
 mod extremes;
 mod interval;
 mod program;
+mod repeat;
 
 use std::sync::Arc;
 
 use axis::{Axis, SAMPLES, Side};
 use interval::Interval;
 use program::{Program, Region};
+use repeat::Area;
 
 use crate::block_mask::Strip;
 use crate::expression::{Evaluator, Expression};
@@ -57,25 +60,29 @@ impl BlockMask {
         if q_len == 0 || kv_len == 0 {
             return Ok(mask);
         }
-        let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
-        let blocks = batch * heads * rows * columns;
-        let strip = match parallel::pieces(blocks) {
-            1 => rows,
-            pieces => rows.div_ceil(pieces).next_multiple_of(8),
+        let evaluator = Evaluator::new(expression);
+        // What is not known exactly may differ where blocks repeat.
+        let area = match evaluator {
+            Some(_) => Area::without_repeats(&program, extents),
+            None => Area::all(extents),
         };
-        let strips = mask.strips(strip);
+        let blocks = batch * heads * area.blocks();
+        let strips = mask.strips(&area.cuts(parallel::pieces(blocks)));
         let search = || Search {
             queries: Axis::new(Side::Queries, q_len, extents.q_block(), &program),
             keys: Axis::new(Side::Keys, kv_len, extents.kv_block(), &program),
             known: vec![Interval::EITHER; program.nodes.len()],
             region: everywhere(extents, [1, 1]),
-            evaluator: Evaluator::new(expression),
+            evaluator: evaluator.clone(),
             program: &program,
             line: None,
         };
         parallel::consume_with(blocks, strips, search, |search, mut strip| {
-            search.strip(&mut strip, columns as u32);
+            search.strip(&mut strip, &area);
         });
+        if let Some(shift) = area.shift {
+            mask.repeat(shift);
+        }
         Ok(mask)
     }
 }
@@ -134,12 +141,13 @@ type Found = [bool; 2];
 
 impl Search<'_> {
     /// Finds the blocks of some rows.
-    fn strip(&mut self, strip: &mut Strip<'_>, columns: u32) {
+    fn strip(&mut self, strip: &mut Strip<'_>, area: &Area) {
         self.go_to(strip.batch, strip.head);
-        let rows = (strip.rows.start as u32, strip.rows.end as u32);
-        let rows = self.queries.blocks(rows.0, rows.1);
-        let columns = self.keys.blocks(0, columns);
-        self.rectangle(rows, columns, strip);
+        for (rows, columns) in area.rectangles(strip.rows.clone()) {
+            let rows = self.queries.blocks(rows.start as u32, rows.end as u32);
+            let columns = self.keys.blocks(columns.start as u32, columns.end as u32);
+            self.rectangle(rows, columns, strip);
+        }
     }
 
     fn go_to(&mut self, batch: usize, head: usize) {
@@ -166,16 +174,32 @@ impl Search<'_> {
     #[inline]
     fn verdict(&mut self, rows: u32, columns: u32) -> Interval {
         let (program, known) = (self.program, &mut self.known[..]);
-        self.queries.load(rows, program, known, &self.region);
-        self.keys.load(columns, program, known, &self.region);
-        for &(node, decides) in &program.mixed {
-            let range = program.range(node, known, &self.region);
-            if decides == Some(range) {
+        self.queries.find(rows, program, known, &self.region);
+        self.keys.find(columns, program, known, &self.region);
+        if program.has_nodes {
+            self.queries.load(rows, program, known);
+            self.keys.load(columns, program, known);
+        }
+        let (queries, keys) = (self.queries.ranges(rows), self.keys.ranges(columns));
+        let mut all = program.decisive.negated();
+        for part in &program.parts {
+            let range = match part.band {
+                Some((ref band, query, key)) => band.range(queries[query], keys[key]),
+                None => {
+                    for &node in &part.nodes {
+                        known[node] = program.range(node, known, &self.region);
+                    }
+                    known[part.node]
+                }
+            };
+            if range == program.decisive {
                 return range;
             }
-            known[node] = range;
+            if !range.is_one() {
+                all = Interval::EITHER;
+            }
         }
-        known[program.root]
+        all
     }
 
     fn rectangle(&mut self, rows: u32, columns: u32, strip: &mut Strip<'_>) {

@@ -35,9 +35,42 @@ pub(super) enum Node {
     /// Whether it is more.
     IsAbove(usize, i64),
     IsZero(usize),
+    /// What most conditions on both axes come to.
+    Band(Band),
     And(usize, usize),
     Or(usize, usize),
     Not(usize),
+}
+
+/// Whether a node of the queries less one of the keys lies in a range.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Band {
+    pub query: usize,
+    pub key: usize,
+    low: i64,
+    high: i64,
+}
+
+impl Band {
+    #[inline]
+    pub fn range(&self, query: Interval, key: Interval) -> Interval {
+        let low = query.low.saturating_sub(key.high);
+        let high = query.high.saturating_sub(key.low);
+        Interval::new(
+            i64::from(self.low <= low && high <= self.high),
+            i64::from(self.low <= high && low <= self.high),
+        )
+    }
+}
+
+/// A condition of those that the root joins.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// Of a band: places among the nodes that the queries, and the keys, are asked for.
+    pub band: Option<(Band, usize, usize)>,
+    pub node: usize,
+    /// Nodes of both axes to be computed before, the node included.
+    pub nodes: Vec<usize>,
 }
 
 /// Where a range is wanted.
@@ -55,8 +88,15 @@ pub(super) struct Program<'a> {
     pub depends: Vec<u8>,
     /// The node that is the formula's value.
     pub root: usize,
-    /// Nodes of both axes, in order, each with whether the root is known once it is.
-    pub mixed: Vec<(usize, Option<Interval>)>,
+    /// The operands of the root's chain of `and`, or of `or`; the root alone if it is neither.
+    pub parts: Vec<Part>,
+    /// Whether some of them are no bands.
+    pub has_nodes: bool,
+    /// What of a part decides the root.
+    pub decisive: Interval,
+    /// Nodes of which others ask that depend on more axes, or whose value is that of a part: those of
+    /// the queries, and those of the keys.
+    pub asked: [Vec<usize>; 2],
     tables: Vec<(Vec<i64>, Option<Extremes<'a>>)>,
 }
 
@@ -120,75 +160,134 @@ impl<'a> Program<'a> {
             (extents.collect(), table.values().map(Extremes::new))
         });
         let mut program = Self {
-            mixed: Vec::new(),
+            parts: Vec::new(),
+            decisive: match writer.nodes[root] {
+                Node::Or(..) => Interval::TRUE,
+                _ => Interval::FALSE,
+            },
+            has_nodes: false,
+            asked: Default::default(),
             nodes: writer.nodes,
             depends: writer.depends,
             root,
             tables: tables.collect(),
         };
-        program.mixed = program.order();
+        program.find_bands();
+        program.find_parts();
         program
     }
 
-    /// The nodes of both axes that the root needs. One operand of the root's `and` (or `or`) follows
-    /// the other, and if it says no (or yes) there is no more to do.
-    fn order(&self) -> Vec<(usize, Option<Interval>)> {
-        let mut order = Vec::new();
-        let mut seen = vec![false; self.nodes.len()];
-        let decisive = match self.nodes[self.root] {
-            Node::And(..) => Interval::FALSE,
-            Node::Or(..) => Interval::TRUE,
-            _ => Interval::EITHER,
-        };
-        let mut parts = Vec::new();
-        self.parts(self.root, &mut parts);
-        for part in parts {
-            self.visit(part, &mut seen, &mut order);
-            if let Some((last, decides)) = order.last_mut()
-                && *last == part
-            {
-                *decides = Some(decisive);
+    fn find_bands(&mut self) {
+        for i in 0..self.nodes.len() {
+            if let Some(band) = self.band(&self.nodes[i]) {
+                self.nodes[i] = Node::Band(band);
             }
         }
-        self.visit(self.root, &mut seen, &mut order);
-        order
+    }
+
+    /// A comparison of a difference of two axes with numbers.
+    fn band(&self, node: &Node) -> Option<Band> {
+        let (of, low, high) = match *node {
+            Node::IsBelow(a, n) => match self.nodes[a] {
+                Node::Abs(of) => (
+                    of,
+                    n.saturating_neg().saturating_add(1),
+                    n.saturating_sub(1),
+                ),
+                _ => (a, i64::MIN, n.saturating_sub(1)),
+            },
+            Node::IsAbove(a, n) => (a, n.saturating_add(1), i64::MAX),
+            Node::IsZero(a) => (a, 0, 0),
+            _ => return None,
+        };
+        let (a, b, constant) = match self.nodes[of] {
+            Node::Difference(a, b) => (a, b, 0),
+            Node::Sum(constant, ref terms) => match terms[..] {
+                [(1, a), (-1, b)] | [(-1, b), (1, a)] => (a, b, constant),
+                _ => return None,
+            },
+            _ => return None,
+        };
+        let (low, high) = (low.saturating_sub(constant), high.saturating_sub(constant));
+        match (self.axes(a), self.axes(b)) {
+            (step::on::QUERY, step::on::KEY) => Some(Band {
+                query: a,
+                key: b,
+                low,
+                high,
+            }),
+            (step::on::KEY, step::on::QUERY) => Some(Band {
+                query: b,
+                key: a,
+                low: high.checked_neg().unwrap_or(i64::MIN),
+                high: low.checked_neg().unwrap_or(i64::MAX),
+            }),
+            _ => None,
+        }
+    }
+
+    fn axes(&self, node: usize) -> u8 {
+        self.depends[node] & (step::on::QUERY | step::on::KEY)
+    }
+
+    fn find_parts(&mut self) {
+        let mut joined = Vec::new();
+        self.join(self.root, &mut joined);
+        let mut seen = vec![false; self.nodes.len()];
+        for &part in &joined {
+            let mut nodes = Vec::new();
+            self.visit(part, &mut seen, &mut nodes);
+            self.parts.push(Part {
+                band: None,
+                node: part,
+                nodes,
+            });
+        }
+        for (side, bit) in [step::on::QUERY, step::on::KEY].into_iter().enumerate() {
+            let others = (0..self.nodes.len()).filter(|&i| self.axes(i) != bit);
+            let asked = others
+                .flat_map(|i| operands(&self.nodes[i]))
+                .chain(joined.iter().copied());
+            let mut asked: Vec<usize> = asked.filter(|&i| self.axes(i) == bit).collect();
+            asked.sort_unstable();
+            asked.dedup();
+            self.asked[side] = asked;
+        }
+        let place = |side: usize, node: usize| self.asked[side].binary_search(&node).ok();
+        for part in &mut self.parts {
+            if let Node::Band(band) = &self.nodes[part.node] {
+                let places = place(0, band.query).zip(place(1, band.key));
+                part.band = places.map(|(query, key)| (band.clone(), query, key));
+            }
+        }
+        self.has_nodes = self.parts.iter().any(|part| part.band.is_none());
     }
 
     /// Operands of the root's chain of `and`, or of `or`.
-    fn parts(&self, node: usize, parts: &mut Vec<usize>) {
+    fn join(&self, node: usize, parts: &mut Vec<usize>) {
         match (&self.nodes[self.root], &self.nodes[node]) {
             (Node::And(..), &Node::And(a, b)) | (Node::Or(..), &Node::Or(a, b)) => {
-                self.parts(a, parts);
-                self.parts(b, parts);
+                self.join(a, parts);
+                self.join(b, parts);
             }
-            _ if node != self.root => parts.push(node),
-            _ => {}
+            _ => parts.push(node),
         }
     }
 
-    fn visit(&self, node: usize, seen: &mut [bool], order: &mut Vec<(usize, Option<Interval>)>) {
+    fn visit(&self, node: usize, seen: &mut [bool], order: &mut Vec<usize>) {
         let both = step::on::QUERY | step::on::KEY;
-        if self.depends[node] & both != both || std::mem::replace(&mut seen[node], true) {
+        if self.axes(node) != both || std::mem::replace(&mut seen[node], true) {
             return;
         }
         for operand in operands(&self.nodes[node]) {
             self.visit(operand, seen, order);
         }
-        order.push((node, None));
-    }
-
-    /// Nodes of which others ask that depend on more axes, or whose value is the formula's.
-    pub fn asked_from_outside(&self, node: usize) -> bool {
-        let axes = step::on::QUERY | step::on::KEY;
-        let own = self.depends[node] & axes;
-        let by =
-            |(other, more): (&Node, &u8)| more & axes != own && operands(other).contains(&node);
-        node == self.root || self.nodes.iter().zip(&self.depends).any(by)
+        order.push(node);
     }
 
     /// Whether a node is the same for all pairs of a batch and a head.
     pub fn on_no_axis(&self, node: usize) -> bool {
-        self.depends[node] & (step::on::QUERY | step::on::KEY) == 0
+        self.axes(node) == 0
     }
 
     /// The range of a node in a region, given those of earlier ones.
@@ -226,6 +325,7 @@ impl<'a> Program<'a> {
             Node::IsBelow(a, n) => of(a).is_below(n),
             Node::IsAbove(a, n) => of(a).is_below(n.saturating_add(1)).negated(),
             Node::IsZero(a) => of(a).is_zero(),
+            Node::Band(ref band) => band.range(of(band.query), of(band.key)),
             Node::And(a, b) => of(a).min(of(b)),
             Node::Or(a, b) => of(a).max(of(b)),
             Node::Not(a) => of(a).negated(),
@@ -251,7 +351,7 @@ impl<'a> Program<'a> {
     }
 }
 
-fn operands(node: &Node) -> Vec<usize> {
+pub(super) fn operands(node: &Node) -> Vec<usize> {
     match *node {
         Node::Batch | Node::Head | Node::Query | Node::Key | Node::Constant(_) => vec![],
         Node::Sum(_, ref terms) => terms.iter().map(|&(_, node)| node).collect(),
@@ -268,6 +368,7 @@ fn operands(node: &Node) -> Vec<usize> {
         | Node::IsAbove(a, _)
         | Node::IsZero(a)
         | Node::Not(a) => vec![a],
+        Node::Band(Band { query, key, .. }) => vec![query, key],
         Node::Choose(condition, a, b) => vec![condition, a, b],
         Node::Table(_, ref indices) => indices.clone(),
     }
