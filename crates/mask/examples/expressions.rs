@@ -23,7 +23,7 @@ fn window([height, width]: [i32; 2], reach: [i32; 3]) -> Truth {
 }
 
 /// Times of this many runs, of which the median counts.
-const RUNS: usize = 2001;
+const RUNS: usize = 21;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The last canvas has frames that blocks do not divide.
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 causal() & ((q() - kv()) % 4).equals(0) & (q() - kv()).less_than(4096),
             ),
         ];
-        for (name, condition) in masks { if tokens != 30720 || name != std::env::args().nth(1).unwrap() { continue; }
+        for (name, condition) in masks {
             let expression = Expression::new(&condition)?;
             let mut taken = [[0.0; RUNS]; 2];
             let mut text = String::new();

@@ -9,7 +9,7 @@ use crate::BLOCK_STEP;
 use crate::expression::step;
 
 /// Tokens of the smallest pieces, at most.
-const SMALL: u32 = 2 * BLOCK_STEP as u32;
+const SMALL: u32 = BLOCK_STEP as u32;
 /// Tokens that are looked at first.
 pub(super) const SAMPLES: usize = 3;
 
@@ -170,7 +170,7 @@ impl Axis {
                 Piece::new([token, end.min(self.len)], [middle, end_block]),
             ]
         } else if end - start > SMALL {
-            let half = ((end - start) / 2).next_multiple_of(BLOCK_STEP as u32);
+            let half = ((end - start) / 2).next_multiple_of(SMALL);
             let own = [first_block, end_block];
             [
                 Piece::new([start, start + half], own),
