@@ -17,6 +17,7 @@ mod extremes;
 mod interval;
 mod program;
 mod repeat;
+mod tight;
 
 use std::sync::Arc;
 
@@ -176,22 +177,26 @@ impl Search<'_> {
         let (program, known) = (self.program, &mut self.known[..]);
         self.queries.find(rows, program, known, &self.region);
         self.keys.find(columns, program, known, &self.region);
-        if program.has_nodes {
+        if !program.parts.is_empty() {
             self.queries.load(rows, program, known);
             self.keys.load(columns, program, known);
         }
         let (queries, keys) = (self.queries.ranges(rows), self.keys.ranges(columns));
         let mut all = program.decisive.negated();
+        for ((band, &query), &key) in program.bands.iter().zip(queries).zip(keys) {
+            let range = band.range(query, key);
+            if range == program.decisive {
+                return range;
+            }
+            if !range.is_one() {
+                all = Interval::EITHER;
+            }
+        }
         for part in &program.parts {
-            let range = match part.band {
-                Some((ref band, query, key)) => band.range(queries[query], keys[key]),
-                None => {
-                    for &node in &part.nodes {
-                        known[node] = program.range(node, known, &self.region);
-                    }
-                    known[part.node]
-                }
-            };
+            for &node in &part.nodes {
+                known[node] = program.range(node, known, &self.region);
+            }
+            let range = known[part.node];
             if range == program.decisive {
                 return range;
             }
@@ -200,6 +205,25 @@ impl Search<'_> {
             }
         }
         all
+    }
+
+    /// What the bands say of a rectangle that is not decided. Pairs that are outside of one are not
+    /// in any conjunction; those inside are in it if the other conditions hold everywhere.
+    fn ends(&self, rows: u32, columns: u32, found: &mut Found) {
+        let program = self.program;
+        let (queries, keys) = (self.queries.ranges(rows), self.keys.ranges(columns));
+        let decides = usize::from(program.decisive == Interval::TRUE);
+        let (mut open, mut other) = (program.parts.len(), false);
+        for ((band, &query), &key) in program.bands.iter().zip(queries).zip(keys) {
+            if band.range(query, key).is_one() {
+                continue;
+            }
+            let ends = band.found(query, key);
+            found[decides] |= ends[decides];
+            other = ends[1 - decides];
+            open += 1;
+        }
+        found[1 - decides] |= other && open == 1;
     }
 
     fn rectangle(&mut self, rows: u32, columns: u32, strip: &mut Strip<'_>) {
@@ -247,7 +271,8 @@ impl Search<'_> {
         if self.evaluator.is_none() {
             return [true; 2];
         }
-        if !self.samples(rows, columns, &mut found) {
+        self.ends(rows, columns, &mut found);
+        if found != [true; 2] && !self.samples(rows, columns, &mut found) {
             self.quarters(rows, columns, &mut found);
         }
         found
@@ -288,7 +313,12 @@ impl Search<'_> {
                 match self.verdict(rows, columns) {
                     Interval::FALSE => found[0] = true,
                     Interval::TRUE => found[1] = true,
-                    _ => self.quarters(rows, columns, found),
+                    _ => {
+                        self.ends(rows, columns, found);
+                        if *found != [true; 2] {
+                            self.quarters(rows, columns, found);
+                        }
+                    }
                 }
                 if *found == [true; 2] {
                     return;

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::extremes::Extremes;
 use super::interval::Interval;
+use super::tight::tight;
 use crate::expression::{Expression, Formula, Step, step, steps};
 
 /// A node, of earlier ones.
@@ -49,9 +50,25 @@ pub(super) struct Band {
     pub key: usize,
     low: i64,
     high: i64,
+    /// Whether both nodes have the ends of their ranges.
+    is_tight: bool,
 }
 
 impl Band {
+    /// Whether some pair lies outside, and whether some pair lies inside, as far as the pairs tell that
+    /// have the ends of both ranges.
+    pub fn found(&self, query: Interval, key: Interval) -> [bool; 2] {
+        let ends = [
+            query.low.saturating_sub(key.high),
+            query.high.saturating_sub(key.low),
+        ];
+        let is_inside = |&end: &i64| self.low <= end && end <= self.high;
+        [
+            self.is_tight && !ends.iter().all(is_inside),
+            self.is_tight && ends.iter().any(is_inside),
+        ]
+    }
+
     #[inline]
     pub fn range(&self, query: Interval, key: Interval) -> Interval {
         let low = query.low.saturating_sub(key.high);
@@ -66,10 +83,8 @@ impl Band {
 /// A condition of those that the root joins.
 #[derive(Debug)]
 pub(super) struct Part {
-    /// Of a band: places among the nodes that the queries, and the keys, are asked for.
-    pub band: Option<(Band, usize, usize)>,
     pub node: usize,
-    /// Nodes of both axes to be computed before, the node included.
+    /// Nodes of both axes to be computed for it, itself included.
     pub nodes: Vec<usize>,
 }
 
@@ -88,14 +103,14 @@ pub(super) struct Program<'a> {
     pub depends: Vec<u8>,
     /// The node that is the formula's value.
     pub root: usize,
-    /// The operands of the root's chain of `and`, or of `or`; the root alone if it is neither.
+    /// Of the root's chain of `and`, or of `or`: the operands that are bands; the root if it is one.
+    pub bands: Vec<Band>,
+    /// The others.
     pub parts: Vec<Part>,
-    /// Whether some of them are no bands.
-    pub has_nodes: bool,
     /// What of a part decides the root.
     pub decisive: Interval,
-    /// Nodes of which others ask that depend on more axes, or whose value is that of a part: those of
-    /// the queries, and those of the keys.
+    /// Nodes of the queries, and of the keys, that others ask for: for each band its own, then those
+    /// of which nodes on more axes ask, or whose value is that of a part.
     pub asked: [Vec<usize>; 2],
     tables: Vec<(Vec<i64>, Option<Extremes<'a>>)>,
 }
@@ -160,12 +175,12 @@ impl<'a> Program<'a> {
             (extents.collect(), table.values().map(Extremes::new))
         });
         let mut program = Self {
+            bands: Vec::new(),
             parts: Vec::new(),
             decisive: match writer.nodes[root] {
                 Node::Or(..) => Interval::TRUE,
                 _ => Interval::FALSE,
             },
-            has_nodes: false,
             asked: Default::default(),
             nodes: writer.nodes,
             depends: writer.depends,
@@ -178,15 +193,16 @@ impl<'a> Program<'a> {
     }
 
     fn find_bands(&mut self) {
+        let is_tight = tight(&self.nodes, &self.depends);
         for i in 0..self.nodes.len() {
-            if let Some(band) = self.band(&self.nodes[i]) {
+            if let Some(band) = self.band(&self.nodes[i], &is_tight) {
                 self.nodes[i] = Node::Band(band);
             }
         }
     }
 
     /// A comparison of a difference of two axes with numbers.
-    fn band(&self, node: &Node) -> Option<Band> {
+    fn band(&self, node: &Node, is_tight: &[bool]) -> Option<Band> {
         let (of, low, high) = match *node {
             Node::IsBelow(a, n) => match self.nodes[a] {
                 Node::Abs(of) => (
@@ -209,18 +225,21 @@ impl<'a> Program<'a> {
             _ => return None,
         };
         let (low, high) = (low.saturating_sub(constant), high.saturating_sub(constant));
+        let is_tight = is_tight[a] && is_tight[b];
         match (self.axes(a), self.axes(b)) {
             (step::on::QUERY, step::on::KEY) => Some(Band {
                 query: a,
                 key: b,
                 low,
                 high,
+                is_tight,
             }),
             (step::on::KEY, step::on::QUERY) => Some(Band {
                 query: b,
                 key: a,
-                low: high.checked_neg().unwrap_or(i64::MIN),
-                high: low.checked_neg().unwrap_or(i64::MAX),
+                low: high.saturating_neg(),
+                high: low.saturating_neg(),
+                is_tight,
             }),
             _ => None,
         }
@@ -234,33 +253,34 @@ impl<'a> Program<'a> {
         let mut joined = Vec::new();
         self.join(self.root, &mut joined);
         let mut seen = vec![false; self.nodes.len()];
-        for &part in &joined {
-            let mut nodes = Vec::new();
-            self.visit(part, &mut seen, &mut nodes);
-            self.parts.push(Part {
-                band: None,
-                node: part,
-                nodes,
-            });
-        }
-        for (side, bit) in [step::on::QUERY, step::on::KEY].into_iter().enumerate() {
-            let others = (0..self.nodes.len()).filter(|&i| self.axes(i) != bit);
-            let asked = others
-                .flat_map(|i| operands(&self.nodes[i]))
-                .chain(joined.iter().copied());
-            let mut asked: Vec<usize> = asked.filter(|&i| self.axes(i) == bit).collect();
-            asked.sort_unstable();
-            asked.dedup();
-            self.asked[side] = asked;
-        }
-        let place = |side: usize, node: usize| self.asked[side].binary_search(&node).ok();
-        for part in &mut self.parts {
-            if let Node::Band(band) = &self.nodes[part.node] {
-                let places = place(0, band.query).zip(place(1, band.key));
-                part.band = places.map(|(query, key)| (band.clone(), query, key));
+        for node in joined {
+            if let Node::Band(band) = &self.nodes[node] {
+                self.bands.push(band.clone());
+                continue;
             }
+            let mut nodes = Vec::new();
+            self.visit(node, &mut seen, &mut nodes);
+            self.parts.push(Part { node, nodes });
         }
-        self.has_nodes = self.parts.iter().any(|part| part.band.is_none());
+        let mut asked: Vec<usize> = self.parts.iter().map(|part| part.node).collect();
+        for &node in self.parts.iter().flat_map(|part| &part.nodes) {
+            asked.extend(operands(&self.nodes[node]));
+        }
+        asked.sort_unstable();
+        asked.dedup();
+        let this = &*self;
+        let on = |bit: u8| asked.iter().copied().filter(move |&i| this.axes(i) == bit);
+        let queries = self
+            .bands
+            .iter()
+            .map(|band| band.query)
+            .chain(on(step::on::QUERY));
+        let keys = self
+            .bands
+            .iter()
+            .map(|band| band.key)
+            .chain(on(step::on::KEY));
+        self.asked = [queries.collect(), keys.collect()];
     }
 
     /// Operands of the root's chain of `and`, or of `or`.
