@@ -3,6 +3,8 @@
 //!
 //! Blocks are halved to single blocks, and those to pieces of [`SMALL`] tokens, as far as somebody asks.
 
+use std::ops::Range;
+
 use super::interval::Interval;
 use super::program::{Program, Region};
 use crate::BLOCK_STEP;
@@ -10,6 +12,8 @@ use crate::expression::step;
 
 /// Tokens of the smallest pieces, at most.
 const SMALL: u32 = BLOCK_STEP as u32;
+/// Blocks of a short piece, at most.
+const SHORT: u32 = 8;
 /// Tokens that are looked at first.
 pub(super) const SAMPLES: usize = 3;
 
@@ -64,6 +68,8 @@ pub(super) struct Axis {
     side: Side,
     len: u32,
     block: u32,
+    /// Blocks of a short piece, at most.
+    short: u32,
     pieces: Vec<Piece>,
     /// Those that have been asked for by their blocks.
     whole: Vec<([u32; 2], u32)>,
@@ -98,6 +104,8 @@ impl Axis {
             side,
             len,
             block,
+            // Bands cost less than halves do.
+            short: if program.parts.is_empty() { SHORT } else { 1 },
             pieces: Vec::new(),
             whole: Vec::new(),
             own,
@@ -114,15 +122,18 @@ impl Axis {
         if let Some(&(_, at)) = known {
             return at;
         }
-        let tokens = [first * self.block, self.len.min(end * self.block)];
-        let piece = Piece::new(tokens, [first, end]);
         // The number 0 is not given away: it says that there is no piece.
         if self.pieces.is_empty() {
-            self.push(piece.clone());
+            self.push_blocks(first, end);
         }
-        let at = self.push(piece);
+        let at = self.push_blocks(first, end);
         self.whole.push(([first, end], at));
         at
+    }
+
+    fn push_blocks(&mut self, first: u32, end: u32) -> u32 {
+        let tokens = [first * self.block, self.len.min(end * self.block)];
+        self.push(Piece::new(tokens, [first, end]))
     }
 
     fn push(&mut self, piece: Piece) -> u32 {
@@ -147,8 +158,14 @@ impl Axis {
         }
     }
 
-    /// Its halves; none if it is small.
-    pub fn halves(&mut self, at: u32) -> Option<[u32; 2]> {
+    /// Whether it consists of so few blocks that they are looked at one by one.
+    pub fn is_short(&self, at: u32) -> bool {
+        let piece = self.piece(at);
+        piece.end_block - piece.first_block <= self.short
+    }
+
+    /// What it consists of: halves, single blocks of a short piece; itself if it is too small for that.
+    pub fn parts(&mut self, at: u32) -> Range<u32> {
         let Piece {
             start,
             end,
@@ -157,33 +174,32 @@ impl Axis {
             children,
             ..
         } = *self.piece(at);
-        if children != 0 {
-            return Some([children, children + 1]);
-        }
         let blocks = end_block - first_block;
-        let halves = if blocks > 1 {
+        let parts = match blocks {
+            1 if end - start <= SMALL => return at..at + 1,
+            2.. if self.is_short(at) => blocks,
+            _ => 2,
+        };
+        if children != 0 {
+            return children..children + parts;
+        }
+        let children = self.pieces.len() as u32;
+        if blocks == 1 {
+            let middle = start + ((end - start) / 2).next_multiple_of(SMALL);
+            self.push(Piece::new([start, middle], [first_block, end_block]));
+            self.push(Piece::new([middle, end], [first_block, end_block]));
+        } else if parts == 2 {
             // All blocks of a level begin at multiples of their number.
             let middle = first_block + blocks.next_power_of_two() / 2;
-            let token = middle * self.block;
-            [
-                Piece::new([start, token], [first_block, middle]),
-                Piece::new([token, end.min(self.len)], [middle, end_block]),
-            ]
-        } else if end - start > SMALL {
-            let half = ((end - start) / 2).next_multiple_of(SMALL);
-            let own = [first_block, end_block];
-            [
-                Piece::new([start, start + half], own),
-                Piece::new([start + half, end], own),
-            ]
+            self.push_blocks(first_block, middle);
+            self.push_blocks(middle, end_block);
         } else {
-            return None;
-        };
-        let [first, second] = halves;
-        let children = self.push(first);
-        self.push(second);
+            (first_block..end_block).for_each(|block| {
+                self.push_blocks(block, block + 1);
+            });
+        }
         self.pieces[at as usize].children = children;
-        Some([children, children + 1])
+        children..children + parts
     }
 
     /// Pieces of the first token, of the last, and of one between.
@@ -221,7 +237,14 @@ impl Axis {
     /// These ranges.
     #[inline]
     pub fn ranges(&self, at: u32) -> &[Interval] {
-        &self.ranges[at as usize * self.asked..][..self.asked]
+        self.ranges_of(at..at + 1)
+    }
+
+    /// Those of several pieces, which follow each other.
+    #[inline]
+    pub fn ranges_of(&self, pieces: Range<u32>) -> &[Interval] {
+        let Range { start, end } = pieces;
+        &self.ranges[start as usize * self.asked..end as usize * self.asked]
     }
 
     fn find_anew(

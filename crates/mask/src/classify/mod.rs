@@ -19,6 +19,7 @@ mod program;
 mod repeat;
 mod tight;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use axis::{Axis, SAMPLES, Side};
@@ -182,15 +183,9 @@ impl Search<'_> {
             self.keys.load(columns, program, known);
         }
         let (queries, keys) = (self.queries.ranges(rows), self.keys.ranges(columns));
-        let mut all = program.decisive.negated();
-        for ((band, &query), &key) in program.bands.iter().zip(queries).zip(keys) {
-            let range = band.range(query, key);
-            if range == program.decisive {
-                return range;
-            }
-            if !range.is_one() {
-                all = Interval::EITHER;
-            }
+        let mut all = program.of_bands(queries, keys);
+        if all == program.decisive {
+            return all;
         }
         for part in &program.parts {
             for &node in &part.nodes {
@@ -242,26 +237,70 @@ impl Search<'_> {
             return;
         }
         if r.is_block() && c.is_block() {
-            let (row, column) = (r.first_block as usize, c.first_block as usize);
-            let [outside, inside] = self.block(rows, columns);
-            if inside {
-                strip.insert(row, column, outside);
-            }
+            self.open_block(rows, columns, strip);
+            return;
+        }
+        let (r_len, c_len) = (r.len(), c.len());
+        let are_short = [self.queries.is_short(rows), self.keys.is_short(columns)];
+        if are_short == [true; 2] {
+            let (rows, columns) = (self.queries.parts(rows), self.keys.parts(columns));
+            self.blocks(rows, columns, strip);
             return;
         }
         // What is much longer than wide is halved, all else quartered.
-        let halves = |axis: &mut Axis, at: u32, alone: bool| match alone {
-            true => [Some(at), None],
-            false => axis.halves(at).map_or([Some(at), None], |x| x.map(Some)),
+        let rows_stay = are_short[0] || !are_short[1] && c_len > 2 * r_len;
+        let columns_stay = are_short[1] || !are_short[0] && r_len > 2 * c_len;
+        let parts = |axis: &mut Axis, at: u32, stays: bool| match stays {
+            true => at..at + 1,
+            false => axis.parts(at),
         };
-        let rows_stay = r.is_block() || !c.is_block() && c.len() > 2 * r.len();
-        let columns_stay = c.is_block() || !r.is_block() && r.len() > 2 * c.len();
-        let all_rows = halves(&mut self.queries, rows, rows_stay);
-        let all_columns = halves(&mut self.keys, columns, columns_stay);
-        for rows in all_rows.into_iter().flatten() {
-            for columns in all_columns.into_iter().flatten() {
+        let all_rows = parts(&mut self.queries, rows, rows_stay);
+        let all_columns = parts(&mut self.keys, columns, columns_stay);
+        for rows in all_rows {
+            for columns in all_columns.clone() {
                 self.rectangle(rows, columns, strip);
             }
+        }
+    }
+
+    /// Looks at single blocks, of a formula that is all bands.
+    fn blocks(&mut self, rows: Range<u32>, columns: Range<u32>, strip: &mut Strip<'_>) {
+        let program = self.program;
+        for columns in columns.clone() {
+            self.keys
+                .find(columns, program, &mut self.known, &self.region);
+        }
+        for row in rows {
+            self.queries
+                .find(row, program, &mut self.known, &self.region);
+            let queries = self.queries.ranges(row);
+            let keys = self.keys.ranges_of(columns.clone());
+            let mut open = 0u32;
+            for (place, keys) in keys.chunks_exact(queries.len()).enumerate() {
+                match program.of_bands(queries, keys) {
+                    Interval::FALSE => {}
+                    Interval::TRUE => {
+                        let row = self.queries.piece(row).first_block as usize;
+                        let column = self.keys.piece(columns.start).first_block as usize + place;
+                        strip.insert(row, column, false);
+                    }
+                    _ => open |= 1 << place,
+                }
+            }
+            while open != 0 {
+                self.open_block(row, columns.start + open.trailing_zeros(), strip);
+                open &= open - 1;
+            }
+        }
+    }
+
+    /// Decides a block that ranges have not decided.
+    fn open_block(&mut self, rows: u32, columns: u32, strip: &mut Strip<'_>) {
+        let [outside, inside] = self.block(rows, columns);
+        if inside {
+            let row = self.queries.piece(rows).first_block as usize;
+            let column = self.keys.piece(columns).first_block as usize;
+            strip.insert(row, column, outside);
         }
     }
 
@@ -299,17 +338,15 @@ impl Search<'_> {
 
     /// Looks into the quarters of a rectangle that is not decided, until both have been found.
     fn quarters(&mut self, rows: u32, columns: u32, found: &mut Found) {
-        let (row_halves, column_halves) = (self.queries.halves(rows), self.keys.halves(columns));
-        if row_halves.is_none() && column_halves.is_none() {
+        let (all_rows, all_columns) = (self.queries.parts(rows), self.keys.parts(columns));
+        if all_rows.len() == 1 && all_columns.len() == 1 {
             if !self.samples(rows, columns, found) {
                 self.pairs(rows, columns, found);
             }
             return;
         }
-        let all =
-            |at: u32, halves: Option<[u32; 2]>| halves.map_or([Some(at), None], |x| x.map(Some));
-        for rows in all(rows, row_halves).into_iter().flatten() {
-            for columns in all(columns, column_halves).into_iter().flatten() {
+        for rows in all_rows {
+            for columns in all_columns.clone() {
                 match self.verdict(rows, columns) {
                     Interval::FALSE => found[0] = true,
                     Interval::TRUE => found[1] = true,

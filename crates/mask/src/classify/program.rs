@@ -310,6 +310,22 @@ impl<'a> Program<'a> {
         self.axes(node) == 0
     }
 
+    /// What the bands make of the root, given the ranges that the axes are asked for.
+    #[inline]
+    pub fn of_bands(&self, queries: &[Interval], keys: &[Interval]) -> Interval {
+        let mut all = self.decisive.negated();
+        for ((band, &query), &key) in self.bands.iter().zip(queries).zip(keys) {
+            let range = band.range(query, key);
+            if range == self.decisive {
+                return range;
+            }
+            if !range.is_one() {
+                all = Interval::EITHER;
+            }
+        }
+        all
+    }
+
     /// The range of a node in a region, given those of earlier ones.
     #[inline]
     pub fn range(&self, node: usize, known: &[Interval], region: &Region) -> Interval {
