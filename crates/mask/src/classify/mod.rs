@@ -275,18 +275,15 @@ impl Search<'_> {
                 .find(row, program, &mut self.known, &self.region);
             let queries = self.queries.ranges(row);
             let keys = self.keys.ranges_of(columns.clone());
-            let mut open = 0u32;
+            let (mut open, mut whole) = (0u32, 0u64);
             for (place, keys) in keys.chunks_exact(queries.len()).enumerate() {
-                match program.of_bands(queries, keys) {
-                    Interval::FALSE => {}
-                    Interval::TRUE => {
-                        let row = self.queries.piece(row).first_block as usize;
-                        let column = self.keys.piece(columns.start).first_block as usize + place;
-                        strip.insert(row, column, false);
-                    }
-                    _ => open |= 1 << place,
-                }
+                let range = program.of_bands(queries, keys);
+                open |= u32::from(range == Interval::EITHER) << place;
+                whole |= u64::from(range == Interval::TRUE) << place;
             }
+            let row_block = self.queries.piece(row).first_block as usize;
+            let column = self.keys.piece(columns.start).first_block as usize;
+            strip.insert_bits(row_block, column, whole);
             while open != 0 {
                 self.open_block(row, columns.start + open.trailing_zeros(), strip);
                 open &= open - 1;

@@ -58,10 +58,7 @@ impl Band {
     /// Whether some pair lies outside, and whether some pair lies inside, as far as the pairs tell that
     /// have the ends of both ranges.
     pub fn found(&self, query: Interval, key: Interval) -> [bool; 2] {
-        let ends = [
-            query.low.saturating_sub(key.high),
-            query.high.saturating_sub(key.low),
-        ];
+        let ends = [query.low - key.high, query.high - key.low];
         let is_inside = |&end: &i64| self.low <= end && end <= self.high;
         [
             self.is_tight && !ends.iter().all(is_inside),
@@ -71,8 +68,7 @@ impl Band {
 
     #[inline]
     pub fn range(&self, query: Interval, key: Interval) -> Interval {
-        let low = query.low.saturating_sub(key.high);
-        let high = query.high.saturating_sub(key.low);
+        let (low, high) = (query.low - key.high, query.high - key.low);
         Interval::new(
             i64::from(self.low <= low && high <= self.high),
             i64::from(self.low <= high && low <= self.high),
@@ -225,6 +221,9 @@ impl<'a> Program<'a> {
             _ => return None,
         };
         let (low, high) = (low.saturating_sub(constant), high.saturating_sub(constant));
+        if !(self.is_small(a) && self.is_small(b)) {
+            return None;
+        }
         let is_tight = is_tight[a] && is_tight[b];
         match (self.axes(a), self.axes(b)) {
             (step::on::QUERY, step::on::KEY) => Some(Band {
@@ -242,6 +241,19 @@ impl<'a> Program<'a> {
                 is_tight,
             }),
             _ => None,
+        }
+    }
+
+    /// Whether i64 holds the difference of two such nodes. Those that are no sums are steps of the
+    /// formula, of int32.
+    fn is_small(&self, node: usize) -> bool {
+        match self.nodes[node] {
+            Node::Sum(constant, ref terms) => {
+                let factors = terms.iter().map(|&(factor, _)| factor.saturating_abs());
+                let factors = factors.fold(0, i64::saturating_add);
+                factors < 1 << 29 && constant.saturating_abs() < 1 << 60
+            }
+            _ => true,
         }
     }
 
