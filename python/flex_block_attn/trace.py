@@ -33,7 +33,7 @@ class Expression:
         device: the mask's.
     """
 
-    __slots__ = ("_tables", "device", "on_host", "tells_apart", "text")
+    __slots__ = ("_captured", "_tables", "device", "on_host", "tells_apart", "text")
 
     def __init__(
         self,
@@ -41,10 +41,13 @@ class Expression:
         on_host: Iterable[Tensor],
         device: torch.device,
         tells_apart: tuple[bool, bool],
+        captured: list[Tensor] | None = None,
     ):
         self.text = text
         self.on_host = list(on_host)
         self.device = device
+        # Where the tables come from, until they are copied: on a GPU quicker than from the host.
+        self._captured = captured
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
         self._tables: list[Tensor] | None = None
@@ -53,7 +56,9 @@ class Expression:
     def tables(self) -> list[Tensor]:
         # Copied when a mask wants them: a mask that is known already has its own.
         if self._tables is None:
-            self._tables = [table.to(self.device) for table in self.on_host]
+            sources = zip(self.on_host, self._captured or self.on_host)
+            self._tables = [_on_device(*source, self.device) for source in sources]
+            self._captured = None
         return self._tables
 
     def ready(self) -> "Expression":
@@ -161,7 +166,14 @@ class _Writer:
             device = tensors[0].device if tensors else torch.device("cpu")
         # Copies: numbers changed in place later must not part from the plan.
         on_host = [_as_table(tensor) for tensor in tensors]
-        return Expression(text, on_host, device, self.steps.tells_apart(result.step))
+        return Expression(text, on_host, device, self.steps.tells_apart(result.step), tensors)
+
+
+def _on_device(host: Tensor, captured: Tensor, device: torch.device) -> Tensor:
+    """A table on a device. What the function has captured has the numbers that the host has."""
+    if device.type == "cpu" or captured.device != device:
+        return host.to(device)
+    return captured.detach().to(torch.int32, copy=True).contiguous()
 
 
 def _as_table(tensor: Tensor) -> Tensor:
@@ -173,7 +185,7 @@ def _as_table(tensor: Tensor) -> Tensor:
                 f"a tensor of shape {tuple(tensor.shape)} that mask_mod looks up has numbers from "
                 f"{low} to {high}, but only those of int32 are supported"
             )
-    return host.to(torch.int32, copy=True).contiguous()
+    return host.to(torch.int32, copy=tensor.device.type == "cpu").contiguous()
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
