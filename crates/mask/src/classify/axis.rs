@@ -131,6 +131,15 @@ impl Axis {
         at
     }
 
+    /// Pieces of single blocks, which follow each other.
+    pub fn singles(&mut self, blocks: Range<u32>) -> Range<u32> {
+        let first = self.pieces.len() as u32;
+        for block in blocks.clone() {
+            self.push_blocks(block, block + 1);
+        }
+        first..first + blocks.len() as u32
+    }
+
     fn push_blocks(&mut self, first: u32, end: u32) -> u32 {
         let tokens = [first * self.block, self.len.min(end * self.block)];
         self.push(Piece::new(tokens, [first, end]))

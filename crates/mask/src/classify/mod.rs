@@ -10,6 +10,7 @@
 //!
 //! - `interval`: ranges of numbers. `extremes`: those of tables.
 //! - `program`: a formula, as far as ranges go. `axis`: queries and keys in halves.
+//! - `tight`: which ranges have their ends. `sorted`: rows of blocks without a search.
 //! - `repeat`: how far blocks repeat, so that only the first are looked at.
 
 mod axis;
@@ -17,6 +18,7 @@ mod extremes;
 mod interval;
 mod program;
 mod repeat;
+mod sorted;
 mod tight;
 
 use std::ops::Range;
@@ -26,6 +28,7 @@ use axis::{Axis, SAMPLES, Side};
 use interval::Interval;
 use program::{Program, Region};
 use repeat::Area;
+use sorted::Sorted;
 
 use crate::block_mask::Strip;
 use crate::expression::{Evaluator, Expression};
@@ -77,6 +80,7 @@ impl BlockMask {
             region: everywhere(extents, [1, 1]),
             evaluator: evaluator.clone(),
             program: &program,
+            sorted: None,
             line: None,
         };
         parallel::consume_with(blocks, strips, search, |search, mut strip| {
@@ -134,8 +138,22 @@ struct Search<'a> {
     region: Region,
     /// None if the host lacks numbers of tables.
     evaluator: Option<Evaluator<'a>>,
+    /// The columns that rows were looked up in last.
+    sorted: Option<Columns>,
     /// The batch and the head that it is at.
     line: Option<(usize, usize)>,
+}
+
+/// Key blocks in a row.
+struct Columns {
+    blocks: Range<u32>,
+    pieces: Range<u32>,
+    /// None if they do not grow.
+    ends: Option<Sorted>,
+}
+
+fn numbers(range: Range<usize>) -> Range<u32> {
+    range.start as u32..range.end as u32
 }
 
 /// Whether a pair has been found that does not count, and one that does.
@@ -146,9 +164,66 @@ impl Search<'_> {
     fn strip(&mut self, strip: &mut Strip<'_>, area: &Area) {
         self.go_to(strip.batch, strip.head);
         for (rows, columns) in area.rectangles(strip.rows.clone()) {
-            let rows = self.queries.blocks(rows.start as u32, rows.end as u32);
-            let columns = self.keys.blocks(columns.start as u32, columns.end as u32);
+            let (rows, columns) = (numbers(rows), numbers(columns));
+            if self.sort(&columns, rows.len()) {
+                for piece in self.queries.singles(rows) {
+                    self.sorted_row(piece, strip);
+                }
+                continue;
+            }
+            let rows = self.queries.blocks(rows.start, rows.end);
+            let columns = self.keys.blocks(columns.start, columns.end);
             self.rectangle(rows, columns, strip);
+        }
+    }
+
+    /// Makes ready for [`Self::sorted_row`]. Gives whether so many rows are best found that way.
+    fn sort(&mut self, columns: &Range<u32>, rows: usize) -> bool {
+        let program = self.program;
+        if !program.may_be_sorted() || rows.min(columns.len()) < sorted::FEWEST {
+            return false;
+        }
+        let known = self.sorted.as_ref();
+        if known.is_none_or(|known| known.blocks != *columns) {
+            let pieces = self.keys.singles(columns.clone());
+            for piece in pieces.clone() {
+                self.keys
+                    .find(piece, program, &mut self.known, &self.region);
+            }
+            self.sorted = Some(Columns {
+                blocks: columns.clone(),
+                ends: Sorted::new(program, self.keys.ranges_of(pieces.clone())),
+                pieces,
+            });
+        }
+        self.sorted
+            .as_ref()
+            .is_some_and(|columns| columns.ends.is_some())
+    }
+
+    /// Finds the blocks of a row.
+    fn sorted_row(&mut self, row_piece: u32, strip: &mut Strip<'_>) {
+        let Some(Columns {
+            ends: Some(ends),
+            blocks,
+            pieces,
+        }) = &self.sorted
+        else {
+            return;
+        };
+        let (first, first_piece) = (blocks.start as usize, pieces.start);
+        self.queries
+            .find(row_piece, self.program, &mut self.known, &self.region);
+        let [whole, any] = ends.row(&self.program.bands, self.queries.ranges(row_piece));
+        let row = self.queries.piece(row_piece).first_block as usize;
+        strip.insert_all(row..row + 1, first + whole.start..first + whole.end);
+        // What is whole lies inside.
+        let (before, after) = match whole.is_empty() {
+            true => (any.clone(), any.end..any.end),
+            false => (any.start..whole.start, whole.end..any.end),
+        };
+        for column in before.chain(after) {
+            self.open_block(row_piece, first_piece + column as u32, strip);
         }
     }
 
@@ -159,6 +234,7 @@ impl Search<'_> {
         self.line = Some((batch, head));
         self.region.batch = Interval::one(batch as i64);
         self.region.head = Interval::one(head as i64);
+        self.sorted = None;
         self.queries.reset();
         self.keys.reset();
         for node in 0..self.program.nodes.len() {

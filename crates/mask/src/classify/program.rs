@@ -66,6 +66,15 @@ impl Band {
         ]
     }
 
+    /// Where keys are inside with all of some queries, and where they are with one of them, perhaps.
+    pub fn keys(&self, query: Interval) -> [Interval; 2] {
+        let from = |n: i64, less: i64| n.saturating_sub(less);
+        [
+            Interval::new(from(query.high, self.high), from(query.low, self.low)),
+            Interval::new(from(query.low, self.high), from(query.high, self.low)),
+        ]
+    }
+
     #[inline]
     pub fn range(&self, query: Interval, key: Interval) -> Interval {
         let (low, high) = (query.low - key.high, query.high - key.low);
@@ -315,6 +324,16 @@ impl<'a> Program<'a> {
             self.visit(operand, seen, order);
         }
         order.push(node);
+    }
+
+    /// Whether it is a conjunction of bands whose keys do not begin anew now and then.
+    pub fn may_be_sorted(&self) -> bool {
+        let begins_anew = |(node, &on): (&Node, &u8)| {
+            on & step::on::KEY != 0 && matches!(node, Node::Remainder(..))
+        };
+        self.parts.is_empty()
+            && self.decisive == Interval::FALSE
+            && !self.nodes.iter().zip(&self.depends).any(begins_anew)
     }
 
     /// Whether a node is the same for all pairs of a batch and a head.
