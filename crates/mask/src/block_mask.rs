@@ -574,16 +574,6 @@ impl Strip<'_> {
         }
     }
 
-    /// Selects whole blocks of a row, a bit for each from a column on.
-    pub fn insert_bits(&mut self, row: usize, column: usize, bits: u64) {
-        let at = (row - self.rows.start) * self.words_per_row + column / 64;
-        self.wanted[at] |= bits << (column % 64);
-        let beyond = (bits >> 1) >> (63 - column % 64);
-        if beyond != 0 {
-            self.wanted[at + 1] |= beyond;
-        }
-    }
-
     /// Selects a block, in part or whole.
     pub fn insert(&mut self, row: usize, column: usize, is_partial: bool) {
         let at = (row - self.rows.start) * self.words_per_row + column / 64;

@@ -12,8 +12,6 @@ use crate::expression::step;
 
 /// Tokens of the smallest pieces, at most.
 const SMALL: u32 = BLOCK_STEP as u32;
-/// Blocks of a short piece, at most.
-const SHORT: u32 = 8;
 /// Tokens that are looked at first.
 pub(super) const SAMPLES: usize = 3;
 
@@ -68,8 +66,6 @@ pub(super) struct Axis {
     side: Side,
     len: u32,
     block: u32,
-    /// Blocks of a short piece, at most.
-    short: u32,
     pieces: Vec<Piece>,
     /// Those that have been asked for by their blocks.
     whole: Vec<([u32; 2], u32)>,
@@ -104,8 +100,6 @@ impl Axis {
             side,
             len,
             block,
-            // Bands cost less than halves do.
-            short: if program.parts.is_empty() { SHORT } else { 1 },
             pieces: Vec::new(),
             whole: Vec::new(),
             own,
@@ -167,14 +161,8 @@ impl Axis {
         }
     }
 
-    /// Whether it consists of so few blocks that they are looked at one by one.
-    pub fn is_short(&self, at: u32) -> bool {
-        let piece = self.piece(at);
-        piece.end_block - piece.first_block <= self.short
-    }
-
-    /// What it consists of: halves, single blocks of a short piece; itself if it is too small for that.
-    pub fn parts(&mut self, at: u32) -> Range<u32> {
+    /// Its halves; itself if it is too small for that.
+    pub fn halves(&mut self, at: u32) -> Range<u32> {
         let Piece {
             start,
             end,
@@ -183,32 +171,26 @@ impl Axis {
             children,
             ..
         } = *self.piece(at);
-        let blocks = end_block - first_block;
-        let parts = match blocks {
-            1 if end - start <= SMALL => return at..at + 1,
-            2.. if self.is_short(at) => blocks,
-            _ => 2,
-        };
         if children != 0 {
-            return children..children + parts;
+            return children..children + 2;
+        }
+        let blocks = end_block - first_block;
+        if blocks == 1 && end - start <= SMALL {
+            return at..at + 1;
         }
         let children = self.pieces.len() as u32;
         if blocks == 1 {
             let middle = start + ((end - start) / 2).next_multiple_of(SMALL);
             self.push(Piece::new([start, middle], [first_block, end_block]));
             self.push(Piece::new([middle, end], [first_block, end_block]));
-        } else if parts == 2 {
+        } else {
             // All blocks of a level begin at multiples of their number.
             let middle = first_block + blocks.next_power_of_two() / 2;
             self.push_blocks(first_block, middle);
             self.push_blocks(middle, end_block);
-        } else {
-            (first_block..end_block).for_each(|block| {
-                self.push_blocks(block, block + 1);
-            });
         }
         self.pieces[at as usize].children = children;
-        children..children + parts
+        children..children + 2
     }
 
     /// Pieces of the first token, of the last, and of one between.

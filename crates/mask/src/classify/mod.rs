@@ -316,53 +316,18 @@ impl Search<'_> {
             self.open_block(rows, columns, strip);
             return;
         }
-        let (r_len, c_len) = (r.len(), c.len());
-        let are_short = [self.queries.is_short(rows), self.keys.is_short(columns)];
-        if are_short == [true; 2] {
-            let (rows, columns) = (self.queries.parts(rows), self.keys.parts(columns));
-            self.blocks(rows, columns, strip);
-            return;
-        }
         // What is much longer than wide is halved, all else quartered.
-        let rows_stay = are_short[0] || !are_short[1] && c_len > 2 * r_len;
-        let columns_stay = are_short[1] || !are_short[0] && r_len > 2 * c_len;
+        let rows_stay = r.is_block() || !c.is_block() && c.len() > 2 * r.len();
+        let columns_stay = c.is_block() || !r.is_block() && r.len() > 2 * c.len();
         let parts = |axis: &mut Axis, at: u32, stays: bool| match stays {
             true => at..at + 1,
-            false => axis.parts(at),
+            false => axis.halves(at),
         };
         let all_rows = parts(&mut self.queries, rows, rows_stay);
         let all_columns = parts(&mut self.keys, columns, columns_stay);
         for rows in all_rows {
             for columns in all_columns.clone() {
                 self.rectangle(rows, columns, strip);
-            }
-        }
-    }
-
-    /// Looks at single blocks, of a formula that is all bands.
-    fn blocks(&mut self, rows: Range<u32>, columns: Range<u32>, strip: &mut Strip<'_>) {
-        let program = self.program;
-        for columns in columns.clone() {
-            self.keys
-                .find(columns, program, &mut self.known, &self.region);
-        }
-        for row in rows {
-            self.queries
-                .find(row, program, &mut self.known, &self.region);
-            let queries = self.queries.ranges(row);
-            let keys = self.keys.ranges_of(columns.clone());
-            let (mut open, mut whole) = (0u32, 0u64);
-            for (place, keys) in keys.chunks_exact(queries.len()).enumerate() {
-                let range = program.of_bands(queries, keys);
-                open |= u32::from(range == Interval::EITHER) << place;
-                whole |= u64::from(range == Interval::TRUE) << place;
-            }
-            let row_block = self.queries.piece(row).first_block as usize;
-            let column = self.keys.piece(columns.start).first_block as usize;
-            strip.insert_bits(row_block, column, whole);
-            while open != 0 {
-                self.open_block(row, columns.start + open.trailing_zeros(), strip);
-                open &= open - 1;
             }
         }
     }
@@ -411,7 +376,7 @@ impl Search<'_> {
 
     /// Looks into the quarters of a rectangle that is not decided, until both have been found.
     fn quarters(&mut self, rows: u32, columns: u32, found: &mut Found) {
-        let (all_rows, all_columns) = (self.queries.parts(rows), self.keys.parts(columns));
+        let (all_rows, all_columns) = (self.queries.halves(rows), self.keys.halves(columns));
         if all_rows.len() == 1 && all_columns.len() == 1 {
             if !self.samples(rows, columns, found) {
                 self.pairs(rows, columns, found);

@@ -160,3 +160,54 @@ fn greatest_common(a: i64, b: i64) -> i64 {
 fn least_common(a: i64, b: i64) -> Option<i64> {
     (a / greatest_common(a, b)).checked_mul(b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::expression::{Expression, Table, Truth, h, kv, q};
+
+    #[test]
+    fn how_far_blocks_repeat() {
+        let distance = |condition: Truth, len: usize| {
+            let expression = Expression::new(&condition).unwrap();
+            let extents = Extents::new(len, len, 32, 48).unwrap();
+            Area::without_repeats(&Program::new(&expression), extents).shift
+        };
+        assert_eq!(distance(kv().at_most(q() + h() * 3), 400), Some([3, 2]));
+        assert_eq!(distance(kv().at_most(q()), 190), None, "half of it is less");
+        let frames = |n: i32| (q() / n - kv() / n).abs().at_most(2);
+        assert_eq!(distance(frames(96), 960), Some([3, 2]));
+        assert_eq!(distance(frames(64), 960), Some([6, 4]));
+        assert_eq!(distance(frames(100), 6000), Some([75, 50]));
+        assert_eq!(
+            distance((q() % 64 / 8).equals(kv() % 64 / 8), 960),
+            Some([6, 4])
+        );
+        assert_eq!(
+            distance((q() / 8 % 6).equals(kv() / 8 % 6), 960),
+            Some([3, 2])
+        );
+        let table = Table::new(&[960], vec![0; 960]).unwrap();
+        assert_eq!(
+            distance(table.at([q()]).equals(table.at([kv()])), 960),
+            None
+        );
+        let table = Table::new(&[64], vec![0; 64]).unwrap();
+        assert_eq!(
+            distance(table.at([q() % 64]).equals(kv() % 64), 960),
+            Some([6, 4])
+        );
+        assert_eq!(distance(kv().less_than(40) | kv().at_most(q()), 960), None);
+    }
+
+    #[test]
+    fn strips_have_about_as_much_to_look_at() {
+        let expression = Expression::new(&kv().at_most(q())).unwrap();
+        let extents = Extents::new(1000, 1000, 16, 16).unwrap();
+        let area = Area::without_repeats(&Program::new(&expression), extents);
+        // The first and the last row, which is short, and the first and the last column.
+        assert_eq!(area.blocks(), 4 * 63 - 4);
+        assert_eq!(area.cuts(1), [63]);
+        assert_eq!(Area::all(extents).cuts(4), [16, 32, 48, 63]);
+    }
+}
