@@ -366,6 +366,8 @@ def _is_condition(value: Any) -> bool:
 
 
 def _constant(value: Any) -> int | bool:
+    if type(value) is int and _INT32.min <= value <= _INT32.max:
+        return value
     if isinstance(value, Tensor):
         if value.dim() > 0:
             raise TypeError(
@@ -390,13 +392,13 @@ def _constant(value: Any) -> int | bool:
 def _number(writer: _Writer, value: Any) -> int:
     """The step of a number; of a condition 0 or 1."""
     steps = writer.steps
+    if isinstance(value, Proxy):
+        if value.is_truth:
+            return steps.put("choose", value.step, steps.number(1), steps.number(0))
+        return value.step
     if isinstance(value, _Part):
         value.refuse()
-    if not isinstance(value, Proxy):
-        return steps.number(int(_constant(value)))
-    if value.is_truth:
-        return steps.put("choose", value.step, steps.number(1), steps.number(0))
-    return value.step
+    return steps.number(int(_constant(value)))
 
 
 def _truth(writer: _Writer, value: Any) -> int:
@@ -413,12 +415,14 @@ def _truth(writer: _Writer, value: Any) -> int:
 
 def _call(writer: _Writer, name: str, args: tuple, kwargs: dict) -> Any:
     """A function of torch's, or an operator, on proxies."""
-    name = _ALIASES.get(name, name)
-    if name in _REFUSED:
-        _refuse(*_REFUSED[name])
     function = _FUNCTIONS.get(name)
     if function is None:
-        _refuse(name, "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors")
+        name = _ALIASES.get(name, name)
+        if name in _REFUSED:
+            _refuse(*_REFUSED[name])
+        if name not in _FUNCTIONS:
+            _refuse(name, "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors")
+        function = _FUNCTIONS[name]
     return function(writer, *args, **kwargs)
 
 
