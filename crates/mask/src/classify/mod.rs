@@ -4,9 +4,12 @@
 //! All blocks together are a rectangle. The expression is evaluated on it with ranges of numbers instead
 //! of numbers; if that does not say that all pairs count, or none, the rectangle is quartered. So wide
 //! areas cost nothing, and a mask costs as much as its border has blocks. A single block that ranges do
-//! not decide is partial if a few of its pairs differ; if they do not, it is quartered too, down to
-//! tiles that are evaluated pair by pair, until one pair counts and another does not, or all are known
-//! to be alike. The result is exact: it is what evaluating every pair would give.
+//! not decide is partial if the ends of ranges, or a few of its pairs, tell so; if they do not, it is
+//! quartered too, down to tiles that are evaluated pair by pair, until one pair counts and another does
+//! not, or all are known to be alike. The result is exact: it is what evaluating every pair would give.
+//!
+//! Two things spare most of that: blocks that repeat others are copied, and where keys grow from block to
+//! block a row is found by bisection.
 //!
 //! - `interval`: ranges of numbers. `extremes`: those of tables.
 //! - `program`: a formula, as far as ranges go. `axis`: queries and keys in halves.

@@ -14,6 +14,7 @@ pub(super) const FEWEST: usize = 8;
 
 /// Of each band the smallest numbers of all blocks, and the largest.
 pub(super) struct Sorted {
+    blocks: usize,
     lows: Vec<Vec<i64>>,
     highs: Vec<Vec<i64>>,
 }
@@ -32,27 +33,41 @@ impl Sorted {
             .map(|band| column(band, |range| range.high))
             .collect();
         let all_grow = lows.iter().chain(&highs).all(|ends| ends.is_sorted());
-        all_grow.then_some(Self { lows, highs })
+        let blocks = ranges.len() / bands;
+        all_grow.then_some(Self {
+            blocks,
+            lows,
+            highs,
+        })
     }
 
     /// Blocks of which all pairs count, and those with pairs that may: the former are among the latter.
     pub fn row(&self, bands: &[Band], queries: &[Interval]) -> [Range<usize>; 2] {
-        let (mut whole, mut any) = (0..usize::MAX, 0..usize::MAX);
         let ends = self.lows.iter().zip(&self.highs);
-        for ((band, &query), (lows, highs)) in bands.iter().zip(queries).zip(ends) {
-            let [inner, outer] = band.keys(query);
-            narrow(&mut whole, lows, highs, inner);
-            // Blocks that reach it from below, up to those that begin behind it.
-            narrow(&mut any, highs, lows, outer);
+        let all = bands.iter().zip(queries).zip(ends);
+        let all = all.map(|((band, &query), (lows, highs))| (band.keys(query), lows, highs));
+        let mut any = 0..self.blocks;
+        for ([_, outer], lows, highs) in all.clone() {
+            // From the first that reaches it to the last that does not begin behind it.
+            any = within(any, highs, lows, outer);
+        }
+        let mut whole = any.clone();
+        for ([inner, _], lows, highs) in all {
+            whole = within(whole, lows, highs, inner);
         }
         [whole, any]
     }
 }
 
-/// Leaves of some blocks those whose first ends are not below an interval, and whose second ends are
-/// not above.
-fn narrow(blocks: &mut Range<usize>, firsts: &[i64], seconds: &[i64], interval: Interval) {
-    let start = firsts.partition_point(|&n| n < interval.low);
-    let end = seconds.partition_point(|&n| n <= interval.high);
-    *blocks = blocks.start.max(start)..blocks.end.min(end);
+/// Of some blocks those whose first ends are not below an interval, and whose second ends are not above.
+fn within(
+    blocks: Range<usize>,
+    firsts: &[i64],
+    seconds: &[i64],
+    interval: Interval,
+) -> Range<usize> {
+    let start = firsts[blocks.clone()].partition_point(|&n| n < interval.low);
+    let end = seconds[blocks.clone()].partition_point(|&n| n <= interval.high);
+    let end = blocks.start + end;
+    (blocks.start + start).min(end)..end
 }
