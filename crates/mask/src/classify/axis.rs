@@ -69,6 +69,8 @@ pub(super) struct Axis {
     pieces: Vec<Piece>,
     /// Those that have been asked for by their blocks.
     whole: Vec<([u32; 2], u32)>,
+    /// Those that have been asked for by single blocks: the first of them.
+    single: Vec<(Range<u32>, u32)>,
     /// Nodes that depend on this axis alone.
     own: Vec<usize>,
     /// How many of them others ask for.
@@ -102,6 +104,7 @@ impl Axis {
             block,
             pieces: Vec::new(),
             whole: Vec::new(),
+            single: Vec::new(),
             own,
             asked,
             ranges: Vec::new(),
@@ -127,10 +130,18 @@ impl Axis {
 
     /// Pieces of single blocks, which follow each other.
     pub fn singles(&mut self, blocks: Range<u32>) -> Range<u32> {
-        let first = self.pieces.len() as u32;
-        for block in blocks.clone() {
-            self.push_blocks(block, block + 1);
-        }
+        let known = self.single.iter().find(|known| known.0 == blocks);
+        let first = match known {
+            Some(&(_, first)) => first,
+            None => {
+                let first = self.pieces.len() as u32;
+                for block in blocks.clone() {
+                    self.push_blocks(block, block + 1);
+                }
+                self.single.push((blocks.clone(), first));
+                first
+            }
+        };
         first..first + blocks.len() as u32
     }
 

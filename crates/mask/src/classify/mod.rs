@@ -190,8 +190,8 @@ impl Search<'_> {
         if known.is_none_or(|known| known.blocks != *columns) {
             let pieces = self.keys.singles(columns.clone());
             for piece in pieces.clone() {
-                self.keys
-                    .find(piece, program, &mut self.known, &self.region);
+                let known = &mut self.known;
+                self.keys.find(piece, program, known, &self.region);
             }
             self.sorted = Some(Columns {
                 blocks: columns.clone(),
