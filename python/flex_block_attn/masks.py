@@ -46,6 +46,19 @@ def _as_sizes(
     )
 
 
+def _as_device(device: torch.device | str) -> torch.device:
+    """As tensors tell theirs: with its number."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        # Without a tensor, which takes a GPU's allocator.
+        return (
+            device
+            if device.index is not None
+            else torch.device("cuda", torch.cuda.current_device())
+        )
+    return torch.empty(0, device=device).device
+
+
 def as_triple(name: str, values: Iterable[Any]) -> tuple[int, int, int]:
     """Three positive ints along (time, height, width)."""
     needed = f"{name} must be three positive numbers (time, height, width)"
@@ -136,15 +149,16 @@ class BlockMask:
     ) -> "BlockMask":
         """A mask with an expression, as the library has found its blocks."""
         mask = object.__new__(cls)
-        mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size = native.extents
-        lines = native.shape[:2]
-        if device.type == "cuda" and 0 not in native.shape:
+        sizes, shape = native.extents, native.shape
+        mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size = sizes
+        lines = shape[:2]
+        if device.type == "cuda" and 0 not in shape:
             # A plan has fifty times the bytes of the bits that it is made of.
             bits = torch.empty(native.bit_words(), dtype=torch.int64)
             native.write_bits((bits.data_ptr(), bits.numel()))
-            mask.plan = launch.plan_of_bits(bits.to(device), lines, native.extents)
+            mask.plan = launch.plan_of_bits(bits.to(device), lines, sizes)
         else:
-            plan = torch.empty((*lines, _native.plan_words(native.extents)), dtype=torch.int32)
+            plan = torch.empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
             native.write_plan((plan.data_ptr(), plan.numel()))
             mask.plan = plan.to(device)
         mask.expression, mask.mask_mod = expression.ready(), mask_mod
@@ -317,7 +331,7 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The mask on another device. It is copied there once, and kept with the mask."""
-        device = torch.empty(0, device=device).device
+        device = _as_device(device)
         if device == self.device:
             return self
         moved = self._elsewhere.get(device)
@@ -557,7 +571,7 @@ def create_block_mask(
     if len(BLOCK_SIZE) != 2:
         raise ValueError(f"BLOCK_SIZE must be one number or two, got {len(BLOCK_SIZE)}")
     sizes = _as_sizes(q_len, kv_len, *BLOCK_SIZE)
-    device = None if device is None else torch.empty(0, device=device).device
+    device = None if device is None else _as_device(device)
     expression = trace(mask_mod, device)
     if device is None:
         device = expression.device

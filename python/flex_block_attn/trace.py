@@ -33,7 +33,7 @@ class Expression:
         device: the mask's.
     """
 
-    __slots__ = ("_tables", "device", "on_host", "tells_apart", "text")
+    __slots__ = ("_captured", "_tables", "device", "on_host", "tells_apart", "text")
 
     def __init__(
         self,
@@ -41,10 +41,13 @@ class Expression:
         on_host: Iterable[Tensor],
         device: torch.device,
         tells_apart: tuple[bool, bool],
+        captured: list[Tensor] | None = None,
     ):
         self.text = text
         self.on_host = list(on_host)
         self.device = device
+        # Where the tables come from, until they are copied: on a GPU quicker than from the host.
+        self._captured = captured
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
         self._tables: list[Tensor] | None = None
@@ -53,7 +56,9 @@ class Expression:
     def tables(self) -> list[Tensor]:
         # Copied when a mask wants them: a mask that is known already has its own.
         if self._tables is None:
-            self._tables = [table.to(self.device) for table in self.on_host]
+            sources = zip(self.on_host, self._captured or self.on_host)
+            self._tables = [_on_device(*source, self.device) for source in sources]
+            self._captured = None
         return self._tables
 
     def ready(self) -> "Expression":
@@ -161,7 +166,14 @@ class _Writer:
             device = tensors[0].device if tensors else torch.device("cpu")
         # Copies: numbers changed in place later must not part from the plan.
         on_host = [_as_table(tensor) for tensor in tensors]
-        return Expression(text, on_host, device, self.steps.tells_apart(result.step))
+        return Expression(text, on_host, device, self.steps.tells_apart(result.step), tensors)
+
+
+def _on_device(host: Tensor, captured: Tensor, device: torch.device) -> Tensor:
+    """A table on a device. What the function has captured has the numbers that the host has."""
+    if device.type == "cpu" or captured.device != device:
+        return host.to(device)
+    return captured.detach().to(torch.int32, copy=True).contiguous()
 
 
 def _as_table(tensor: Tensor) -> Tensor:
@@ -173,7 +185,7 @@ def _as_table(tensor: Tensor) -> Tensor:
                 f"a tensor of shape {tuple(tensor.shape)} that mask_mod looks up has numbers from "
                 f"{low} to {high}, but only those of int32 are supported"
             )
-    return host.to(torch.int32, copy=True).contiguous()
+    return host.to(torch.int32, copy=tensor.device.type == "cpu").contiguous()
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
@@ -354,6 +366,8 @@ def _is_condition(value: Any) -> bool:
 
 
 def _constant(value: Any) -> int | bool:
+    if type(value) is int and _INT32.min <= value <= _INT32.max:
+        return value
     if isinstance(value, Tensor):
         if value.dim() > 0:
             raise TypeError(
@@ -378,13 +392,13 @@ def _constant(value: Any) -> int | bool:
 def _number(writer: _Writer, value: Any) -> int:
     """The step of a number; of a condition 0 or 1."""
     steps = writer.steps
+    if isinstance(value, Proxy):
+        if value.is_truth:
+            return steps.put("choose", value.step, steps.number(1), steps.number(0))
+        return value.step
     if isinstance(value, _Part):
         value.refuse()
-    if not isinstance(value, Proxy):
-        return steps.number(int(_constant(value)))
-    if value.is_truth:
-        return steps.put("choose", value.step, steps.number(1), steps.number(0))
-    return value.step
+    return steps.number(int(_constant(value)))
 
 
 def _truth(writer: _Writer, value: Any) -> int:
@@ -401,12 +415,14 @@ def _truth(writer: _Writer, value: Any) -> int:
 
 def _call(writer: _Writer, name: str, args: tuple, kwargs: dict) -> Any:
     """A function of torch's, or an operator, on proxies."""
-    name = _ALIASES.get(name, name)
-    if name in _REFUSED:
-        _refuse(*_REFUSED[name])
     function = _FUNCTIONS.get(name)
     if function is None:
-        _refuse(name, "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors")
+        name = _ALIASES.get(name, name)
+        if name in _REFUSED:
+            _refuse(*_REFUSED[name])
+        if name not in _FUNCTIONS:
+            _refuse(name, "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors")
+        function = _FUNCTIONS[name]
     return function(writer, *args, **kwargs)
 
 

@@ -315,32 +315,53 @@ impl BlockMask {
         words.map(|word| word.count_ones() as usize).sum()
     }
 
-    /// The bits of a mask with an expression, cut into strips of so many rows, which never have those of
-    /// two matrices.
-    pub(crate) fn strips(&mut self, rows: usize) -> Vec<Strip<'_>> {
-        let (words_per_row, all) = (self.words_per_row, self.extents.q_blocks());
+    /// The bits of a mask with an expression, each matrix cut behind some of its rows, the last one
+    /// among them.
+    pub(crate) fn strips(&mut self, cuts: &[usize]) -> Vec<Strip<'_>> {
+        let (words_per_row, rows) = (self.words_per_row, self.extents.q_blocks());
         let Some(exact) = &mut self.exact else {
             return Vec::new();
         };
-        let matrix = (all * words_per_row).max(1);
+        let matrix = (rows * words_per_row).max(1);
         let matrices = self.words.chunks_mut(matrix);
         let matrices = matrices.zip(exact.partial.chunks_mut(matrix)).enumerate();
         let mut strips = Vec::new();
-        for (line, (wanted, partial)) in matrices {
-            let size = (rows * words_per_row).max(1);
-            let parts = wanted.chunks_mut(size).zip(partial.chunks_mut(size));
-            for (number, (wanted, partial)) in parts.enumerate() {
+        for (line, (mut wanted, mut partial)) in matrices {
+            let mut start = 0;
+            for &end in cuts {
+                let words = (end - start) * words_per_row;
+                let (own, later) = wanted.split_at_mut(words);
+                let (own_partial, later_partial) = partial.split_at_mut(words);
+                (wanted, partial) = (later, later_partial);
                 strips.push(Strip {
                     batch: line / self.heads,
                     head: line % self.heads,
-                    rows: number * rows..((number + 1) * rows).min(all),
+                    rows: start..end,
                     words_per_row,
-                    wanted,
-                    partial,
+                    wanted: own,
+                    partial: own_partial,
                 });
+                start = end;
             }
         }
         strips
+    }
+
+    /// Selects, row after row, what is selected so many rows and columns before, as partial as it is
+    /// there. Blocks that the sequences' ends cut short stay as they are.
+    pub(crate) fn repeat(&mut self, [rows, columns]: [usize; 2]) {
+        let (stride, all) = (self.words_per_row, self.extents.q_blocks());
+        let [whole_rows, whole_columns] = self.extents.whole_blocks();
+        let partial = self.exact.iter_mut().map(|exact| &mut exact.partial);
+        for words in std::iter::once(&mut self.words).chain(partial) {
+            for matrix in words.chunks_exact_mut((all * stride).max(1)) {
+                for row in rows..whole_rows {
+                    let (before, own) = matrix.split_at_mut(row * stride);
+                    let from = &before[(row - rows) * stride..][..stride];
+                    join_moved(&mut own[..stride], from, columns, whole_columns);
+                }
+            }
+        }
     }
 
     /// Words of the bits of a matrix: selected blocks, and partial ones if there may be any. Rows
@@ -499,6 +520,23 @@ impl BlockMask {
             }
         }
         dense
+    }
+}
+
+/// Adds the bits of another row, so many places further on, before an end.
+fn join_moved(to: &mut [u64], from: &[u64], places: usize, end: usize) {
+    let (words, bits) = (places / 64, places % 64);
+    for at in words..end.div_ceil(64) {
+        let low = from[at - words] << bits;
+        let high = match (bits, at - words) {
+            (0, _) | (_, 0) => 0,
+            (bits, behind) => from[behind - 1] >> (64 - bits),
+        };
+        let inside = match end - 64 * at {
+            left @ 0..64 => !(!0 << left),
+            _ => !0,
+        };
+        to[at] |= (low | high) & inside;
     }
 }
 

@@ -96,6 +96,11 @@ impl Extents {
         self.kv_len.div_ceil(self.kv_block)
     }
 
+    /// Rows and columns that the ends of the sequences do not cut short.
+    pub(crate) fn whole_blocks(&self) -> [usize; 2] {
+        [self.q_len / self.q_block, self.kv_len / self.kv_block]
+    }
+
     /// Whether a mask of so many rows and columns is one of these blocks.
     ///
     /// # Errors

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 /// So many blocks are worth all threads.
 const SURELY: usize = 1 << 19;
 /// Fewer blocks are one piece.
-const FEW: usize = 1 << 12;
+const FEW: usize = 1 << 13;
 /// What a thread must take off the others: several times what it costs to start.
-const WORTH_IT: Duration = Duration::from_micros(150);
+const WORTH_IT: Duration = Duration::from_micros(400);
 /// Threads at most: memory has to keep up.
 const MOST: usize = 8;
 

@@ -182,6 +182,44 @@ fn condition() -> impl Strategy<Value = Truth> {
     })
 }
 
+/// A condition on what both tokens are in some order: on a canvas, in a document, in all.
+fn alike() -> impl Strategy<Value = Truth> {
+    let places = (
+        0usize..6,
+        prop::sample::select(vec![2, 3, 8, 16, 20, 32, 48, 96]),
+        1i32..9,
+    );
+    let near = (places, -1i32..40, 0usize..3).prop_map(|((kind, n, m), reach, how)| {
+        let of = |token: Number| match kind {
+            0 => token,
+            1 => token / n,
+            2 => token % n,
+            3 => token % n / m,
+            4 => (token.clone() / n).max(m) + token % m,
+            _ => {
+                let values = (0..TOKENS as i32).map(|token| token / n * m);
+                Table::new(&[TOKENS as u32], values.collect())
+                    .unwrap()
+                    .at([token])
+            }
+        };
+        let (query, key) = (of(q()), of(kv()));
+        match how {
+            0 => (query - key).abs().at_most(reach),
+            1 => key.at_most(query + reach / 8),
+            _ => query.equals(key + reach / 20),
+        }
+    });
+    near.prop_recursive(2, 4, 2, |inner| {
+        let pair = || (inner.clone(), inner.clone());
+        prop_oneof![
+            4 => pair().prop_map(|(a, b)| a & b),
+            2 => pair().prop_map(|(a, b)| a | b),
+            1 => inner.clone().prop_map(|a| !a),
+        ]
+    })
+}
+
 fn extents() -> impl Strategy<Value = Extents> {
     (1usize..5, 1usize..9, 1usize..150, 1usize..TOKENS)
         .prop_map(|(q, kv, q_len, kv_len)| Extents::new(q_len, kv_len, q * 16, kv * 16).unwrap())
@@ -194,6 +232,11 @@ proptest! {
     fn blocks_are_what_all_pairs_say(extents in extents(), condition in condition()) {
         let expression = Expression::new(&condition).unwrap();
         check(extents, BATCH, HEADS, &expression);
+    }
+
+    #[test]
+    fn blocks_that_repeat(extents in extents(), condition in alike()) {
+        check(extents, 1, 1, &Expression::new(&condition).unwrap());
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //!
 //! Blocks are halved to single blocks, and those to pieces of [`SMALL`] tokens, as far as somebody asks.
 
+use std::ops::Range;
+
 use super::interval::Interval;
 use super::program::{Program, Region};
 use crate::BLOCK_STEP;
 use crate::expression::step;
 
 /// Tokens of the smallest pieces, at most.
-const SMALL: u32 = 2 * BLOCK_STEP as u32;
+const SMALL: u32 = BLOCK_STEP as u32;
 /// Tokens that are looked at first.
 pub(super) const SAMPLES: usize = 3;
 
@@ -67,11 +69,13 @@ pub(super) struct Axis {
     pieces: Vec<Piece>,
     /// Those that have been asked for by their blocks.
     whole: Vec<([u32; 2], u32)>,
+    /// Those that have been asked for by single blocks: the first of them.
+    single: Vec<(Range<u32>, u32)>,
     /// Nodes that depend on this axis alone.
     own: Vec<usize>,
-    /// Those of them that others ask for.
-    asked: Vec<usize>,
-    /// Of each piece those of `asked`.
+    /// How many of them others ask for.
+    asked: usize,
+    /// Of each piece those that others ask for.
     ranges: Vec<Interval>,
     /// The piece whose ranges were written last.
     loaded: Option<u32>,
@@ -91,8 +95,7 @@ impl Axis {
         let own: Vec<usize> = nodes
             .filter(|&i| program.depends[i] & axes == bit)
             .collect();
-        let asked = own.iter().copied();
-        let asked: Vec<usize> = asked.filter(|&i| program.asked_from_outside(i)).collect();
+        let asked = program.asked[side as usize].len();
         let is_shared = own.iter().all(|&i| program.depends[i] == bit);
         let (len, block) = (len as u32, block as u32);
         Self {
@@ -101,6 +104,7 @@ impl Axis {
             block,
             pieces: Vec::new(),
             whole: Vec::new(),
+            single: Vec::new(),
             own,
             asked,
             ranges: Vec::new(),
@@ -115,21 +119,41 @@ impl Axis {
         if let Some(&(_, at)) = known {
             return at;
         }
-        let tokens = [first * self.block, self.len.min(end * self.block)];
-        let piece = Piece::new(tokens, [first, end]);
         // The number 0 is not given away: it says that there is no piece.
         if self.pieces.is_empty() {
-            self.push(piece.clone());
+            self.push_blocks(first, end);
         }
-        let at = self.push(piece);
+        let at = self.push_blocks(first, end);
         self.whole.push(([first, end], at));
         at
+    }
+
+    /// Pieces of single blocks, which follow each other.
+    pub fn singles(&mut self, blocks: Range<u32>) -> Range<u32> {
+        let known = self.single.iter().find(|known| known.0 == blocks);
+        let first = match known {
+            Some(&(_, first)) => first,
+            None => {
+                let first = self.pieces.len() as u32;
+                for block in blocks.clone() {
+                    self.push_blocks(block, block + 1);
+                }
+                self.single.push((blocks.clone(), first));
+                first
+            }
+        };
+        first..first + blocks.len() as u32
+    }
+
+    fn push_blocks(&mut self, first: u32, end: u32) -> u32 {
+        let tokens = [first * self.block, self.len.min(end * self.block)];
+        self.push(Piece::new(tokens, [first, end]))
     }
 
     fn push(&mut self, piece: Piece) -> u32 {
         let at = self.pieces.len() as u32;
         self.pieces.push(piece);
-        let ranges = self.pieces.len() * self.asked.len();
+        let ranges = self.pieces.len() * self.asked;
         self.ranges.resize(ranges, Interval::EITHER);
         at
     }
@@ -148,8 +172,8 @@ impl Axis {
         }
     }
 
-    /// Its halves; none if it is small.
-    pub fn halves(&mut self, at: u32) -> Option<[u32; 2]> {
+    /// Its halves; itself if it is too small for that.
+    pub fn halves(&mut self, at: u32) -> Range<u32> {
         let Piece {
             start,
             end,
@@ -159,32 +183,25 @@ impl Axis {
             ..
         } = *self.piece(at);
         if children != 0 {
-            return Some([children, children + 1]);
+            return children..children + 2;
         }
         let blocks = end_block - first_block;
-        let halves = if blocks > 1 {
+        if blocks == 1 && end - start <= SMALL {
+            return at..at + 1;
+        }
+        let children = self.pieces.len() as u32;
+        if blocks == 1 {
+            let middle = start + ((end - start) / 2).next_multiple_of(SMALL);
+            self.push(Piece::new([start, middle], [first_block, end_block]));
+            self.push(Piece::new([middle, end], [first_block, end_block]));
+        } else {
             // All blocks of a level begin at multiples of their number.
             let middle = first_block + blocks.next_power_of_two() / 2;
-            let token = middle * self.block;
-            [
-                Piece::new([start, token], [first_block, middle]),
-                Piece::new([token, end.min(self.len)], [middle, end_block]),
-            ]
-        } else if end - start > SMALL {
-            let half = ((end - start) / 2).next_multiple_of(BLOCK_STEP as u32);
-            let own = [first_block, end_block];
-            [
-                Piece::new([start, start + half], own),
-                Piece::new([start + half, end], own),
-            ]
-        } else {
-            return None;
-        };
-        let [first, second] = halves;
-        let children = self.push(first);
-        self.push(second);
+            self.push_blocks(first_block, middle);
+            self.push_blocks(middle, end_block);
+        }
         self.pieces[at as usize].children = children;
-        Some([children, children + 1])
+        children..children + 2
     }
 
     /// Pieces of the first token, of the last, and of one between.
@@ -204,28 +221,44 @@ impl Axis {
         std::array::from_fn(|i| first + i as u32)
     }
 
-    /// Writes the ranges of a piece where others find them. `region` has the batch and the head.
+    /// Finds the ranges of a piece, of the nodes that others ask for. `region` has the batch and the
+    /// head.
     #[inline]
-    pub fn load(
+    pub fn find(
         &mut self,
         at: u32,
         program: &Program<'_>,
         known: &mut [Interval],
         region: &Region,
     ) {
-        if self.loaded == Some(at) {
-            return;
+        if !self.pieces[at as usize].is_known {
+            self.find_anew(at, program, known, region);
         }
-        self.loaded = Some(at);
+    }
+
+    /// These ranges.
+    #[inline]
+    pub fn ranges(&self, at: u32) -> &[Interval] {
+        self.ranges_of(at..at + 1)
+    }
+
+    /// Those of several pieces, which follow each other.
+    #[inline]
+    pub fn ranges_of(&self, pieces: Range<u32>) -> &[Interval] {
+        let Range { start, end } = pieces;
+        &self.ranges[start as usize * self.asked..end as usize * self.asked]
+    }
+
+    fn find_anew(
+        &mut self,
+        at: u32,
+        program: &Program<'_>,
+        known: &mut [Interval],
+        region: &Region,
+    ) {
         let piece = &mut self.pieces[at as usize];
-        let ranges = &mut self.ranges[at as usize * self.asked.len()..][..self.asked.len()];
-        if piece.is_known {
-            for (&node, &range) in self.asked.iter().zip(&*ranges) {
-                known[node] = range;
-            }
-            return;
-        }
         piece.is_known = true;
+        self.loaded = Some(at);
         let tokens = Interval::new(piece.start.into(), i64::from(piece.end) - 1);
         let region = match self.side {
             Side::Queries => Region {
@@ -240,8 +273,21 @@ impl Axis {
         for &node in &self.own {
             known[node] = program.range(node, known, &region);
         }
-        for (&node, range) in self.asked.iter().zip(ranges) {
+        let ranges = &mut self.ranges[at as usize * self.asked..][..self.asked];
+        for (&node, range) in program.asked[self.side as usize].iter().zip(ranges) {
             *range = known[node];
+        }
+    }
+
+    /// Writes them where nodes of both axes look for them.
+    pub fn load(&mut self, at: u32, program: &Program<'_>, known: &mut [Interval]) {
+        if self.loaded == Some(at) {
+            return;
+        }
+        self.loaded = Some(at);
+        let ranges = &self.ranges[at as usize * self.asked..];
+        for (&node, &range) in program.asked[self.side as usize].iter().zip(ranges) {
+            known[node] = range;
         }
     }
 }

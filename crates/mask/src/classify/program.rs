@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::extremes::Extremes;
 use super::interval::Interval;
+use super::tight::tight;
 use crate::expression::{Expression, Formula, Step, step, steps};
 
 /// A node, of earlier ones.
@@ -35,9 +36,61 @@ pub(super) enum Node {
     /// Whether it is more.
     IsAbove(usize, i64),
     IsZero(usize),
+    /// What most conditions on both axes come to.
+    Band(Band),
     And(usize, usize),
     Or(usize, usize),
     Not(usize),
+}
+
+/// Whether a node of the queries less one of the keys lies in a range.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Band {
+    pub query: usize,
+    pub key: usize,
+    low: i64,
+    high: i64,
+    /// Whether both nodes have the ends of their ranges.
+    is_tight: bool,
+}
+
+impl Band {
+    /// Whether some pair lies outside, and whether some pair lies inside, as far as the pairs tell that
+    /// have the ends of both ranges.
+    pub fn found(&self, query: Interval, key: Interval) -> [bool; 2] {
+        let ends = [query.low - key.high, query.high - key.low];
+        let is_inside = |&end: &i64| self.low <= end && end <= self.high;
+        [
+            self.is_tight && !ends.iter().all(is_inside),
+            self.is_tight && ends.iter().any(is_inside),
+        ]
+    }
+
+    /// Where keys are inside with all of some queries, and where they are with one of them, perhaps.
+    pub fn keys(&self, query: Interval) -> [Interval; 2] {
+        let from = |n: i64, less: i64| n.saturating_sub(less);
+        [
+            Interval::new(from(query.high, self.high), from(query.low, self.low)),
+            Interval::new(from(query.low, self.high), from(query.high, self.low)),
+        ]
+    }
+
+    #[inline]
+    pub fn range(&self, query: Interval, key: Interval) -> Interval {
+        let (low, high) = (query.low - key.high, query.high - key.low);
+        Interval::new(
+            i64::from(self.low <= low && high <= self.high),
+            i64::from(self.low <= high && low <= self.high),
+        )
+    }
+}
+
+/// A condition of those that the root joins.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub node: usize,
+    /// Nodes of both axes to be computed for it, itself included.
+    pub nodes: Vec<usize>,
 }
 
 /// Where a range is wanted.
@@ -55,8 +108,15 @@ pub(super) struct Program<'a> {
     pub depends: Vec<u8>,
     /// The node that is the formula's value.
     pub root: usize,
-    /// Nodes of both axes, in order, each with whether the root is known once it is.
-    pub mixed: Vec<(usize, Option<Interval>)>,
+    /// Of the root's chain of `and`, or of `or`: the operands that are bands; the root if it is one.
+    pub bands: Vec<Band>,
+    /// The others.
+    pub parts: Vec<Part>,
+    /// What of a part decides the root.
+    pub decisive: Interval,
+    /// Nodes of the queries, and of the keys, that others ask for: for each band its own, then those
+    /// of which nodes on more axes ask, or whose value is that of a part.
+    pub asked: [Vec<usize>; 2],
     tables: Vec<(Vec<i64>, Option<Extremes<'a>>)>,
 }
 
@@ -120,75 +180,181 @@ impl<'a> Program<'a> {
             (extents.collect(), table.values().map(Extremes::new))
         });
         let mut program = Self {
-            mixed: Vec::new(),
+            bands: Vec::new(),
+            parts: Vec::new(),
+            decisive: match writer.nodes[root] {
+                Node::Or(..) => Interval::TRUE,
+                _ => Interval::FALSE,
+            },
+            asked: Default::default(),
             nodes: writer.nodes,
             depends: writer.depends,
             root,
             tables: tables.collect(),
         };
-        program.mixed = program.order();
+        program.find_bands();
+        program.find_parts();
         program
     }
 
-    /// The nodes of both axes that the root needs. One operand of the root's `and` (or `or`) follows
-    /// the other, and if it says no (or yes) there is no more to do.
-    fn order(&self) -> Vec<(usize, Option<Interval>)> {
-        let mut order = Vec::new();
-        let mut seen = vec![false; self.nodes.len()];
-        let decisive = match self.nodes[self.root] {
-            Node::And(..) => Interval::FALSE,
-            Node::Or(..) => Interval::TRUE,
-            _ => Interval::EITHER,
-        };
-        let mut parts = Vec::new();
-        self.parts(self.root, &mut parts);
-        for part in parts {
-            self.visit(part, &mut seen, &mut order);
-            if let Some((last, decides)) = order.last_mut()
-                && *last == part
-            {
-                *decides = Some(decisive);
+    fn find_bands(&mut self) {
+        let is_tight = tight(&self.nodes, &self.depends);
+        for i in 0..self.nodes.len() {
+            if let Some(band) = self.band(&self.nodes[i], &is_tight) {
+                self.nodes[i] = Node::Band(band);
             }
         }
-        self.visit(self.root, &mut seen, &mut order);
-        order
+    }
+
+    /// A comparison of a difference of two axes with numbers.
+    fn band(&self, node: &Node, is_tight: &[bool]) -> Option<Band> {
+        let (of, low, high) = match *node {
+            Node::IsBelow(a, n) => match self.nodes[a] {
+                Node::Abs(of) => (
+                    of,
+                    n.saturating_neg().saturating_add(1),
+                    n.saturating_sub(1),
+                ),
+                _ => (a, i64::MIN, n.saturating_sub(1)),
+            },
+            Node::IsAbove(a, n) => (a, n.saturating_add(1), i64::MAX),
+            Node::IsZero(a) => (a, 0, 0),
+            _ => return None,
+        };
+        let (a, b, constant) = match self.nodes[of] {
+            Node::Difference(a, b) => (a, b, 0),
+            Node::Sum(constant, ref terms) => match terms[..] {
+                [(1, a), (-1, b)] | [(-1, b), (1, a)] => (a, b, constant),
+                _ => return None,
+            },
+            _ => return None,
+        };
+        let (low, high) = (low.saturating_sub(constant), high.saturating_sub(constant));
+        if !(self.is_small(a) && self.is_small(b)) {
+            return None;
+        }
+        let is_tight = is_tight[a] && is_tight[b];
+        match (self.axes(a), self.axes(b)) {
+            (step::on::QUERY, step::on::KEY) => Some(Band {
+                query: a,
+                key: b,
+                low,
+                high,
+                is_tight,
+            }),
+            (step::on::KEY, step::on::QUERY) => Some(Band {
+                query: b,
+                key: a,
+                low: high.saturating_neg(),
+                high: low.saturating_neg(),
+                is_tight,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Whether i64 holds the difference of two such nodes. Those that are no sums are steps of the
+    /// formula, of int32.
+    fn is_small(&self, node: usize) -> bool {
+        match self.nodes[node] {
+            Node::Sum(constant, ref terms) => {
+                let factors = terms.iter().map(|&(factor, _)| factor.saturating_abs());
+                let factors = factors.fold(0, i64::saturating_add);
+                factors < 1 << 29 && constant.saturating_abs() < 1 << 60
+            }
+            _ => true,
+        }
+    }
+
+    fn axes(&self, node: usize) -> u8 {
+        self.depends[node] & (step::on::QUERY | step::on::KEY)
+    }
+
+    fn find_parts(&mut self) {
+        let mut joined = Vec::new();
+        self.join(self.root, &mut joined);
+        let mut seen = vec![false; self.nodes.len()];
+        for node in joined {
+            if let Node::Band(band) = &self.nodes[node] {
+                self.bands.push(band.clone());
+                continue;
+            }
+            let mut nodes = Vec::new();
+            self.visit(node, &mut seen, &mut nodes);
+            self.parts.push(Part { node, nodes });
+        }
+        let mut asked: Vec<usize> = self.parts.iter().map(|part| part.node).collect();
+        for &node in self.parts.iter().flat_map(|part| &part.nodes) {
+            asked.extend(operands(&self.nodes[node]));
+        }
+        asked.sort_unstable();
+        asked.dedup();
+        let this = &*self;
+        let on = |bit: u8| asked.iter().copied().filter(move |&i| this.axes(i) == bit);
+        let queries = self
+            .bands
+            .iter()
+            .map(|band| band.query)
+            .chain(on(step::on::QUERY));
+        let keys = self
+            .bands
+            .iter()
+            .map(|band| band.key)
+            .chain(on(step::on::KEY));
+        self.asked = [queries.collect(), keys.collect()];
     }
 
     /// Operands of the root's chain of `and`, or of `or`.
-    fn parts(&self, node: usize, parts: &mut Vec<usize>) {
+    fn join(&self, node: usize, parts: &mut Vec<usize>) {
         match (&self.nodes[self.root], &self.nodes[node]) {
             (Node::And(..), &Node::And(a, b)) | (Node::Or(..), &Node::Or(a, b)) => {
-                self.parts(a, parts);
-                self.parts(b, parts);
+                self.join(a, parts);
+                self.join(b, parts);
             }
-            _ if node != self.root => parts.push(node),
-            _ => {}
+            _ => parts.push(node),
         }
     }
 
-    fn visit(&self, node: usize, seen: &mut [bool], order: &mut Vec<(usize, Option<Interval>)>) {
+    fn visit(&self, node: usize, seen: &mut [bool], order: &mut Vec<usize>) {
         let both = step::on::QUERY | step::on::KEY;
-        if self.depends[node] & both != both || std::mem::replace(&mut seen[node], true) {
+        if self.axes(node) != both || std::mem::replace(&mut seen[node], true) {
             return;
         }
         for operand in operands(&self.nodes[node]) {
             self.visit(operand, seen, order);
         }
-        order.push((node, None));
+        order.push(node);
     }
 
-    /// Nodes of which others ask that depend on more axes, or whose value is the formula's.
-    pub fn asked_from_outside(&self, node: usize) -> bool {
-        let axes = step::on::QUERY | step::on::KEY;
-        let own = self.depends[node] & axes;
-        let by =
-            |(other, more): (&Node, &u8)| more & axes != own && operands(other).contains(&node);
-        node == self.root || self.nodes.iter().zip(&self.depends).any(by)
+    /// Whether it is a conjunction of bands whose keys do not begin anew now and then.
+    pub fn may_be_sorted(&self) -> bool {
+        let begins_anew = |(node, &on): (&Node, &u8)| {
+            on & step::on::KEY != 0 && matches!(node, Node::Remainder(..))
+        };
+        self.parts.is_empty()
+            && self.decisive == Interval::FALSE
+            && !self.nodes.iter().zip(&self.depends).any(begins_anew)
     }
 
     /// Whether a node is the same for all pairs of a batch and a head.
     pub fn on_no_axis(&self, node: usize) -> bool {
-        self.depends[node] & (step::on::QUERY | step::on::KEY) == 0
+        self.axes(node) == 0
+    }
+
+    /// What the bands make of the root, given the ranges that the axes are asked for.
+    #[inline]
+    pub fn of_bands(&self, queries: &[Interval], keys: &[Interval]) -> Interval {
+        let mut all = self.decisive.negated();
+        for ((band, &query), &key) in self.bands.iter().zip(queries).zip(keys) {
+            let range = band.range(query, key);
+            if range == self.decisive {
+                return range;
+            }
+            if !range.is_one() {
+                all = Interval::EITHER;
+            }
+        }
+        all
     }
 
     /// The range of a node in a region, given those of earlier ones.
@@ -226,6 +392,7 @@ impl<'a> Program<'a> {
             Node::IsBelow(a, n) => of(a).is_below(n),
             Node::IsAbove(a, n) => of(a).is_below(n.saturating_add(1)).negated(),
             Node::IsZero(a) => of(a).is_zero(),
+            Node::Band(ref band) => band.range(of(band.query), of(band.key)),
             Node::And(a, b) => of(a).min(of(b)),
             Node::Or(a, b) => of(a).max(of(b)),
             Node::Not(a) => of(a).negated(),
@@ -251,7 +418,7 @@ impl<'a> Program<'a> {
     }
 }
 
-fn operands(node: &Node) -> Vec<usize> {
+pub(super) fn operands(node: &Node) -> Vec<usize> {
     match *node {
         Node::Batch | Node::Head | Node::Query | Node::Key | Node::Constant(_) => vec![],
         Node::Sum(_, ref terms) => terms.iter().map(|&(_, node)| node).collect(),
@@ -268,6 +435,7 @@ fn operands(node: &Node) -> Vec<usize> {
         | Node::IsAbove(a, _)
         | Node::IsZero(a)
         | Node::Not(a) => vec![a],
+        Node::Band(Band { query, key, .. }) => vec![query, key],
         Node::Choose(condition, a, b) => vec![condition, a, b],
         Node::Table(_, ref indices) => indices.clone(),
     }
