@@ -12,7 +12,7 @@
 //! text as one of three that has two more of extent 1. A line is a head of a batch.
 
 use flex_block_attn_mask::PlanLayout;
-use flex_block_attn_ptx::builder::{TmaOptions, Value};
+use flex_block_attn_ptx::builder::Value;
 use flex_block_attn_ptx::ir::Operand;
 use flex_block_attn_ptx::{Arg, Builder, Reg, Swizzle, TensorMap};
 use flex_block_attn_tile::{Barrier, MATRIX_AXES, RegTile, Shape, SharedTile};
@@ -657,13 +657,12 @@ impl<'k> Grid<'k> {
         spot: Reg<'k, u32>,
         [head, batch]: [Reg<'k, u32>; 2],
         full: Barrier<'k>,
-        options: TmaOptions<'k>,
     ) {
         let line = batch * maps.per_batch + head;
         let all = |map: Reg<'k, u64>, [a, b, c]: [Operand; 3]| {
             for panel in 0..tile.shape.panels() {
                 let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
-                tile.load_panel(panel, map, [column, a, b, c, line.operand()], full, options);
+                tile.load_panel(panel, map, [column, a, b, c, line.operand()], full);
             }
         };
         // Two forms of one copy, as a map that is chosen at run time takes more registers.

@@ -257,14 +257,13 @@ impl<'k> SharedTile<'k> {
         map: Reg<'k, u64>,
         coordinates: [Operand; MATRIX_AXES],
         barrier: Barrier<'k>,
-        options: TmaOptions<'k>,
     ) {
         self.k.tma_load(
             self.panel(panel).address(),
             map,
             &coordinates,
             barrier.address(),
-            options,
+            TmaOptions::default(),
         );
     }
 

@@ -255,7 +255,7 @@ impl Config {
                 for (tile, from, full) in tiles {
                     let part = tile.part(k.lane(), self.piece);
                     let line = [keys.head, keys.batch];
-                    grid.load(part, from.boxes(), spot, line, full, options);
+                    grid.load(part, from.boxes(), spot, line, full);
                 }
             });
         }
@@ -335,7 +335,7 @@ impl Config {
                         copy(self.piece, &|place| match (&problem.grid, spot) {
                             (Some(grid), Some(spot)) => {
                                 let line = [walk.head(), keys.batch];
-                                grid.load(part, pieces.boxes(), spot, line, full, options);
+                                grid.load(part, pieces.boxes(), spot, line, full);
                             }
                             _ => part.load_panels(pieces.rows(), place, full, options),
                         });

@@ -145,8 +145,7 @@ impl<'k> Filling<'_, 'k> {
         for i in 0..tile.shape.rows / piece {
             let spot = self.k.load_shared(spots.at(4 * i));
             let part = tile.row_range(i * piece, piece);
-            let line = [note.head(), note.batch()];
-            grid.load(part, maps, spot, line, full, TmaOptions::default());
+            grid.load(part, maps, spot, [note.head(), note.batch()], full);
         }
     }
 }

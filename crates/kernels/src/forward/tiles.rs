@@ -1,8 +1,6 @@
 //! What is different where tokens are a video's: the planner counts boxes, the loader copies them by
 //! the notes of [`super::walk`], and consumers hide what a box has beside the video.
 
-use flex_block_attn_ptx::builder::TmaOptions;
-use flex_block_attn_ptx::ir::Policy;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, RegTile, SharedTile, Warpgroup};
 
@@ -123,27 +121,21 @@ pub(super) fn load<'k>(
         queries.announce(note);
         leave.when(note.is_end());
         let line = [jobs.kv_head(k), note.batch()];
-        let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn, policy| {
+        let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
             full.arrive_expect(tile.shape.bytes());
-            let options = TmaOptions {
-                hint: Some(k.cache_policy(policy)),
-                ..TmaOptions::default()
-            };
             for i in 0..config.pieces() {
                 let part = tile.row_range(i * config.piece, config.piece);
                 let spot = notes.piece(turn, i).spot();
-                grid.load(part, from.boxes(), spot, line, full, options);
+                grid.load(part, from.boxes(), spot, line, full);
             }
         };
         let load_keys = |turn: Reg<'k, u32>| {
             notes.wait(turn);
             let empty = keys.wait_empty(turn);
             notes.take(turn);
-            fill(empty, maps.k, turn, Policy::EvictLast);
+            fill(empty, maps.k, turn);
         };
-        let load_values = |turn: Reg<'k, u32>| {
-            fill(values.wait_empty(turn), maps.v, turn, Policy::EvictFirst);
-        };
+        let load_values = |turn: Reg<'k, u32>| fill(values.wait_empty(turn), maps.v, turn);
         load_keys(turn);
         queries.wait();
         let spots = (jobs.spots(), config.piece);
