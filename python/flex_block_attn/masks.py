@@ -156,7 +156,7 @@ class BlockMask:
             # A plan has fifty times the bytes of the bits that it is made of.
             bits = torch.empty(native.bit_words(), dtype=torch.int64)
             native.write_bits((bits.data_ptr(), bits.numel()))
-            mask.plan = launch.plan_of_bits(bits.to(device), lines, sizes)
+            mask.plan = launch.plan_of_bits(bits.to(device, non_blocking=True), lines, sizes)
         else:
             plan = torch.empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
             native.write_plan((plan.data_ptr(), plan.numel()))
