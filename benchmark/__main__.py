@@ -38,6 +38,8 @@ except ImportError:
 TURNS, TURNS_OF_BUDGET = (5, 100.0), (3, 50.0)
 # Whose time goes into compiling for each shape of tensors.
 COMPILED = ("Flex",)
+# Whose blocks are of so many tokens: of larger ones, each many of its own, a pass takes longest.
+OWN_BLOCKS = {"VSA": 64}
 # What `main` returns where another process is to go on.
 AGAIN = 3
 
@@ -71,7 +73,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         choices=list(PEERS),
         help="beside ours; all, if not given, but with a budget on a GPU without "
-        f"{', '.join(COMPILED)}, which compiles for each shape",
+        f"{', '.join(COMPILED)}, which compiles for each shape, and with {', '.join(OWN_BLOCKS)} "
+        "only for blocks of its own size",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of each case")
     often, long = (f"{a:g}, with a budget {b:g}" for a, b in zip(TURNS, TURNS_OF_BUDGET))
@@ -86,9 +89,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     rounds, milliseconds = TURNS if args.budget is None else TURNS_OF_BUDGET
     args.rounds = rounds if args.rounds is None else args.rounds
     args.turn = milliseconds if args.turn is None else args.turn
+    args.short = args.peers is None and args.budget is not None and args.device == "cuda"
     if args.peers is None:
-        short = args.budget is not None and args.device == "cuda"
-        args.peers = [name for name in PEERS if not (short and name in COMPILED)]
+        args.peers = [name for name in PEERS if not (args.short and name in COMPILED)]
     if args.rounds < 1:
         parser.error(f"--rounds must be positive, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -125,7 +128,13 @@ def chosen(args: argparse.Namespace) -> list[Job]:
         places[name, each.name] = each.importance, before[kind]
         before[kind] += 1
     cases.sort(key=lambda pair: places[pair[0], pair[1].name])
-    return [Job(*pair, passed, args.peers) for pair in cases for passed in args.passes]
+    return [Job(*pair, passed, peers(pair[1], args)) for pair in cases for passed in args.passes]
+
+
+def peers(case: Case, args: argparse.Namespace) -> list[str]:
+    """Those of a case."""
+    largest = OWN_BLOCKS if args.short else {}
+    return [name for name in args.peers if case.q_block <= largest.get(name, case.q_block)]
 
 
 def remaining(jobs: list[Job], done: set[Unit]) -> list[Job]:
