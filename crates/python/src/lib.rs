@@ -1,8 +1,9 @@
 //! The extension module `flex_block_attn._native`: numbers in, views out, errors mapped.
 //!
 //! Called by the Python package (`python/flex_block_attn`), which owns all tensors. Of a
-//! tensor its address, dtype, shape and strides are read; nothing else of torch is known here. The GIL
-//! is released while the library works. No logic: arguments are checked by `flex_block_attn`.
+//! tensor its address, dtype, shape and strides are read, and a few that a call needs are made by torch;
+//! nothing else of torch is known here. The GIL is released while the library works. No logic: arguments
+//! are checked by `flex_block_attn`.
 
 mod attention;
 mod counter;
