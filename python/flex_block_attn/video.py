@@ -165,7 +165,9 @@ def kept_plan_of(mask: BlockMask, q: Tensor, canvas: Canvas) -> Tensor:
     plans = _PLANS.setdefault(mask, {})
     plan = plans.get(canvas)
     if plan is None:
-        plan = plan_of(mask.blocks, q, canvas)
+        # Made for inference alone, it could not be used in training after.
+        with torch.inference_mode(False), torch.no_grad():
+            plan = plan_of(mask.blocks, q, canvas)
         # What is made while a graph is captured holds nothing before that is replayed.
         if not torch.cuda.is_current_stream_capturing():
             plans[canvas] = plan

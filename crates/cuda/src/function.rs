@@ -9,6 +9,9 @@ use crate::arguments::Arguments;
 use crate::driver::{self, FunctionHandle, LaunchAttribute, LaunchConfig, Stream};
 use crate::{Device, Error};
 
+/// The CUDA version from which graphs have launches that start early.
+const EARLY_IN_GRAPHS: (u32, u32) = (12, 3);
+
 /// A kernel on a device. It stays loaded as long as the process lives.
 #[derive(Debug)]
 pub struct Function {
@@ -90,7 +93,8 @@ impl Function {
                 &[self.entry.cluster, 1, 1],
             );
         }
-        if self.entry.early {
+        // Older drivers know no graphs of such launches, and waiting does no harm without.
+        if self.entry.early && self.device.driver_version() >= EARLY_IN_GRAPHS {
             attribute(driver::LAUNCH_ATTRIBUTE_EARLY, &[1]);
         }
         let config = LaunchConfig {
