@@ -1,8 +1,8 @@
 """CUDA tensors to the library's kernels. In: tensors that kernels take as they are. Out: new
 tensors, which torch allocates here and the kernels fill, on the current stream of their device.
 
-Called by the operators of :mod:`.ops`, :func:`plan` by :mod:`.direct`, :func:`combine` by
-``distributed``.
+Called by the operators of :mod:`.ops`; :func:`plan` and :func:`select` by :mod:`.direct`,
+:func:`plan_of_bits` by :mod:`.masks`, :func:`combine` by ``distributed``.
 """
 
 import torch

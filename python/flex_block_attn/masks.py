@@ -49,14 +49,11 @@ def _as_sizes(
 def _as_device(device: torch.device | str) -> torch.device:
     """As tensors tell theirs: with its number."""
     device = torch.device(device)
-    if device.type == "cuda":
-        # Without a tensor, which takes a GPU's allocator.
-        return (
-            device
-            if device.index is not None
-            else torch.device("cuda", torch.cuda.current_device())
-        )
-    return torch.empty(0, device=device).device
+    if device.type != "cuda":
+        return torch.empty(0, device=device).device
+    # Without a tensor, which takes a GPU's allocator.
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", number)
 
 
 def as_triple(name: str, values: Iterable[Any]) -> tuple[int, int, int]:

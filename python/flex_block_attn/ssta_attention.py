@@ -456,8 +456,7 @@ def ssta_3d_attention(
     if pad_type == "exact" or pad_type == "zero" and q.is_cuda and video.is_native(q, canvas):
         # Tokens stay where they are.
         mask = _mask(q, k, canvas, choice, pad_type, sparse_type, text_mask)
-        of = video.kept_plan_of if isinstance(mask, BlockMask) else video.plan_of
-        plan = of(mask, q, canvas)
+        plan = video.plan_of(mask, q, canvas)
         settings = default_scale(q), is_deterministic(False)
         out = video.attend(q, k, v, plan, canvas, pad_type, *settings)
     else:

@@ -27,25 +27,32 @@ IMAGE_TILES = {384: (1, 16, 24), 128: (1, 16, 8), 64: (1, 8, 8), 16: (1, 4, 4)}
 Made = TypeVar("Made")
 
 
+def kept_in(results: dict[Any, Made], key: Any, make: Callable[[], Made]) -> Made:
+    """The result of a key; if there is none it is made, and kept unless only one use may see its
+    tensors: those of a traced program, and those of a CUDA graph that is being captured, which hold
+    nothing before the graph is replayed."""
+    if torch.compiler.is_compiling():
+        return make()
+    result = results.get(key)
+    if result is None:
+        # Made for inference alone, they could not be used in training after.
+        with torch.inference_mode(False), torch.no_grad():
+            result = make()
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            results[key] = result
+    return result
+
+
 def kept(make: Callable[..., Made]) -> Callable[..., Made]:
-    """A function of hashable arguments that keeps the tensors it makes, as :func:`lru_cache` would,
-    but for tensors that only one use may see: those of a traced program, and those of a CUDA graph
-    that is being captured, which hold nothing before the graph is replayed."""
+    """A function of hashable arguments that keeps the tensors it makes, see :func:`kept_in`, as
+    :func:`lru_cache` would."""
     results: dict[tuple, Made] = {}
 
     @wraps(make)
     def get(*arguments: Any) -> Made:
-        if torch.compiler.is_compiling():
-            return make(*arguments)
-        result = results.get(arguments)
-        if result is None:
-            # Made for inference alone, they could not be used in training after.
-            with torch.inference_mode(False), torch.no_grad():
-                result = make(*arguments)
-            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-                results[arguments] = result
-                while len(results) > MOST_KEPT:
-                    results.pop(next(iter(results)), None)
+        result = kept_in(results, arguments, lambda: make(*arguments))
+        while len(results) > MOST_KEPT:
+            results.pop(next(iter(results)), None)
         return result
 
     return get

@@ -177,8 +177,8 @@ def _on_device(host: Tensor, captured: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Its numbers. A GPU writes them into memory that is pinned, which takes it a fraction of the
-    time of other memory; they do not stay there."""
+    """Its numbers. A GPU writes them into memory that is pinned, where no copy of the driver's is
+    between; they do not stay there."""
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.cpu()
@@ -427,14 +427,11 @@ def _truth(writer: _Writer, value: Any) -> int:
 
 def _call(writer: _Writer, name: str, args: tuple, kwargs: dict) -> Any:
     """A function of torch's, or an operator, on proxies."""
+    name = _ALIASES.get(name, name)
     function = _FUNCTIONS.get(name)
     if function is None:
-        name = _ALIASES.get(name, name)
-        if name in _REFUSED:
-            _refuse(*_REFUSED[name])
-        if name not in _FUNCTIONS:
-            _refuse(name, "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors")
-        function = _FUNCTIONS[name]
+        instead = "arithmetic, comparisons, &, |, ~, torch.where and indexed tensors"
+        _refuse(*_REFUSED.get(name, (name, instead)))
     return function(writer, *args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _native, direct, ops
 from .api import as_inputs, default_scale, is_deterministic, same_device
 from .masks import BlockMask, as_blocks
-from .tiles import Canvas, FromTiles, ToTiles, Triple, check_tokens, places_of
+from .tiles import Canvas, FromTiles, ToTiles, Triple, check_tokens, kept_in, places_of
 
 PADDINGS = ("exact", "zero")
 LARGEST = (2047, 1023, 1023)
@@ -89,7 +89,7 @@ def video_attention(
     q, k, v = as_inputs(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tokens(name, x, canvas.tokens, "canvas_thw and text_len need")
-    plan = _plan(mask, q, canvas)
+    plan = plan_of(mask, q, canvas)
     scale = default_scale(q) if scale is None else float(scale)
     settings = scale, is_deterministic(deterministic)
     if q.is_cuda and padding == "zero" and not is_native(q, canvas):
@@ -126,7 +126,9 @@ def is_native(q: Tensor, canvas: Canvas) -> bool:
     )
 
 
-def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
+def plan_of(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
+    """The plan of a mask of tiles and blocks of text: a tensor, or a :class:`BlockMask`, with which
+    it is kept."""
     if isinstance(mask, BlockMask):
         same_device("mask", mask.plan, q)
         if mask.expression is not None:
@@ -142,12 +144,11 @@ def _plan(mask: Any, q: Tensor, canvas: Canvas) -> Tensor:
                 f"canvas_thw, tile_thw and text_len need {needed[2]} x {needed[3]} of {needed[0]} "
                 f"x {needed[1]}"
             )
-        return kept_plan_of(mask, q, canvas)
-    return plan_of(as_blocks(mask), q, canvas)
+        return _kept_plan(mask, q, canvas)
+    return _new_plan(as_blocks(mask), q, canvas)
 
 
-def plan_of(blocks: Tensor, q: Tensor, canvas: Canvas) -> Tensor:
-    """The plan of a mask of tiles and blocks of text."""
+def _new_plan(blocks: Tensor, q: Tensor, canvas: Canvas) -> Tensor:
     same_device("mask", blocks, q)
     sizes = canvas.places, canvas.places, canvas.block, canvas.block
     video = (canvas.thw, canvas.tile, canvas.text_len, False)
@@ -158,20 +159,12 @@ def plan_of(blocks: Tensor, q: Tensor, canvas: Canvas) -> Tensor:
 _PLANS: WeakKeyDictionary[BlockMask, dict[Canvas, Tensor]] = WeakKeyDictionary()
 
 
-def kept_plan_of(mask: BlockMask, q: Tensor, canvas: Canvas) -> Tensor:
-    """The plan of a mask, kept with it: one that knows of the tiles, where that is of use."""
+def _kept_plan(mask: BlockMask, q: Tensor, canvas: Canvas) -> Tensor:
+    """A mask's own plan, or, where that is of use, one that knows of the tiles."""
     if not q.is_cuda or torch.compiler.is_compiling() or not is_native(q, canvas):
         return mask.plan
     plans = _PLANS.setdefault(mask, {})
-    plan = plans.get(canvas)
-    if plan is None:
-        # Made for inference alone, it could not be used in training after.
-        with torch.inference_mode(False), torch.no_grad():
-            plan = plan_of(mask.blocks, q, canvas)
-        # What is made while a graph is captured holds nothing before that is replayed.
-        if not torch.cuda.is_current_stream_capturing():
-            plans[canvas] = plan
-    return plan
+    return kept_in(plans, canvas, lambda: _new_plan(mask.blocks, q, canvas))
 
 
 # --- operators ----------------------------------------------------------------------------------

@@ -110,9 +110,9 @@ impl Function {
             let mut arguments = Arguments::empty();
             // Encoding tensor maps, too, wants a context.
             let args = arguments.fill(driver, &launch.args)?;
-            // SAFETY: config, its attributes and arguments live until the call returns, by when the driver has
-            // copied them; each argument has its parameter's size, as checked above. Memory and
-            // stream are the caller's word.
+            // SAFETY: config, its attributes and arguments live until the call returns, by when the
+            // driver has copied them; each argument has its parameter's size, as checked above.
+            // Memory and stream are the caller's word.
             unsafe { driver.launch(&raw const config, self.handle, args, ptr::null()) }
         })
     }

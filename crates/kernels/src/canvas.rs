@@ -24,6 +24,8 @@ const HEIGHT: u32 = 10;
 const TIME: u32 = 20;
 /// In a spot: it is one of the text.
 const TEXT: u32 = 1 << 31;
+/// Tokens of the boxes that the forward pass computes a video by.
+pub(crate) const PIECE: u32 = 64;
 /// Boxes, whole tiles and text, at most.
 pub(crate) const MOST_BOXES: u32 = 1 << 21;
 /// Bits of a width or a height.

@@ -122,8 +122,8 @@ impl<'k> Rows<'k> {
     }
 }
 
-/// The arguments for [`Heads::new`] and [`Rows::new`]: the address, then bytes from one row, head and batch to the
-/// next.
+/// The arguments for [`Heads::new`] and [`Rows::new`]: the address, then bytes from one row, head and
+/// batch to the next.
 ///
 /// # Panics
 /// If a row does not start at a multiple of 16 bytes.

@@ -23,10 +23,7 @@ impl RawPlan {
     pub fn layout(&self, q: &Raw, k: &Raw, video: Option<&Video>) -> PyResult<(usize, PlanLayout)> {
         let &Self(ref plan, q_block, kv_block) = self;
         let [batch, heads, words, _] = plan.shape;
-        let dense = [(heads * words) as isize, words as isize, 1];
-        let contiguous = plan.shape.contains(&0)
-            || (0..3).all(|dim| plan.shape[dim] == 1 || plan.strides[dim] == dense[dim]);
-        if plan.kind != Kind::Int32 || plan.dimensions != 3 || !contiguous {
+        if plan.kind != Kind::Int32 || plan.dimensions != 3 || !plan.is_contiguous() {
             let text = "plan must come from flex_block_attn::plan";
             return Err(PyValueError::new_err(text));
         }

@@ -46,11 +46,7 @@ impl RawExact {
 
 fn extents(raw: &Raw) -> PyResult<Vec<u32>> {
     let shape = &raw.shape[..raw.dimensions.min(raw.shape.len())];
-    let dense = (0..shape.len()).all(|dim| {
-        let step: usize = shape[dim + 1..].iter().product();
-        shape[dim] <= 1 || shape.contains(&0) || raw.strides[dim] == step as isize
-    });
-    if raw.kind != Kind::Int32 || raw.dimensions > raw.shape.len() || !dense {
+    if raw.kind != Kind::Int32 || raw.dimensions > raw.shape.len() || !raw.is_contiguous() {
         let text = "a table must be a contiguous int32 tensor of 1 to 4 dimensions";
         return Err(PyValueError::new_err(text));
     }

@@ -1,5 +1,6 @@
 //! Choices of tiles on CUDA tensors: addresses and a stream to the library. [`select_numbers`] says
-//! beforehand whether the library takes tensors and a choice, and what a call needs.
+//! beforehand whether the library takes tensors and a choice, and what a call needs. Called by `direct.py`
+//! and `launch.py`, who allocates what is written.
 
 use flex_block_attn::Video;
 use flex_block_attn::gpu::{self, Order, Selection};
@@ -154,18 +155,8 @@ pub fn select_cuda(
 
 /// Refuses a tensor of another kind, of another number of elements, or with gaps.
 fn check(argument: &str, tensor: &Raw, kind: Kind, count: usize) -> PyResult<()> {
-    let mut dense = 1;
-    let contiguous = tensor
-        .shape
-        .iter()
-        .zip(tensor.strides)
-        .rev()
-        .all(|(&extent, stride)| {
-            let fits = extent == 1 || stride == dense as isize;
-            dense *= extent;
-            fits
-        });
-    if tensor.kind == kind && dense == count && contiguous {
+    let elements: usize = tensor.shape.iter().product();
+    if tensor.kind == kind && elements == count && tensor.is_contiguous() {
         return Ok(());
     }
     Err(PyValueError::new_err(format!(

@@ -136,6 +136,15 @@ fn kind(dtype: &Bound<'_, PyAny>) -> PyResult<Kind> {
 }
 
 impl Raw {
+    /// Whether its elements follow each other in order.
+    pub fn is_contiguous(&self) -> bool {
+        self.shape.contains(&0)
+            || (0..MOST).all(|dim| {
+                let step: usize = self.shape[dim + 1..].iter().product();
+                self.shape[dim] == 1 || self.strides[dim] == step as isize
+            })
+    }
+
     fn layout(&self, argument: &str) -> PyResult<(DType, [usize; MOST], [isize; MOST])> {
         let Kind::Float(dtype) = self.kind else {
             return Err(PyTypeError::new_err(format!(

@@ -112,23 +112,48 @@ class Exchange:
         into: Tensor | None,
         start: Callable[[Tensor, Tensor], dist.Work],
     ) -> None:
-        self._came = rows.new_empty((count, *rows.shape[1:])) if into is None else into
-        # gloo sends from the host's memory only.
-        self._staged = rows.is_cuda and dist.get_backend(group) == "gloo"
-        # Kept until they have left.
-        self._bytes = rows.contiguous().view(torch.uint8)
-        self._target = self._came.view(torch.uint8)
-        if self._staged:
-            self._bytes, self._target = self._bytes.cpu(), self._target.cpu()
-        self._work = start(self._target, self._bytes)
+        came = rows.new_empty((count, *rows.shape[1:])) if into is None else into
+        self._way = _Way([rows], [came], group, lambda to, of: [start(*to, *of)])
 
     def wait(self) -> Tensor:
         """(received rows, ...), those from rank 0 first."""
-        if self._work is not None:
-            self._work.wait()
-            if self._staged:
-                self._came.view(torch.uint8).copy_(self._target)
-            self._work = self._bytes = self._target = None
+        (came,) = self._way.wait()
+        return came
+
+
+class _Way:
+    """Tensors on their way as bytes, into tensors that are contiguous.
+
+    Args:
+        start: has the second tensors leave for the first, and gives what to wait for.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        came: Sequence[Tensor],
+        group: dist.ProcessGroup | None,
+        start: Callable[[list[Tensor], list[Tensor]], list[dist.Work]],
+    ):
+        self._came = list(came)
+        # gloo sends from the host's memory only.
+        self._staged = tensors[0].is_cuda and dist.get_backend(group) == "gloo"
+        # Kept until they have left.
+        self._bytes = [x.contiguous().view(torch.uint8) for x in tensors]
+        self._targets = [x.view(torch.uint8) for x in self._came]
+        if self._staged:
+            self._bytes = [x.cpu() for x in self._bytes]
+            self._targets = [x.cpu() for x in self._targets]
+        self._works = start(self._targets, self._bytes)
+
+    def wait(self) -> list[Tensor]:
+        """What came."""
+        for work in self._works:
+            work.wait()
+        if self._staged:
+            for came, target in zip(self._came, self._targets, strict=True):
+                came.view(torch.uint8).copy_(target)
+        self._works, self._bytes, self._targets, self._staged = [], [], [], False
         return self._came
 
 
@@ -152,38 +177,27 @@ class Swap:
         group: dist.ProcessGroup | None,
         into: Sequence[Tensor] | None = None,
     ):
-        self._came = into or [x.new_empty(sum(receive)) for x in tensors]
-        # gloo sends from the host's memory only.
-        self._staged = tensors[0].is_cuda and dist.get_backend(group) == "gloo"
-        # Kept until they have left.
-        self._bytes = [x.contiguous().view(torch.uint8) for x in tensors]
-        self._targets = [x.view(torch.uint8) for x in self._came]
-        if self._staged:
-            self._bytes, self._targets = (
-                [x.cpu() for x in each] for each in (self._bytes, self._targets)
-            )
         size = tensors[0].element_size()
-        operations = []
-        for each, counts, operation in (
-            (self._bytes, send, dist.isend),
-            (self._targets, receive, dist.irecv),
-        ):
-            for x in each:
-                for peer, part in enumerate(x.split([n * size for n in counts])):
-                    if len(part):
-                        rank = peer if group is None else dist.get_global_rank(group, peer)
-                        operations.append(dist.P2POp(operation, part, rank, group))
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+        def start(targets: list[Tensor], sources: list[Tensor]) -> list[dist.Work]:
+            operations = []
+            for each, counts, operation in (
+                (sources, send, dist.isend),
+                (targets, receive, dist.irecv),
+            ):
+                for x in each:
+                    for peer, part in enumerate(x.split([n * size for n in counts])):
+                        if len(part):
+                            rank = peer if group is None else dist.get_global_rank(group, peer)
+                            operations.append(dist.P2POp(operation, part, rank, group))
+            return dist.batch_isend_irecv(operations) if operations else []
+
+        came = into or [x.new_empty(sum(receive)) for x in tensors]
+        self._way = _Way(tensors, came, group, start)
 
     def wait(self) -> list[Tensor]:
         """The numbers that came, those from rank 0 first."""
-        for work in self._works:
-            work.wait()
-        if self._staged:
-            for came, target in zip(self._came, self._targets, strict=True):
-                came.view(torch.uint8).copy_(target)
-        self._works, self._bytes, self._targets, self._staged = [], [], [], False
-        return list(self._came)
+        return self._way.wait()
 
 
 def let_pass(device: torch.device) -> None:

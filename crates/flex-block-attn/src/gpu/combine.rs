@@ -1,9 +1,9 @@
 //! Attention over several parts of the keys, put together: arguments to a launch.
 
+use flex_block_attn_kernels::Launch;
 use flex_block_attn_kernels::combine::{Args, Config, MOST, Part};
-use flex_block_attn_kernels::{Element, Launch};
 
-use super::{Step, Stream, in_memory, put, refused};
+use super::{Step, Stream, computed, in_memory, put, refused};
 use crate::{DType, Result, Tensor, TensorMut};
 
 /// The most parts that [`combine`] takes.
@@ -23,14 +23,7 @@ pub fn combine_step(
     if !(2..=MOST_PARTS).contains(&parts.len()) {
         return Err(refused("parts", parts.len(), "2 to 4"));
     }
-    let element = match out.dtype {
-        DType::BF16 => Element::Bf16,
-        DType::F16 => Element::F16,
-        other => return Err(refused("out", other, "bfloat16 or float16")),
-    };
-    if !matches!(head_dim, 64 | 128) {
-        return Err(refused("head_dim", head_dim, "64 or 128"));
-    }
+    let (element, head_dim) = computed("out", out.dtype, head_dim)?;
     let rows = [batch, heads, len, 1];
     let alike = |out_: &Tensor<'_>, lse_: &Tensor<'_>| {
         (out_.shape, out_.dtype, lse_.shape, lse_.dtype) == (shape, out.dtype, rows, DType::F32)
@@ -75,7 +68,7 @@ pub fn combine_step(
     };
     let config = Config {
         element,
-        head_dim: head_dim as u32,
+        head_dim,
         parts: parts.len() as u32,
     };
     Ok(Some((Step::Combine(config), config.launch(&args))))

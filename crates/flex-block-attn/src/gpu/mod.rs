@@ -239,6 +239,19 @@ fn refused(argument: &'static str, got: impl ToString, allowed: &'static str) ->
     }
 }
 
+/// The element and the columns of a tensor that kernels compute with.
+fn computed(argument: &'static str, dtype: DType, head_dim: usize) -> Result<(Element, u32)> {
+    let element = match dtype {
+        DType::BF16 => Element::Bf16,
+        DType::F16 => Element::F16,
+        other => return Err(refused(argument, other, "bfloat16 or float16")),
+    };
+    match head_dim {
+        64 | 128 => Ok((element, head_dim as u32)),
+        _ => Err(refused("head_dim", head_dim, "64 or 128")),
+    }
+}
+
 /// What kernels are chosen by.
 struct Choice {
     element: Element,
@@ -251,14 +264,7 @@ struct Choice {
 /// What both passes ask of q and the mask, whose shapes go together and are not empty.
 fn choice(q: &Tensor<'_>, plan: &Plan, options: &Options) -> Result<Choice> {
     let [batch, heads, _, head_dim] = q.shape;
-    let element = match q.dtype {
-        DType::BF16 => Element::Bf16,
-        DType::F16 => Element::F16,
-        other => return Err(refused("q", other, "bfloat16 or float16")),
-    };
-    if !matches!(head_dim, 64 | 128) {
-        return Err(refused("head_dim", head_dim, "64 or 128"));
-    }
+    let (element, columns) = computed("q", q.dtype, head_dim)?;
     for (argument, got) in [("q's batch", batch), ("q's number of heads", heads)] {
         if got > 65_535 {
             return Err(refused(argument, got, "at most 65535"));
@@ -295,7 +301,7 @@ fn choice(q: &Tensor<'_>, plan: &Plan, options: &Options) -> Result<Choice> {
     }
     Ok(Choice {
         element,
-        head_dim: head_dim as u32,
+        head_dim: columns,
         q_block: extents.q_block() as u32,
         kv_block: extents.kv_block() as u32,
         scale: scale as f32,

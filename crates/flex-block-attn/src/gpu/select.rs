@@ -1,11 +1,12 @@
 //! Choosing tiles: arguments to launches. The same choices as [`crate::select`] makes on the CPU.
 
 use flex_block_attn_kernels::select::{self, Args, MOST_TILES, Mask, Pooled};
-use flex_block_attn_kernels::{Element, Launch, pool};
+use flex_block_attn_kernels::{Launch, pool};
 
-use super::{Step, Stream, in_memory, put, refused};
+use super::video::triple;
+use super::{Step, Stream, computed, in_memory, put, refused};
 use crate::select::{Choice, Scoring};
-use crate::{DType, Result, Tensor, Video, check};
+use crate::{Result, Tensor, Video, check};
 
 /// Most tiles that [`select()`] chooses of.
 pub const MOST_SELECTED: usize = MOST_TILES as usize;
@@ -57,15 +58,8 @@ struct Call {
 impl Call {
     fn new(q: &Tensor<'_>, k: &Tensor<'_>, order: Order<'_>, choice: &Choice) -> Result<Self> {
         check::pooled_pair(q, k)?;
-        let element = match q.dtype {
-            DType::BF16 => Element::Bf16,
-            DType::F16 => Element::F16,
-            other => return Err(refused("q", other, "bfloat16 or float16")),
-        };
         let [batch, heads, _, head_dim] = q.shape;
-        if !matches!(head_dim, 64 | 128) {
-            return Err(refused("head_dim", head_dim, "64 or 128"));
-        }
+        let (element, head_dim) = computed("q", q.dtype, head_dim)?;
         if [batch, heads].into_iter().any(|extent| extent > 65_535) {
             let allowed = "of at most 65535 batches and heads";
             return Err(refused("q", format!("{:?}", q.shape), allowed));
@@ -96,10 +90,7 @@ impl Call {
             }
         };
         Ok(Self {
-            config: pool::Config {
-                element,
-                head_dim: head_dim as u32,
-            },
+            config: pool::Config { element, head_dim },
             tiles,
             batch: batch as u32,
             heads: [heads, k.shape[1]].map(|heads| heads as u32),
@@ -131,10 +122,6 @@ impl Call {
 /// The tiles, if a kernel takes them.
 fn tiles(order: Order<'_>) -> Result<pool::Tiles> {
     let fits = |n: usize| u32::try_from(n).ok();
-    let triple = |of: [usize; 3]| {
-        let [a, b, c] = of.map(fits);
-        Some([a?, b?, c?])
-    };
     let tiles = match order {
         Order::Tiles { tiles, block } => {
             let len = tiles.checked_mul(block).and_then(fits);

@@ -8,16 +8,11 @@ use crate::{Error, Options, Padding, Result, Video};
 
 /// The video for the kernels.
 pub(super) fn canvas(video: &Video) -> Result<Canvas> {
-    let fits = |n: usize| u32::try_from(n).ok();
-    let triple = |of: [usize; 3]| -> Option<[u32; 3]> {
-        let [a, b, c] = of.map(fits);
-        Some([a?, b?, c?])
-    };
     let canvas = || {
         Some(Canvas {
             thw: triple(video.thw)?,
             tile: triple(video.tile)?,
-            text_len: fits(video.text_len)?,
+            text_len: u32::try_from(video.text_len).ok()?,
             padding: match video.padding {
                 Padding::Exact => canvas::Padding::Exact,
                 Padding::Zero => canvas::Padding::Zero,
@@ -28,6 +23,12 @@ pub(super) fn canvas(video: &Video) -> Result<Canvas> {
     canvas()
         .filter(|canvas| canvas.fits())
         .ok_or_else(|| refused("thw", format!("{video:?}"), allowed))
+}
+
+/// Three numbers as kernels have them.
+pub(super) fn triple(of: [usize; 3]) -> Option<[u32; 3]> {
+    let [a, b, c] = of.map(|n| u32::try_from(n).ok());
+    Some([a?, b?, c?])
 }
 
 /// Why there is no kernel, for tensors that are as they should be.

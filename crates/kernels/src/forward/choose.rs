@@ -3,6 +3,7 @@
 use flex_block_attn_ptx::Element;
 
 use super::{Config, Rows};
+use crate::canvas::PIECE;
 use crate::exact::Mask;
 
 /// Keys of a tile and of a piece.
@@ -56,7 +57,7 @@ impl Config {
         // Small boxes have fewer tokens beside the video. To hide scores takes registers, which three
         // warpgroups do not leave.
         let order: &[(Rows, u32, u32)] = match head_dim {
-            64 | 128 => &[(Rows::Whole(128), 192, 64)],
+            64 | 128 => &[(Rows::Whole(128), 192, PIECE)],
             _ => &[],
         };
         order.iter().map(move |&(rows, kv_tile, piece)| Self {

@@ -13,14 +13,12 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Arg, Builder, Kernel, Launch, Reg};
 
-use crate::canvas::{self, Canvas};
+use crate::canvas::{self, Canvas, PIECE};
 
 /// Threads of a thread block, of both kernels.
 const THREADS: u32 = 256;
 /// Rows or columns at most: what [`Config::Order`]'s keys have room for.
 const MOST_LINES: usize = 65535;
-/// Tokens of the boxes that a video is computed by.
-const PIECE: u32 = 64;
 
 /// Which of the two kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

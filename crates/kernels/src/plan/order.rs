@@ -10,8 +10,8 @@
 
 use flex_block_attn_ptx::{Builder, Reg};
 
-use super::{MOST_LINES, PIECE, Record, THREADS};
-use crate::canvas::Grid;
+use super::{MOST_LINES, Record, THREADS};
+use crate::canvas::{Grid, PIECE};
 
 /// Keys in shared memory at a time.
 const KEYS: u32 = 1024;
