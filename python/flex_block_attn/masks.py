@@ -148,14 +148,10 @@ class BlockMask:
         mask = object.__new__(cls)
         sizes, shape = native.extents, native.shape
         mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size = sizes
-        lines = shape[:2]
         if device.type == "cuda" and 0 not in shape:
-            # A plan has fifty times the bytes of the bits that it is made of.
-            bits = torch.empty(native.bit_words(), dtype=torch.int64)
-            native.write_bits((bits.data_ptr(), bits.numel()))
-            mask.plan = launch.plan_of_bits(bits.to(device, non_blocking=True), lines, sizes)
+            mask.plan = launch.plan_of_mask(native, device)
         else:
-            plan = torch.empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
+            plan = torch.empty((*shape[:2], _native.plan_words(sizes)), dtype=torch.int32)
             native.write_plan((plan.data_ptr(), plan.numel()))
             mask.plan = plan.to(device)
         mask.expression, mask.mask_mod = expression.ready(), mask_mod

@@ -30,7 +30,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(gpu::plan_bits_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_mask_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(direct::are_ready, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
     module.add_function(wrap_pyfunction!(direct::attention, module)?)?;
