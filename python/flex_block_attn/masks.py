@@ -563,7 +563,8 @@ def create_block_mask(
         BLOCK_SIZE = (BLOCK_SIZE, BLOCK_SIZE)  # noqa: N806
     if len(BLOCK_SIZE) != 2:
         raise ValueError(f"BLOCK_SIZE must be one number or two, got {len(BLOCK_SIZE)}")
-    sizes = _as_sizes(q_len, kv_len, *BLOCK_SIZE)
+    q_block, kv_block = BLOCK_SIZE
+    sizes = q_len, kv_len, as_size("q_block_size", q_block), as_size("kv_block_size", kv_block)
     device = None if device is None else _as_device(device)
     expression = trace(mask_mod, device)
     if device is None:
