@@ -24,6 +24,8 @@ from .trace import Expression, MaskMod, trace
 def as_size(name: str, value: Any, limit: int = 2**63) -> int:
     """An int from whatever is integral (numpy's included), but not from a bool or a float. Only
     what cannot cross to the library is refused here: negative numbers, and ``limit`` or more."""
+    if type(value) is int and 0 <= value < limit:
+        return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not isinstance(value, int):
