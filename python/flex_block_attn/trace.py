@@ -47,7 +47,8 @@ class Expression:
         self.text = text
         self.on_host = list(on_host)
         self.device = device
-        # Where the tables come from, until they are copied: on a GPU quicker than from the host.
+        # Where the tables come from, until a mask has copies. On the host those of a GPU's int32
+        # tensors are in pinned memory so long.
         self._captured = captured
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
@@ -55,15 +56,25 @@ class Expression:
 
     @property
     def tables(self) -> list[Tensor]:
-        # Copied when a mask wants them: a mask that is known already has its own.
         if self._tables is None:
-            sources = zip(self.on_host, self._captured or self.on_host)
-            self._tables = [_on_device(*source, self.device) for source in sources]
-            self._captured = None
+            self._tables = [host.to(self.device) for host in self.on_host]
         return self._tables
 
     def ready(self) -> "Expression":
-        """The same, its tables copied: no call is to do that later, perhaps into a graph."""
+        """The same, its tables copied, as those of a mask that is known are: no call is to do that
+        later, perhaps into a graph."""
+        if self._captured is not None:
+            # A GPU copies what it has while the host copies the same.
+            there = [_on_device(captured, self.device) for captured in self._captured]
+            self.on_host = [
+                host.clone() if captured.is_cuda and captured.dtype == torch.int32 else host
+                for host, captured in zip(self.on_host, self._captured)
+            ]
+            self._tables = [
+                host.to(self.device) if table is None else table
+                for host, table in zip(self.on_host, there)
+            ]
+            self._captured = None
         self.tables  # noqa: B018
         return self
 
@@ -189,19 +200,22 @@ class _Writer:
             device = tensors[0].device if tensors else torch.device("cpu")
         for stream in self.streams:
             stream.synchronize()
-        # Copies: numbers changed in place later must not part from the plan.
-        on_host = [_as_table(self.read[place]) for place in used]
+        on_host = [
+            _as_table(self.read[place], tensor.is_cuda) for place, tensor in zip(used, tensors)
+        ]
         return Expression(text, on_host, device, tells_apart, tensors)
 
 
-def _on_device(host: Tensor, captured: Tensor, device: torch.device) -> Tensor:
-    """A table on a device. What the function has captured has the numbers that the host has."""
+def _on_device(captured: Tensor, device: torch.device) -> Tensor | None:
+    """The table of a tensor that lies on a GPU; None if it does not lie on that one."""
     if device.type == "cpu" or captured.device != device:
-        return host.to(device)
+        return None
     return captured.to(torch.int32, copy=True).contiguous()
 
 
-def _as_table(host: Tensor) -> Tensor:
+def _as_table(host: Tensor, is_own: bool) -> Tensor:
+    """As int32, and a copy unless nobody else has it: what is changed in place later must not part
+    from the plan."""
     if host.dtype == torch.int64 and host.numel() > 0:
         low, high = (int(x) for x in torch.aminmax(host))
         if low < _LEAST or high > _MOST:
@@ -209,7 +223,7 @@ def _as_table(host: Tensor) -> Tensor:
                 f"a tensor of shape {tuple(host.shape)} that mask_mod looks up has numbers from "
                 f"{low} to {high}, but only those of int32 are supported"
             )
-    return host.to(torch.int32, copy=True).contiguous()
+    return host.to(torch.int32, copy=not is_own).contiguous()
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
