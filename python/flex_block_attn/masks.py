@@ -539,7 +539,8 @@ def create_block_mask(
         Q_LEN, KV_LEN: number of queries and keys; need not be multiples of the blocks.
         device: where it will be used; by default where the tensors are that the function looks up,
             or the CPU. The host looks for the blocks, and reads tensors that lie on a GPU once for
-            it; the plan is made on the device.
+            it; the plan is made on the device. Masks for a GPU are made before a graph is
+            captured: an error tells where one is made anew in it.
         BLOCK_SIZE: tokens of a block, or of a block of queries and one of keys: multiples of 16. By
             default 128, doubled until no side has more than 2048 blocks.
         _compile: as torch has it; there is nothing to compile.
