@@ -2,7 +2,7 @@
 tensors, which torch allocates here and the kernels fill, on the current stream of their device.
 
 Called by the operators of :mod:`.ops`; :func:`plan` and :func:`select` by :mod:`.direct`,
-:func:`plan_of_bits` by :mod:`.masks`, :func:`combine` by ``distributed``.
+:func:`plan_of_mask` by :mod:`.masks`, :func:`combine` by ``distributed``.
 """
 
 import torch
@@ -35,10 +35,15 @@ def plan(
     return result
 
 
-def plan_of_bits(bits: Tensor, lines: tuple[int, int], sizes: tuple[int, int, int, int]) -> Tensor:
-    """Of a mask of so many batches and heads that the host has made, from its bits."""
-    result = bits.new_empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
-    _native.plan_bits_cuda(bits, lines, sizes, result)
+def plan_of_mask(mask: "_native.BlockMask", device: torch.device) -> Tensor:
+    """Of a mask that the host has made, which is not empty: its bits are sent, a fiftieth of its
+    plan."""
+    lines = mask.shape[:2]
+    result = torch.empty(
+        (*lines, _native.plan_words(mask.extents)), dtype=torch.int32, device=device
+    )
+    bits = torch.empty(mask.bit_words(), dtype=torch.int64, device=device)
+    _native.plan_mask_cuda(mask, bits, result)
     return result
 
 

@@ -24,6 +24,8 @@ from .trace import Expression, MaskMod, trace
 def as_size(name: str, value: Any, limit: int = 2**63) -> int:
     """An int from whatever is integral (numpy's included), but not from a bool or a float. Only
     what cannot cross to the library is refused here: negative numbers, and ``limit`` or more."""
+    if type(value) is int and 0 <= value < limit:
+        return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not isinstance(value, int):
@@ -148,14 +150,10 @@ class BlockMask:
         mask = object.__new__(cls)
         sizes, shape = native.extents, native.shape
         mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size = sizes
-        lines = shape[:2]
         if device.type == "cuda" and 0 not in shape:
-            # A plan has fifty times the bytes of the bits that it is made of.
-            bits = torch.empty(native.bit_words(), dtype=torch.int64)
-            native.write_bits((bits.data_ptr(), bits.numel()))
-            mask.plan = launch.plan_of_bits(bits.to(device, non_blocking=True), lines, sizes)
+            mask.plan = launch.plan_of_mask(native, device)
         else:
-            plan = torch.empty((*lines, _native.plan_words(sizes)), dtype=torch.int32)
+            plan = torch.empty((*shape[:2], _native.plan_words(sizes)), dtype=torch.int32)
             native.write_plan((plan.data_ptr(), plan.numel()))
             mask.plan = plan.to(device)
         mask.expression, mask.mask_mod = expression.ready(), mask_mod
@@ -541,7 +539,8 @@ def create_block_mask(
         Q_LEN, KV_LEN: number of queries and keys; need not be multiples of the blocks.
         device: where it will be used; by default where the tensors are that the function looks up,
             or the CPU. The host looks for the blocks, and reads tensors that lie on a GPU once for
-            it; the plan is made on the device.
+            it; the plan is made on the device. Masks for a GPU are made before a graph is
+            captured: an error tells where one is made anew in it.
         BLOCK_SIZE: tokens of a block, or of a block of queries and one of keys: multiples of 16. By
             default 128, doubled until no side has more than 2048 blocks.
         _compile: as torch has it; there is nothing to compile.
@@ -567,7 +566,8 @@ def create_block_mask(
         BLOCK_SIZE = (BLOCK_SIZE, BLOCK_SIZE)  # noqa: N806
     if len(BLOCK_SIZE) != 2:
         raise ValueError(f"BLOCK_SIZE must be one number or two, got {len(BLOCK_SIZE)}")
-    sizes = _as_sizes(q_len, kv_len, *BLOCK_SIZE)
+    q_block, kv_block = BLOCK_SIZE
+    sizes = q_len, kv_len, as_size("q_block_size", q_block), as_size("kv_block_size", kv_block)
     device = None if device is None else _as_device(device)
     expression = trace(mask_mod, device)
     if device is None:

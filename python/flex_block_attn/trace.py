@@ -19,7 +19,8 @@ from . import _native
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
-_INT32 = torch.iinfo(torch.int32)
+# Attributes of what torch has for them take longer.
+_LEAST, _MOST = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -46,7 +47,8 @@ class Expression:
         self.text = text
         self.on_host = list(on_host)
         self.device = device
-        # Where the tables come from, until they are copied: on a GPU quicker than from the host.
+        # Where the tables come from, until a mask has copies. On the host those of a GPU's int32
+        # tensors are in pinned memory so long.
         self._captured = captured
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
@@ -54,15 +56,25 @@ class Expression:
 
     @property
     def tables(self) -> list[Tensor]:
-        # Copied when a mask wants them: a mask that is known already has its own.
         if self._tables is None:
-            sources = zip(self.on_host, self._captured or self.on_host)
-            self._tables = [_on_device(*source, self.device) for source in sources]
-            self._captured = None
+            self._tables = [host.to(self.device) for host in self.on_host]
         return self._tables
 
     def ready(self) -> "Expression":
-        """The same, its tables copied: no call is to do that later, perhaps into a graph."""
+        """The same, its tables copied, as those of a mask that is known are: no call is to do that
+        later, perhaps into a graph."""
+        if self._captured is not None:
+            # A GPU copies what it has while the host copies the same.
+            there = [_on_device(captured, self.device) for captured in self._captured]
+            self.on_host = [
+                host.clone() if captured.is_cuda and captured.dtype == torch.int32 else host
+                for host, captured in zip(self.on_host, self._captured)
+            ]
+            self._tables = [
+                host.to(self.device) if table is None else table
+                for host, table in zip(self.on_host, there)
+            ]
+            self._captured = None
         self.tables  # noqa: B018
         return self
 
@@ -147,57 +159,71 @@ class _Writer:
         self.steps = _native.Steps()
         self.device = device
         self.captured: list[Tensor] = []
+        # The same on the host, once the streams have come past their copies.
+        self.read: list[Tensor] = []
+        self.streams: list[torch.cuda.Stream] = []
         self.places: dict[tuple, int] = {}
+        # By identity; the tensors are kept, lest another one gets theirs.
+        self.known: dict[int, tuple[Tensor, int]] = {}
 
     def table(self, tensor: Tensor) -> int:
+        known = self.known.get(id(tensor))
+        if known is not None:
+            return known[1]
         # Views of the same numbers are one table; what is captured here stays alive, and with it
         # its address.
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-        if key not in self.places:
-            self.places[key] = len(self.captured)
+        place = self.places.setdefault(key, len(self.captured))
+        if place == len(self.captured):
             self.captured.append(tensor)
-        return self.places[key]
+            self.read.append(self._start_reading(tensor))
+        self.known[id(tensor)] = tensor, place
+        return place
+
+    def _start_reading(self, tensor: Tensor) -> Tensor:
+        """Its numbers on the host. A GPU writes them while the function is traced on, into memory
+        that is pinned, where no copy of the driver's is between; they do not stay there."""
+        if not tensor.is_cuda:
+            return tensor.cpu()
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned.copy_(tensor, non_blocking=True)
+        stream = torch.cuda.current_stream(tensor.device)
+        if stream not in self.streams:
+            self.streams.append(stream)
+        return pinned
 
     def finish(self, result: "Proxy") -> Expression:
-        text, used = self.steps.finish(result.step)
+        text, used, tells_apart = self.steps.finish(result.step)
         tensors = [self.captured[place] for place in used]
         device = self.device
         if device is None:
             device = tensors[0].device if tensors else torch.device("cpu")
-        # Copies: numbers changed in place later must not part from the plan.
-        on_host = [_as_table(tensor) for tensor in tensors]
-        return Expression(text, on_host, device, self.steps.tells_apart(result.step), tensors)
+        for stream in self.streams:
+            stream.synchronize()
+        on_host = [
+            _as_table(self.read[place], tensor.is_cuda) for place, tensor in zip(used, tensors)
+        ]
+        return Expression(text, on_host, device, tells_apart, tensors)
 
 
-def _on_device(host: Tensor, captured: Tensor, device: torch.device) -> Tensor:
-    """A table on a device. What the function has captured has the numbers that the host has."""
+def _on_device(captured: Tensor, device: torch.device) -> Tensor | None:
+    """The table of a tensor that lies on a GPU; None if it does not lie on that one."""
     if device.type == "cpu" or captured.device != device:
-        return host.to(device)
-    return captured.detach().to(torch.int32, copy=True).contiguous()
+        return None
+    return captured.to(torch.int32, copy=True).contiguous()
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """Its numbers. A GPU writes them into memory that is pinned, where no copy of the driver's is
-    between; they do not stay there."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return pinned
-
-
-def _as_table(tensor: Tensor) -> Tensor:
-    host = _on_host(tensor)
+def _as_table(host: Tensor, is_own: bool) -> Tensor:
+    """As int32, and a copy unless nobody else has it: what is changed in place later must not part
+    from the plan."""
     if host.dtype == torch.int64 and host.numel() > 0:
         low, high = (int(x) for x in torch.aminmax(host))
-        if low < _INT32.min or high > _INT32.max:
+        if low < _LEAST or high > _MOST:
             raise ValueError(
-                f"a tensor of shape {tuple(tensor.shape)} that mask_mod looks up has numbers from "
+                f"a tensor of shape {tuple(host.shape)} that mask_mod looks up has numbers from "
                 f"{low} to {high}, but only those of int32 are supported"
             )
-    return host.to(torch.int32, copy=True).contiguous()
+    return host.to(torch.int32, copy=not is_own).contiguous()
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
@@ -212,13 +238,12 @@ def _binary(name: str, swapped: bool = False) -> Callable:
     return method
 
 
-class Proxy:
-    """A number or a condition of the function that is traced: a place of its steps."""
+class Proxy(_native.Term):
+    """A number or a condition of the function that is traced, ``Proxy(writer, step, is_truth)``: a
+    place of its steps. Most operators are the library's, and come to :func:`_call` with what is no
+    matter of course."""
 
-    __slots__ = ("is_truth", "step", "writer")
-
-    def __init__(self, writer: _Writer, step: int, is_truth: bool):
-        self.writer, self.step, self.is_truth = writer, step, is_truth
+    __slots__ = ()
 
     @classmethod
     def __torch_function__(
@@ -227,26 +252,13 @@ class Proxy:
         writer = next(x.writer for x in args if isinstance(x, Proxy))
         return _call(writer, _name_of(func), args, kwargs or {})
 
-    __add__, __radd__ = _binary("add"), _binary("add", True)
-    __sub__, __rsub__ = _binary("sub"), _binary("sub", True)
-    __mul__, __rmul__ = _binary("mul"), _binary("mul", True)
-    __floordiv__, __rfloordiv__ = _binary("floor_divide"), _binary("floor_divide", True)
-    __mod__, __rmod__ = _binary("remainder"), _binary("remainder", True)
-    __and__, __rand__ = _binary("and"), _binary("and", True)
-    __or__, __ror__ = _binary("or"), _binary("or", True)
     __xor__, __rxor__ = _binary("xor"), _binary("xor", True)
-    __lt__, __le__, __gt__, __ge__ = _binary("lt"), _binary("le"), _binary("gt"), _binary("ge")
     __lshift__, __rshift__ = _binary("lshift"), _binary("rshift")
     __truediv__, __rtruediv__ = _binary("true_divide"), _binary("true_divide", True)
     __pow__ = _binary("pow")
-    __eq__, __ne__ = _binary("eq"), _binary("ne")  # type: ignore[assignment]
-    __hash__ = None  # type: ignore[assignment]
 
     def __neg__(self) -> "Proxy":
         return _call(self.writer, "neg", (self,), {})
-
-    def __abs__(self) -> "Proxy":
-        return _call(self.writer, "abs", (self,), {})
 
     def __invert__(self) -> "Proxy":
         return _call(self.writer, "invert", (self,), {})
@@ -296,15 +308,18 @@ class _Listening(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(_has_proxy(x) for x in (*args, *kwargs.values())):
+        if not (_has_proxy(args) or kwargs and _has_proxy(tuple(kwargs.values()))):
             return func(*args, **kwargs)
         return _call(self.writer, _name_of(func), args, kwargs)
 
 
-def _has_proxy(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_has_proxy(x) for x in value)
-    return isinstance(value, (Proxy, _Part))
+def _has_proxy(values: tuple | list) -> bool:
+    for value in values:
+        if isinstance(value, (Proxy, _Part)):
+            return True
+        if isinstance(value, (tuple, list)) and _has_proxy(value):
+            return True
+    return False
 
 
 def _name_of(func: Callable) -> str:
@@ -378,8 +393,6 @@ def _is_condition(value: Any) -> bool:
 
 
 def _constant(value: Any) -> int | bool:
-    if type(value) is int and _INT32.min <= value <= _INT32.max:
-        return value
     if isinstance(value, Tensor):
         if value.dim() > 0:
             raise TypeError(
@@ -396,7 +409,7 @@ def _constant(value: Any) -> int | bool:
     if not hasattr(value, "__index__"):
         raise TypeError(f"mask_mod computes with {type(value).__name__}, which is no whole number")
     value = operator.index(value)
-    if not _INT32.min <= value <= _INT32.max:
+    if not _LEAST <= value <= _MOST:
         raise ValueError(f"mask_mod has the number {value}, but only those of int32 are supported")
     return value
 
@@ -404,6 +417,8 @@ def _constant(value: Any) -> int | bool:
 def _number(writer: _Writer, value: Any) -> int:
     """The step of a number; of a condition 0 or 1."""
     steps = writer.steps
+    if type(value) is int and _LEAST <= value <= _MOST:
+        return steps.number(value)
     if isinstance(value, Proxy):
         if value.is_truth:
             return steps.put("choose", value.step, steps.number(1), steps.number(0))

@@ -10,7 +10,12 @@ from gpu import NEEDS_HOPPER, tensor
 from reference import relative_error
 from torch.nn.attention import flex_attention
 
-from flex_block_attn import and_masks, create_block_mask, flex_block_attn
+from flex_block_attn import (
+    and_masks,
+    create_block_mask,
+    flex_block_attn,
+    forget_masks,
+)
 
 pytestmark = NEEDS_HOPPER
 
@@ -162,6 +167,69 @@ def test_masks_of_functions_in_compiled_graphs():
     out = flex_block_attn(q, k, v, mask)
     compiled = torch.compile(lambda *x: flex_block_attn(*x, mask), fullgraph=True)
     assert torch.equal(compiled(q, k, v), out)
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_tensors_are_read_after_what_was_done_to_them(is_dense: bool):
+    """By the stream that is current, however busy it is; what is done to them later is not seen."""
+    tokens = 6000
+    places = torch.arange(tokens)
+    for expected in (
+        (places // 700).int(),
+        places // 700,
+        (places // 700).byte(),
+        places % 900 < 400,
+        torch.stack([places // 500, places // 700]),
+    ):
+
+        def function(ids):
+            if ids.dim() == 2:
+                return lambda b, h, q, kv: (ids[0, q] == ids[0][kv]) & (ids[1, q] == ids[1, kv])
+            return lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv])
+
+        on_host = create_block_mask(function(expected), None, None, tokens, tokens, device="cpu")
+        source = expected.cuda()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        forget_masks()
+        with torch.cuda.stream(stream):
+            ids = torch.zeros(*source.shape, 2, device="cuda", dtype=source.dtype)[..., 0]
+            ids = ids.contiguous() if is_dense else ids
+            torch.cuda._sleep(10_000_000)
+            ids.copy_(source)
+            mask = create_block_mask(function(ids), None, None, tokens, tokens)
+            ids.zero_()
+        stream.synchronize()
+        assert mask.device.type == "cuda"
+        assert torch.equal(mask.blocks.cpu(), on_host.blocks)
+        assert torch.equal(mask.partial_blocks.cpu(), on_host.partial_blocks)
+        tables = zip(mask.expression.tables, on_host.expression.tables, strict=True)
+        assert all(torch.equal(table.cpu(), other) for table, other in tables)
+
+
+def test_masks_of_batches_and_heads_are_sent_as_bits():
+    batch, heads, tokens = 2, 3, 2000
+    width = torch.tensor([[100, 900, 1500], [5, 50, 500]], device="cuda")
+
+    def near(b, h, q, kv):
+        return (q - kv).abs() < width[b, h]
+
+    mask = create_block_mask(near, batch, heads, tokens, tokens, BLOCK_SIZE=(64, 128))
+    q, k, v = (torch.randn(batch, heads, tokens, 64, device="cuda").bfloat16() for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask.to_dense()
+    )
+    assert relative_error(flex_block_attn(q, k, v, mask), expected) < 1e-2
+
+
+def test_masks_of_functions_are_not_made_in_graphs():
+    """A graph would send what has long gone."""
+    forget_masks()
+    expected = "a new mask's stream must be one that is not captured"
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+        with pytest.raises(ValueError, match=expected):
+            create_block_mask(mask_functions.causal, None, None, 300, 300, device="cuda")
 
 
 def test_masks_of_functions_go_between_devices_once():

@@ -5,6 +5,7 @@ The functions are those of FlexAttention's documentation and examples, on random
 """
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -44,6 +45,7 @@ from flex_block_attn import (
     forget_masks,
     or_masks,
 )
+from flex_block_attn.trace import trace
 
 # What torch says of its attention where it is not compiled.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -277,6 +279,85 @@ def test_copies_and_files():
     for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
         assert torch.equal(other.to_dense(), mask.to_dense())
         assert torch.equal(other.plan, mask.plan)
+
+
+OPERATORS = {
+    operator.add: torch.add,
+    operator.sub: torch.sub,
+    operator.mul: torch.mul,
+    operator.floordiv: torch.floor_divide,
+    operator.mod: torch.remainder,
+    operator.lt: torch.lt,
+    operator.le: torch.le,
+    operator.gt: torch.gt,
+    operator.ge: torch.ge,
+    operator.eq: torch.eq,
+    operator.ne: torch.ne,
+    operator.and_: torch.bitwise_and,
+    operator.or_: torch.bitwise_or,
+    operator.xor: torch.bitwise_xor,
+}
+
+
+@pytest.mark.parametrize("apply", OPERATORS, ids=lambda apply: apply.__name__)
+def test_operators_write_down_what_functions_do(apply):
+    """Also those of two numbers, or of two conditions, which have a short way."""
+    operands = [
+        lambda q, kv: (q, kv),
+        lambda q, kv: (q, 3),
+        lambda q, kv: (3, q),
+        lambda q, kv: (q, True),
+        lambda q, kv: (q, 2**31),
+        lambda q, kv: (q, kv < 7),
+        lambda q, kv: (kv < 7, q),
+        lambda q, kv: (q < 5, kv < 7),
+        lambda q, kv: (q < 5, True),
+        lambda q, kv: (True, q < 5),
+        lambda q, kv: (q < 5, 3),
+        lambda q, kv: (q, torch.tensor(3)),
+        lambda q, kv: (q, 0.5),
+    ]
+
+    def text(apply, make):
+        def mask_mod(b, h, q, kv):
+            result = apply(*make(q, kv))
+            return result if result.dtype == torch.bool else result == 11
+
+        try:
+            return str(trace(mask_mod, None))
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def function(a, b):
+        if isinstance(a, int):
+            # torch's take no number first; of Python's, these two are turned round.
+            a, b = (b, a) if apply in (operator.eq, operator.ne) else (torch.tensor(a), b)
+        return OPERATORS[apply](a, b)
+
+    texts = [text(apply, make) for make in operands]
+    assert texts == [text(function, make) for make in operands]
+    assert sum("Error: mask_mod" not in text for text in texts) >= 3
+
+
+def test_traced_values_are_no_plain_objects():
+    def mask_mod(b, h, q, kv):
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(q)
+        return (abs(q - kv) < 9) & ((q - kv).abs() < 9) & (torch.abs(q - kv) < 9)
+
+    assert str(trace(mask_mod, None)) == "x0 = q - kv; max(x0, -x0) < 9"
+
+
+def test_a_tensor_looked_up_twice_is_one_table():
+    ids = torch.arange(200) // 30
+    views = ids[:], ids.view(200)
+    mask = create_block_mask(
+        lambda b, h, q, kv: (ids[q] == views[0][kv]) & (views[1][q] < 5), None, None, 200, 200
+    )
+    assert len(mask.expression.tables) == 1
+    other = ids.clone()
+    mask = create_block_mask(lambda b, h, q, kv: ids[q] == other[kv], None, None, 200, 200)
+    assert len(mask.expression.tables) == 2
 
 
 def test_tensors_changed_later_change_nothing():

@@ -225,6 +225,30 @@ impl Device {
         self.with_context(fill)
     }
 
+    /// Puts the writing of words into device memory on a stream. The words may be changed, or gone, once
+    /// this returns: they are not to be pinned memory. It must not be captured into a graph, which would
+    /// read them again.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// There is as much of this device's memory at the address, and it is nobody else's until the
+    /// stream has come past this; the stream is one of this device, alive, and is not captured.
+    pub unsafe fn write_words(
+        &self,
+        address: u64,
+        words: &[u64],
+        stream: Stream,
+    ) -> Result<(), Error> {
+        let bytes = size_of_val(words);
+        // SAFETY: the words are a slice; the rest is the caller's word.
+        self.with_context(|| unsafe {
+            self.driver
+                .copy_in_later(address, words.as_ptr().cast(), bytes, stream)
+        })
+    }
+
     /// A number that no other stream of this process has, or had, or will have; none while the stream is
     /// captured into a graph, whose work other streams may do.
     ///

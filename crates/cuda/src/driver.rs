@@ -183,6 +183,10 @@ calls! {
     free = "cuMemFree_v2" (address: u64);
     /// Copies to the device.
     copy_in = "cuMemcpyHtoD_v2" (to: u64, from: *const c_void, bytes: usize);
+    /// Copies to the device, on a stream; of memory that is not pinned the driver has made a copy when
+    /// this returns.
+    copy_in_later = "cuMemcpyHtoDAsync_v2"
+        (to: u64, from: *const c_void, bytes: usize, stream: Stream);
     /// Copies from it.
     copy_out = "cuMemcpyDtoH_v2" (to: *mut c_void, from: u64, bytes: usize);
     /// Fills with a byte.

@@ -305,3 +305,17 @@ fn devices_are_listed() {
     assert!(device.memory_bytes() > 1 << 30 && device.multiprocessors() > 1);
     assert!(device.driver_version() >= (12, 0));
 }
+
+#[test]
+fn words_are_written_though_they_go() {
+    let Some(device) = gpu() else { return };
+    let expected: Vec<u8> = (0..1u64 << 16).flat_map(u64::to_ne_bytes).collect();
+    let buffer = device.alloc(expected.len()).expect("memory");
+    let mut words: Vec<u64> = (0..1 << 16).collect();
+    // SAFETY: the buffer has as many bytes, and the default stream is not captured.
+    unsafe { device.write_words(buffer.address(), &words, Stream::DEFAULT) }.expect("a copy");
+    words.fill(0);
+    let mut found = vec![0; expected.len()];
+    buffer.read(&mut found).expect("a copy");
+    assert_eq!(found, expected);
+}

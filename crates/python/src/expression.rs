@@ -109,7 +109,7 @@ pub fn moved(text: &str, places: [(i32, i32); 4]) -> PyResult<String> {
 /// Steps of a formula that is being written; see the library's own.
 #[pyclass]
 #[derive(Default)]
-pub struct Steps(expression::Steps);
+pub struct Steps(pub expression::Steps);
 
 #[pymethods]
 impl Steps {
@@ -160,15 +160,11 @@ impl Steps {
         self.0.put(Step::Table { table, indices })
     }
 
-    /// The formula of a step, and the tables it uses, in its order.
-    fn finish(&self, root: usize) -> (String, Vec<usize>) {
+    /// The formula of a step, the tables it uses, in its order, and whether it depends on the batch, and
+    /// on the head.
+    fn finish(&self, root: usize) -> (String, Vec<usize>, (bool, bool)) {
         let (formula, tables) = self.0.finish(root);
-        (formula.to_string(), tables)
-    }
-
-    /// Whether a step depends on the batch, and on the head.
-    fn tells_apart(&self, root: usize) -> (bool, bool) {
-        let (formula, _) = self.0.finish(root);
-        (formula.depends_on_batch(), formula.depends_on_head())
+        let tells_apart = (formula.depends_on_batch(), formula.depends_on_head());
+        (formula.to_string(), tables, tells_apart)
     }
 }

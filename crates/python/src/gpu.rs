@@ -13,7 +13,7 @@ use crate::counter::Counter;
 use crate::error::{python, python_mask};
 use crate::exchange::is_plain;
 use crate::expression::RawExact;
-use crate::mask::{RawExtents, extents};
+use crate::mask::{BlockMask, RawExtents, extents};
 use crate::tensor::{Kind, MOST, Raw};
 
 /// The stream that torch works on at present, on a tensor's GPU. The library makes the device's context
@@ -90,28 +90,27 @@ pub fn plan_cuda(
     plan(py, mask, layout, self::video(video)?, &blocks, &to)
 }
 
-/// Plans a mask of (batch, heads) matrices from its bits, which lie on a GPU as `write_bits` has
-/// written them, into an int32 tensor.
+/// Plans a mask that the host has made on the GPU of an int32 tensor, into that: its bits go to `bits`,
+/// an int64 tensor there.
 #[pyfunction]
-pub fn plan_bits_cuda(
-    py: Python<'_>,
-    bits: Raw,
-    lines: (usize, usize),
-    sizes: RawExtents,
-    to: Raw,
-) -> PyResult<()> {
-    let (batch, heads) = lines;
+pub fn plan_mask_cuda(py: Python<'_>, mask: &BlockMask, bits: Raw, to: Raw) -> PyResult<()> {
+    let mask = mask.library();
     let layout = PlanLayout {
-        extents: extents(sizes)?,
-        batch,
-        heads,
+        extents: mask.extents(),
+        batch: mask.batch(),
+        heads: mask.heads(),
     };
-    let words = 2 * batch * heads * layout.rows() * layout.columns().div_ceil(64);
-    if bits.kind != Kind::Int64 || bits.shape != [words, 1, 1, 1] {
-        let text = "bits must be all int64 numbers of a mask";
+    let mut words = vec![0; mask.bit_words()];
+    if bits.kind != Kind::Int64 || bits.shape != [words.len(), 1, 1, 1] || bits.gpu != to.gpu {
+        let text = "bits must be as many int64 numbers as the mask has, on the plan's GPU";
         return Err(PyValueError::new_err(text));
     }
-    let address = bits.address as u64;
+    mask.write_bits(&mut words).map_err(python_mask)?;
+    let (on, address) = (stream(py, &to)?, bits.address as u64);
+    // SAFETY: the words are a vector's, and `launch.py` has allocated as many on the stream's device for
+    // this call alone.
+    py.detach(|| unsafe { on.write(address, &words) })
+        .map_err(python)?;
     plan(py, Mask::Bits { address }, layout, None, &bits, &to)
 }
 

@@ -16,6 +16,7 @@ mod gpu;
 mod mask;
 mod select;
 mod tensor;
+mod term;
 
 use flex_block_attn::gpu::MOST_PARTS;
 use pyo3::prelude::*;
@@ -30,7 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(mask::write_plan, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_shape, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::plan_cuda, module)?)?;
-    module.add_function(wrap_pyfunction!(gpu::plan_bits_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::plan_mask_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(direct::are_ready, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::must_be_copied, module)?)?;
     module.add_function(wrap_pyfunction!(direct::attention, module)?)?;
@@ -44,6 +45,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_class::<mask::BlockMask>()?;
     module.add_class::<expression::Steps>()?;
+    module.add_class::<term::Term>()?;
     module.add_function(wrap_pyfunction!(expression::moved, module)?)?;
     Ok(())
 }

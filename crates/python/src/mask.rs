@@ -120,6 +120,13 @@ fn tokens(mask: &fba::BlockMask, batch: usize, head: usize) -> Vec<u8> {
 #[pyclass(frozen)]
 pub struct BlockMask(fba::BlockMask);
 
+impl BlockMask {
+    /// The library's own.
+    pub fn library(&self) -> &fba::BlockMask {
+        &self.0
+    }
+}
+
 #[pymethods]
 impl BlockMask {
     #[staticmethod]
@@ -236,19 +243,9 @@ impl BlockMask {
         })
     }
 
-    /// Words of [`Self::write_bits`].
+    /// How many int64 numbers hold its bits, of which a GPU makes its plan.
     fn bit_words(&self) -> usize {
         self.0.bit_words()
-    }
-
-    /// Writes its bits, for a plan made elsewhere, into the int64 memory `(address, words)`.
-    fn write_bits(&self, to: (usize, usize)) -> PyResult<()> {
-        let words: &mut [u64] = match to.1 {
-            0 => &mut [],
-            // SAFETY: `masks.py` has allocated that many int64 numbers there for this call alone.
-            words => unsafe { std::slice::from_raw_parts_mut(to.0 as *mut u64, words) },
-        };
-        self.0.write_bits(words).map_err(python_mask)
     }
 
     /// Computed blocks, and those of them that are partial.

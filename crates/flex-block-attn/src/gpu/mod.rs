@@ -77,6 +77,33 @@ impl Stream {
         unsafe { device.zero_words(address, 1, cuda::Stream(self.handle))? };
         Ok(())
     }
+
+    /// Has words of 64 bits written into the device's memory: bits of a mask, before [`plan()`] reads
+    /// them. They need not stay where they are on the host.
+    ///
+    /// # Errors
+    /// No GPU; what the driver says; a stream that is captured into a graph, which would read them anew
+    /// whenever it runs.
+    ///
+    /// # Safety
+    /// The words are not in pinned memory. There is room for them at the address, of the device's memory,
+    /// and nobody uses it before the stream has come past this. The stream is alive.
+    pub unsafe fn write(self, address: u64, words: &[u64]) -> Result<()> {
+        let (device, stream) = (Device::get(self.device)?, cuda::Stream(self.handle));
+        // SAFETY: the caller's word.
+        unsafe {
+            if device.identity(stream)?.is_none() {
+                let got = "a stream that is captured into a graph";
+                return Err(refused(
+                    "a new mask's stream",
+                    got,
+                    "one that is not captured",
+                ));
+            }
+            device.write_words(address, words, stream)?;
+        }
+        Ok(())
+    }
 }
 
 /// A plan in device memory.

@@ -210,7 +210,7 @@ impl Search<'_> {
             ends: Some(ends),
             blocks,
             pieces,
-        }) = &self.sorted
+        }) = &mut self.sorted
         else {
             return;
         };
