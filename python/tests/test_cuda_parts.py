@@ -20,10 +20,10 @@ pytestmark = test_cuda.pytestmark
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_parts_of_an_attention_are_put_together(count, head_dim, dtype):
     """Of some of the rows, of which some have no keys at all, others none in a part."""
-    lengths = [128, 64, 192, 320][:count]
+    lengths = [128, 64, 192, 320, 64, 64, 128, 64][:count]
     shape, kv_len = (2, 3, 300, head_dim), sum(lengths)
     q = torch.randn(shape, device="cuda").to(dtype)
     k, v = (torch.randn(2, 3, kv_len, head_dim, device="cuda").to(dtype) for _ in range(2))
@@ -51,7 +51,7 @@ def test_parts_of_an_attention_are_put_together(count, head_dim, dtype):
     assert torch.equal(rows[:, :, 30:], lse) and rows[:, :, :30].isnan().all()
     # Sums of another dtype, and more parts, are left to others.
     assert launch.combine(parts, out[:, :, 30:].float()) is None
-    assert launch.combine(parts * 4, out[:, :, 30:]) is None
+    assert launch.combine(parts * 5, out[:, :, 30:]) is None
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
