@@ -6,7 +6,8 @@ users and, for some of the heads, by :mod:`.grid`.
 As Ring Attention (arXiv 2310.01889), except that keys travel by what the mask wants instead of
 round a ring, straight from their owner. Forward: attention over the rank's own keys while the
 first keys of others travel, over these while the next do, and so on; results are merged by their
-lses. Rows that all ranks share go the other way: their queries travel, and partial results return.
+lses. Rows that all ranks share go the other way: their queries travel, and partial results return;
+of two ranks, some are computed in pieces instead (:mod:`.pieces`).
 Backward: keys travel again, because keeping them would take the memory that dividing saves;
 gradients of a step need only the final output and lse, and those of keys return to their owners
 while the next step computes. The rank's own keys come first and last, by halves of the heads, so

@@ -46,8 +46,7 @@ class Pieces:
     """The forward pass of a rank that cuts its long rows: there are several of each, over some of
     their keys each."""
 
-    # Which of the rank's rows are as they are, and which are long.
-    own: Positions
+    # Which of the rank's rows are long.
     long: Positions
     # Pieces of a long row in a launch, at most. A launch's mask is of all rows, each long one with
     # its last piece, and of the other pieces before these.
@@ -103,7 +102,8 @@ class ContextPlan:
     ranks that want nearly all keys of each other send all, or many while they compute long: to
     pick some out would take longer.) Rows that the layout has all ranks share are computed piece by
     piece: each column by a rank that has its keys anyway. But if all keys go to all ranks, and rows
-    are many, each rank computes its own ones of these alone, where that is as balanced.
+    are many, each rank computes its own ones of these alone, where that is as balanced; if rows are
+    few, too, of two ranks: then each is computed in pieces.
 
     Args:
         mask: over the whole sequence, of whole blocks.
@@ -255,8 +255,7 @@ class ContextPlan:
         masks = [
             cut.static(*each, device, long, count) for each, count in zip(keys, counts, strict=True)
         ]
-        of_user = self.layout.rows(rank, device)
-        in_pieces = Pieces(of_user.own, of_user.shared, max(counts))
+        in_pieces = Pieces(self.layout.rows(rank, device).shared, max(counts))
         return planned(masks, pieces=in_pieces, backward=plan)
 
     def _waits(self, shares: Shares, lines: int) -> bool:
