@@ -189,9 +189,7 @@ class SharedRows:
     def sum(self, dq: Sums, q: Tensor) -> Tensor:
         """Gradients of the rank's queries, from those of the joint rows, of which q is."""
         if not self._some:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            dq.into(out)
-            return out
+            return dq.result(q)
         shared = self._shared_of(q)
         dq.into(shared, self._rows.shared_of)
         coming = self._to_owners(shared.movedim(2, 0))
