@@ -15,6 +15,9 @@ All GPUs compute the whole attention while one is timed, so that clocks are the 
 those that come to a rank in a forward pass, the mean of the ranks; in the simulation a grid of
 ``8 x 8`` has plans of 8 ranks for the heads of each of 8. Host waits are those that torch knows of
 in a forward and a backward pass.
+
+``--graph`` also captures one GPU and each division as CUDA graphs, and times replays: what is left
+of a call without its host. Masks that are made in each call are left out there.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,10 @@ def print_division(name: str, case: Case, contexts: int, parts: int) -> None:
 HEAD = ("case", "divided by", "forward, ms", "gain", "with backward, ms", "gain", "error")
 HEAD = (*HEAD, "MB in", "in a ring", "host waits")
 Attention = Callable[..., Tensor]
+# An attention, its inputs, and the gradient of its output.
+Problem = tuple[Attention, list[Tensor], Tensor]
+# A forward pass, and one with the backward pass.
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 @dataclass
@@ -162,6 +169,8 @@ class Division:
     # Megabytes that come to a rank, and would in a ring.
     received: float
     in_a_ring: float
+    # Whether a call is made of the same launches each time.
+    repeats: bool = True
 
 
 def divisions(case: Case, mask: BlockMask, chunks: int | None, itemsize: int) -> list[Division]:
@@ -180,7 +189,7 @@ def divisions(case: Case, mask: BlockMask, chunks: int | None, itemsize: int) ->
         def planned(*x: Tensor) -> Tensor:
             return context_attention(*x, DynamicPlan(mask.blocks, plan.layout, chunks=chunks))
 
-        found.append(Division("tokens, new mask", planned, tokens, moved, ring))
+        found.append(Division("tokens, new mask", planned, tokens, moved, ring, repeats=False))
     if case.heads >= ranks:
         lengths = chunk_lengths(mask.q_len, ranks)
         start = sum(lengths[:rank])
@@ -204,32 +213,47 @@ def measure(name: str, case: Case, args: argparse.Namespace, device: torch.devic
         return flex_block_attn(*x, mask)
 
     expected = results(alone, one, dout)
-    problems: list[tuple[Attention, list[Tensor], Tensor]] = [(alone, one, dout)]
-    ways = divisions(case, mask, args.chunks, q.element_size())
-    errors, waits = [], []
-    for way in ways:
+    # Of calls as they are, then of graphs: one GPU, then the divisions that are shown beside it.
+    problem = alone, one, dout
+    timed: list[list[Calls]] = [[eager(problem)]]
+    if args.graph:
+        timed.append([captured(problem)[0]])
+    lines: list[list[tuple[Division, float, int]]] = [[] for _ in timed]
+    for way in divisions(case, mask, args.chunks, q.element_size()):
         local = [x.detach().index_select(2, way.tokens).requires_grad_() for x in one]
         problem = way.attention, local, dout.index_select(2, way.tokens)
-        wanted = (x.index_select(2, way.tokens) for x in expected)
-        got = results(*problem)
-        errors.append(slowest(*(relative(*pair) for pair in zip(got, wanted, strict=True))))
-        waits.append(host_waits(lambda p=problem: results(*p)))
-        problems.append(problem)
+        wanted = [x.index_select(2, way.tokens) for x in expected]
+
+        def error_of(got: list[Tensor], wanted: list[Tensor] = wanted) -> float:
+            return slowest(*(relative(*pair) for pair in zip(got, wanted, strict=True)))
+
+        error = error_of(results(*problem))
+        waits = host_waits(lambda p=problem: results(*p))
+        timed[0].append(eager(problem))
+        lines[0].append((way, error, waits))
+        if args.graph and way.repeats:
+            calls, got = captured(problem)
+            calls[1]()
+            timed[1].append(calls)
+            lines[1].append((replace(way, name=f"{way.name}, graph"), error_of(got), 0))
     del expected
 
-    # (forward, with backward) of one GPU and of each division, of all rounds.
-    turns: list[list[tuple[float, float]]] = [[] for _ in problems]
+    # (forward, with backward) of each call, of all rounds.
+    turns: list[list[list[tuple[float, float]]]] = [[[] for _ in of] for of in timed]
     for _ in range(args.rounds):
-        for taken, problem in zip(turns, problems, strict=True):
-            taken.append((turn(forward, problem, args.turn), turn(results, problem, args.turn)))
-    before, *after = ([statistics.median(x) for x in zip(*taken, strict=True)] for taken in turns)
-    for way, ms, error, waited in zip(ways, after, errors, waits, strict=True):
-        cells = [name, way.name]
-        for a, b in zip(before, ms, strict=True):
-            cells += [f"{a:.2f} -> {b:.2f}", f"{a / b:.2f}"]
-        share = 100 * way.received / way.in_a_ring
-        cells += [f"{error:.1e}", f"{number(way.received)} ({share:.0f}%)", number(way.in_a_ring)]
-        say(table(HEAD, [[*cells, str(waited)]])[-1])
+        for taken, of in zip(turns, timed, strict=True):
+            for rounds, calls in zip(taken, of, strict=True):
+                rounds.append(tuple(turn(call, args.turn) for call in calls))
+    for taken, of in zip(turns, lines, strict=True):
+        before, *after = ([statistics.median(x) for x in zip(*t, strict=True)] for t in taken)
+        for (way, error, waited), ms in zip(of, after, strict=True):
+            cells = [name, way.name]
+            for x, y in zip(before, ms, strict=True):
+                cells += [f"{x:.2f} -> {y:.2f}", f"{x / y:.2f}"]
+            share = 100 * way.received / way.in_a_ring
+            cells += [f"{error:.1e}", f"{number(way.received)} ({share:.0f}%)"]
+            say(table(HEAD, [[*cells, number(way.in_a_ring), str(waited)]])[-1])
+    errors = [error for of in lines for _, error, _ in of]
     return all(error < TOLERANCE[dtype] for error in errors)
 
 
@@ -259,6 +283,28 @@ def forward(attention: Attention, inputs: list[Tensor], dout: Tensor) -> Tensor:
         return attention(*inputs)
 
 
+def eager(problem: Problem) -> Calls:
+    """Calls as they are."""
+    return lambda: forward(*problem), lambda: results(*problem)
+
+
+def captured(problem: Problem) -> tuple[Calls, list[Tensor]]:
+    """Replays of the calls, captured as graphs, and where those leave output and gradients."""
+    calls = eager(problem)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graphs, got = [torch.cuda.CUDAGraph() for _ in calls], []
+    for graph, call in zip(graphs, calls, strict=True):
+        # Threads of torch.distributed look after earlier exchanges meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            got = call()
+    return tuple(graph.replay for graph in graphs), got
+
+
 def host_waits(call: Callable[[], Any]) -> int:
     """How often torch has the host wait for the GPU in a call; what it caches has been made."""
     if not torch.cuda.is_available():
@@ -272,9 +318,7 @@ def host_waits(call: Callable[[], Any]) -> int:
     return sum("called a synchronizing" in str(each.message) for each in caught)
 
 
-def turn(
-    call: Callable[..., Any], problem: tuple[Attention, list[Tensor], Tensor], milliseconds: float
-) -> float:
+def turn(call: Callable[[], Any], milliseconds: float) -> float:
     """Milliseconds of a call, over about so many of them, of the slowest rank. Ranks begin
     together, and on GPUs calls are issued ahead."""
 
@@ -285,12 +329,12 @@ def turn(
         if not torch.cuda.is_available():
             start = time.perf_counter()
             for _ in range(calls):
-                call(*problem)
+                call()
             return slowest(1e3 * (time.perf_counter() - start)) / calls
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         for _ in range(calls):
-            call(*problem)
+            call()
         last.record()
         last.synchronize()
         return slowest(first.elapsed_time(last)) / calls
@@ -359,12 +403,15 @@ def main() -> None:
     add("--chunks", type=int, help="parts that keys come in, if not as many as a plan chooses")
     add("--rounds", type=int, default=5, help="turns of each")
     add("--turn", type=float, default=150.0, help="milliseconds of a turn")
+    add("--graph", action="store_true", help="also times replays of CUDA graphs")
     add("--small", action="store_true", help="small cases, to compare and not to time")
     args = parser.parse_args()
     try:
         of = chosen(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.graph and not torch.cuda.is_available():
+        parser.error("--graph: torch sees no CUDA device")
     if args.simulate:
         simulate(of, args.ranks)
     elif "RANK" in os.environ:

@@ -32,11 +32,11 @@ def tiles_and_more():
     return BlockMask(blocks, mask.q_len, mask.kv_len, 16, 16)
 
 
-def choice_and_text(heads, text):
+def choice_and_text(heads, text, places=(24, 25)):
     """Tiles that rows choose anywhere, so that ranks want nearly all keys of each other, and two
     blocks of text that see all: twice as long as the other rows, and more."""
     blocks = torch.rand(1, heads, 26, 26) < 0.3
-    blocks[..., 24:] = blocks[:, :, 24:] = True
+    blocks[..., places] = blocks[:, :, places] = True
     return BlockMask(blocks, 384 + text, 384 + text, 16, 16)
 
 
@@ -54,6 +54,12 @@ CASES = {
     "choice and text": lambda: (choice_and_text(4, 32), (4, 2), 1, [24, 25]),
     "choice and text, 1 head": lambda: (choice_and_text(1, 32), (1, 1), 1, [24, 25]),
     "choice and short text": lambda: (choice_and_text(2, 25), (2, 2), 2, [24, 25]),
+    "choice and text between": lambda: (
+        choice_and_text(2, 32, [3, 20]),
+        (2, 1),
+        2,
+        [3, 20],
+    ),
     "text first": lambda: (random_mask(133, 133, 16, 16, 2), (2, 2), 1, [0, 1, 2]),
     "all rows shared": lambda: (random_mask(90, 90, 16, 16, 1), (2, 2), 1, range(6)),
     "grouped heads, empty rows": lambda: (random_mask(140, 140, 16, 32, 6), (6, 2), 2, None),
@@ -145,8 +151,9 @@ def of_two_ranks(group, case, kind, multiprocessors):
         of_rank = plan.of_rank(rank, device, heads[1], batch * heads[0])
         ((moves, _),) = of_rank.steps()
         errors = one_and_many(group, case, kind, chunks=1)
-    together = of_rank.together is not None
-    return moves.step.is_whole, sum(of_rank.rows.shared_counts), together, errors
+    pieces = of_rank.pieces.most if of_rank.pieces else 1
+    together = of_rank.backward.together is not None
+    return moves.step.is_whole, sum(of_rank.rows.shared_counts), pieces, together, errors
 
 
 @pytest.mark.parametrize("kind", ["static", "needed"])
@@ -154,13 +161,36 @@ def of_two_ranks(group, case, kind, multiprocessors):
 @pytest.mark.parametrize("multiprocessors", [1e-3, 132])
 def test_two_ranks_that_send_all(ranks, case, kind, multiprocessors):
     """On a GPU that is kept busy, text is shared no longer, and the backward pass begins before
-    keys have come; on one that is not, text is shared, and all keys are waited for."""
+    keys have come; on one that is not, text is computed in pieces, or shared, if the mask is made
+    in each call or pieces were no whole blocks, and all keys are waited for."""
     busy = multiprocessors < 1
-    for whole, shared, together, errors in ranks.run(
+    cuts = not busy and kind == "static" and case != "choice and short text"
+    for whole, shared, pieces, together, errors in ranks.run(
         2, of_two_ranks, case=case, kind=kind, multiprocessors=multiprocessors
     ):
-        assert whole and (shared == 0) == busy
+        assert whole and (shared == 0) == (busy or cuts)
+        assert (pieces > 1) == cuts
         assert together == (kind == "static" and not busy)
+        assert max(errors.values()) < 1e-12, errors
+
+
+def in_pieces(group, case, counts):
+    """Errors where launches have so many pieces of each long row."""
+    given = list(counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "pieces", lambda *_: given.pop(0))
+        patch.setattr(planning, "_AS_GOOD", 0.8)
+        errors = one_and_many(group, case, chunks=1)
+    # Both were asked for.
+    assert not given
+    return errors
+
+
+@pytest.mark.parametrize("case", ["choice and text", "choice and text between"])
+@pytest.mark.parametrize("counts", [(1, 1), (1, 3), (4, 2), (2, 20)])
+def test_long_rows_in_pieces(ranks, case, counts):
+    """As many for each launch or not, or more than there are blocks."""
+    for errors in ranks.run(2, in_pieces, case=case, counts=counts):
         assert max(errors.values()) < 1e-12, errors
 
 

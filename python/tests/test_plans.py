@@ -228,13 +228,21 @@ def test_two_ranks_that_want_nearly_all_keys_send_all():
         assert not any(moves.step.is_whole for moves, _ in parts)
 
 
-def test_two_ranks_that_send_all_share_no_rows_if_these_are_many():
-    """Of one head, a row of text takes as long as all else with the keys of the other."""
+def without_end(mask):
+    """The mask without the last tokens, whose rows in pieces were no whole blocks."""
+    return BlockMask(mask.blocks, mask.q_len - 100, mask.kv_len - 100, 384, 384)
+
+
+def test_two_ranks_that_send_all_share_no_rows():
+    """Of one head, a row of text takes as long as all else with the keys of the other: it is
+    computed in pieces, or shared."""
     plan = ContextPlan(ssta(), 2)
-    for lines, shared in ((24, 0), (1, 6)):
+    for lines in (24, 1):
         shares = plan.shares(24, lines)
-        assert shares.layout.shared.sum() == shared
+        assert shares.cuts == (lines == 1) and not shares.layout.shared.any()
         assert balance(shares.loads) >= 0.99
+    short = ContextPlan(without_end(ssta(heads=1)), 2).shares(1, 1)
+    assert not short.cuts and short.layout.shared.sum() == 6
     report = plan.report(heads=24, head_dim=128)
     assert report.bytes_moved == report.ring_bytes
     # Sums over the batch of heads and batches are what counts.
@@ -250,13 +258,35 @@ def test_two_ranks_that_send_all_share_no_rows_if_these_are_many():
 
 def test_shared_rows_are_not_the_longest_with_keys_of_others():
     """They are computed with one's own keys by as much more as other rows."""
-    plan = ContextPlan(ssta(heads=1), 2)
+    plan = ContextPlan(without_end(ssta(heads=1)), 2)
     for rank in range(2):
         of_rank = plan.of_rank(rank, CPU, 1)
+        assert of_rank.pieces is None
         ((_, step),) = of_rank.steps()
         for mask in (of_rank.local, step):
             rows = mask.blocks.sum(dim=3)
             assert lasts(rows, 384, 1) <= 1.02 * 3 * rows.sum().item() / 132
+
+
+def test_pieces_of_rows_are_not_the_longest():
+    """Each block of a long row is in one of its pieces, and these are as few as do."""
+    mask = ssta(heads=1)
+    plan = ContextPlan(mask, 2)
+    for rank in range(2):
+        of_rank = plan.of_rank(rank, CPU, 1)
+        ((moves, step),) = of_rank.steps()
+        mine = plan.layout.q_owners == rank
+        own = plan.layout.own_columns(rank, CPU)[0]
+        for part, columns, count in ((of_rank.local, own, 2), (step, moves.columns[0], 4)):
+            rows = part.blocks.sum(dim=3)
+            assert lasts(rows, 384, 1) == 3 * rows.sum().item() / 132
+            # Three rows of text are this rank's.
+            pieces, whole = part.blocks[0, 0].split([3 * (count - 1), 183])
+            long = torch.cat((pieces, whole[180:])).unflatten(0, (count, 3))
+            assert long.sum(dim=0).eq(1).all() and long.sum(dim=2).max() <= -(-183 // count)
+            assert torch.equal(whole[:180], mask.blocks[0, 0][mine][:180][:, columns])
+            assert part.q_len == part.blocks.shape[2] * 384
+        assert of_rank.pieces.most == 4 and of_rank.backward.pieces is None
 
 
 def test_a_backward_pass_of_one_head_waits_for_all_keys():
@@ -264,7 +294,7 @@ def test_a_backward_pass_of_one_head_waits_for_all_keys():
     mask = ssta(heads=1)
     plan = ContextPlan(mask, 2)
     for rank in range(2):
-        of_rank = plan.of_rank(rank, CPU, 1)
+        of_rank = plan.of_rank(rank, CPU, 1).backward
         columns = of_rank.together.blocks.sum(dim=2)
         assert lasts(columns, 384, 1) <= 1.02 * 3 * columns.sum().item() / 132
         parts = (of_rank.local, of_rank.steps()[0][1])

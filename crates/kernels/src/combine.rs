@@ -15,7 +15,7 @@ const THREADS: u32 = 256;
 /// Rows of a thread.
 const DEPTH: u32 = 2;
 /// The most parts.
-pub const MOST: u32 = 4;
+pub const MOST: u32 = 8;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

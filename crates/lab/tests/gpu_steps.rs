@@ -411,7 +411,7 @@ fn attention_over_parts_of_the_keys_is_put_together() {
     };
     assert_eq!(
         refusal(&given[..1]),
-        "on a GPU, parts must be 2 to 4, got 1"
+        "on a GPU, parts must be 2 to 8, got 1"
     );
     let mut odd = given.clone();
     odd[1].1 = at(0, DType::F64, 1);

@@ -5,7 +5,7 @@ Pure functions on small tensors of the host; called by :mod:`.layout`, :mod:`.pl
 """
 
 import heapq
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -127,8 +127,26 @@ def lasts(counts: Tensor, block_size: int, lines: int) -> float:
     """
     if not counts.numel():
         return 0.0
+    return max(float(counts.max()), _evenly(counts, block_size, lines))
+
+
+def _evenly(counts: Tensor, block_size: int, lines: int) -> float:
+    """What each multiprocessor has of lists, if they can be cut anywhere."""
     total = counts.sum().item() * lines / prod(counts.shape[:2]) * block_size / _TILE
-    return max(float(counts.max()), total / _MULTIPROCESSORS)
+    return total / _MULTIPROCESSORS
+
+
+def pieces(counts: Tensor, block_size: int, lines: int, most: int) -> int:
+    """Into how many pieces long lists are to be cut, at most so many, so that none of them takes
+    longer than multiprocessors have to do with all lists.
+
+    Args:
+        counts, block_size, lines: as for :func:`lasts`.
+    """
+    longest = float(counts.max()) if counts.numel() else 0.0
+    if not longest:
+        return 1
+    return min(most, ceil(longest / _evenly(counts, block_size, lines)))
 
 
 def are_many(tokens: float, lines: int) -> bool:

@@ -6,7 +6,8 @@ users and, for some of the heads, by :mod:`.grid`.
 As Ring Attention (arXiv 2310.01889), except that keys travel by what the mask wants instead of
 round a ring, straight from their owner. Forward: attention over the rank's own keys while the
 first keys of others travel, over these while the next do, and so on; results are merged by their
-lses. Rows that all ranks share go the other way: their queries travel, and partial results return.
+lses. Rows that all ranks share go the other way: their queries travel, and partial results return;
+of two ranks, some are computed in pieces instead (:mod:`.pieces`).
 Backward: keys travel again, because keeping them would take the memory that dividing saves;
 gradients of a step need only the final output and lse, and those of keys return to their owners
 while the next step computes. The rank's own keys come first and last, by halves of the heads, so
@@ -29,6 +30,7 @@ from .dynamic import DynamicPlan
 from .exchange import place_in
 from .keys import Keys, Together
 from .merge import Merged, Sums
+from .pieces import RowPieces
 from .plan import ContextPlan, RankPlan
 from .shared import SharedRows
 
@@ -99,8 +101,9 @@ class _ContextAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, group: Any, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse, q_all = _forward(q, k, v, plan, group, scale)
-        ctx.save_for_backward(q_all, k, v, out, lse)
-        ctx.settings = plan, group, scale
+        # Pieces of rows are the forward pass's alone.
+        ctx.save_for_backward(q_all if plan.pieces is None else q, k, v, out, lse)
+        ctx.settings = plan.backward, group, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -117,7 +120,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, group: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and lse of the rank's rows, and queries of all rows that it computes."""
-    rows = SharedRows(plan, group)
+    rows = SharedRows(plan, group) if plan.pieces is None else RowPieces(plan.pieces)
     # A group's exchanges follow each other. What the first attention waits for leaves first, lest
     # it wait for keys as well.
     joined = rows.join(q)
@@ -128,7 +131,9 @@ def _forward(
     def attend(k: Tensor, v: Tensor, mask: BlockMask | None) -> None:
         if mask is not None and q_all.numel() and k.numel():
             keys.let_pass()
-            merged.add(*flex_block_attn(q_all, k, v, mask, scale=scale, return_lse=True))
+            # Some launches have fewer pieces of long rows, which are the first.
+            q = q_all if mask.q_len == q_all.shape[2] else q_all[:, :, -mask.q_len :]
+            merged.add(*flex_block_attn(q, k, v, mask, scale=scale, return_lse=True))
 
     attend(k, v, plan.local)
     for (k_, v_), mask in keys:

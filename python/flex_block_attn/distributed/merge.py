@@ -122,6 +122,15 @@ class Sums:
                 parts[:] = [parts[0].to(self._dtype).add_(parts[1])]
             parts.append(part[:, heads] if stretch is None else part)
 
+    def result(self, like: Tensor) -> Tensor:
+        """The sum, of the shape and dtype of ``like``: the part itself where there is but one."""
+        (_, parts), *others = self._parts
+        if not others and len(parts) == 1 and parts[0].dtype == like.dtype:
+            return parts[0]
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.into(out)
+        return out
+
     def into(self, out: Tensor, select: Select = lambda x: x) -> None:
         """Writes the sum of some rows into a tensor of any dtype; 0 if there are no parts."""
         for heads, parts in self._parts:

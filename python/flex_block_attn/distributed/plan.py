@@ -4,15 +4,17 @@ Called by users, who keep plans for as long as they keep masks, and by :mod:`.co
 carries them out. Pure: a plan knows all ranks, and needs no process group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masks import BlockMask, as_size
-from .balance import are_many, balance, lasts, level
+from .balance import are_many, balance, lasts, level, pieces
 from .cut import mask_of_heads, whole_blocks
-from .layout import Layout, Rows, block_lengths
+from .layout import Layout, Positions, Rows, block_lengths
+from .merge import FEW
 from .report import RankReport, Report
 from .steps import Moves, groups_of, needs_of, sent_of, steps_of, takes_all
 
@@ -35,6 +37,20 @@ class Shares:
     column_ranks: Tensor
     # float (ranks,): blocks to compute, means over batch and heads.
     loads: Tensor
+    # Whether ranks compute rows alone that the user's layout shares, and cut them into pieces.
+    cuts: bool = False
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The forward pass of a rank that cuts its long rows: there are several of each, over some of
+    their keys each."""
+
+    # Which of the rank's rows are long.
+    long: Positions
+    # Pieces of a long row in a launch, at most. A launch's mask is of all rows, each long one with
+    # its last piece, and of the other pieces before these.
+    most: int
 
 
 class RankPlan:
@@ -49,6 +65,8 @@ class RankPlan:
         sizes: tuple[int, int],
         groups: int,
         together: BlockMask | None = None,
+        pieces: Pieces | None = None,
+        backward: "RankPlan | None" = None,
     ):
         self.rank = rank
         self.rows = rows
@@ -61,6 +79,10 @@ class RankPlan:
         # The mask over all keys of two ranks, one's after the other's, if the backward pass is to
         # compute with all at once.
         self.together = together
+        # How rows are cut, if they are, which only concerns a forward pass.
+        self.pieces = pieces
+        # The plan of the backward pass.
+        self.backward = self if backward is None else backward
         self._steps = steps
 
     def known(self) -> list[tuple[Moves, BlockMask | None]]:
@@ -80,7 +102,8 @@ class ContextPlan:
     ranks that want nearly all keys of each other send all, or many while they compute long: to
     pick some out would take longer.) Rows that the layout has all ranks share are computed piece by
     piece: each column by a rank that has its keys anyway. But if all keys go to all ranks, and rows
-    are many, each rank computes its own ones of these alone, where that is as balanced.
+    are many, each rank computes its own ones of these alone, where that is as balanced; if rows are
+    few, too, of two ranks: then each is computed in pieces.
 
     Args:
         mask: over the whole sequence, of whole blocks.
@@ -150,12 +173,24 @@ class ContextPlan:
         kept = self.blocks.double().mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
         kept /= self.blocks.shape[1]
         shares = self._shares_in(layout, kept)
-        if not takes_all(shares.needs, layout) or not are_many(layout.q_len / layout.ranks, lines):
+        if not takes_all(shares.needs, layout):
             return shares
-        # Nothing but a balance is to be had from rows that are shared.
+        # Nothing but a balance is to be had from rows that are shared, and, where rows are few, an
+        # end to what takes longest, which pieces have as well.
+        cuts = not are_many(layout.q_len / layout.ranks, lines)
+        if cuts and not self._can_cut():
+            return shares
         alone = self._shares_in(layout.alone(), kept)
         as_good = balance(alone.loads) >= _AS_GOOD * balance(shares.loads)
-        return alone if as_good else shares
+        return replace(alone, cuts=cuts) if as_good else shares
+
+    def _can_cut(self) -> bool:
+        """Whether long rows can be computed in pieces: of two ranks that send all, so that there
+        are few launches whose pieces are put together; and if they are whole blocks, because only
+        a launch's last block may be short."""
+        layout = self.layout
+        short = layout.q_len % layout.q_block_size > 0 and bool(layout.shared[-1])
+        return layout.ranks == 2 and self.chunks == 1 and bool(layout.shared.any()) and not short
 
     def _shares_in(self, layout: Layout, kept: Tensor) -> Shares:
         ranks = torch.arange(layout.ranks)[:, None]
@@ -196,24 +231,32 @@ class ContextPlan:
     def _made(self, rank: int, device: torch.device, shares: Shares, lines: int) -> RankPlan:
         layout, cpu = shares.layout, torch.device("cpu")
         cut = Cut(self.blocks, layout.rows(rank, cpu), shares.column_ranks == rank, layout)
-        own = layout.own_columns(rank, cpu)
-        local = cut.static(own, layout.count(rank, keys=True), device)
-        steps = [
-            (step.moves(device), cut.static(step.columns, step.tokens, device))
-            for step in steps_of(shares.needs, layout, rank, self.chunks)
-        ]
+        steps = steps_of(shares.needs, layout, rank, self.chunks)
+        moves = [step.moves(device) for step in steps]
+        # Of each launch: columns, and their tokens.
+        own = layout.own_columns(rank, cpu), layout.count(rank, keys=True)
+        keys = [own, *((step.columns, step.tokens) for step in steps)]
+        rows, sizes = layout.rows(rank, device), (layout.q_block_size, layout.kv_block_size)
+
+        def planned(masks: list[BlockMask | None], **more: Any) -> RankPlan:
+            local, *others = masks
+            of_steps = list(zip(moves, others, strict=True))
+            return RankPlan(rank, rows, local, of_steps, sizes, len(shares.needs), **more)
+
         together = None
-        if len(steps) == 1 and steps[0][0].step.is_whole and self._waits(shares, lines):
+        if len(steps) == 1 and steps[0].is_whole and self._waits(shares, lines):
             together = cut.static(_all_columns(layout), layout.kv_len, device)
-        return RankPlan(
-            rank,
-            layout.rows(rank, device),
-            local,
-            steps,
-            (layout.q_block_size, layout.kv_block_size),
-            len(shares.needs),
-            together,
-        )
+        plan = planned([cut.static(*each, device) for each in keys], together=together)
+        if not shares.cuts:
+            return plan
+        # Only forward: the backward pass takes its time by columns, however long rows are.
+        long = self.layout.shared[self.layout.q_owners == rank]
+        counts = [cut.pieces(columns, lines, FEW // len(keys)) for columns, _ in keys]
+        masks = [
+            cut.static(*each, device, long, count) for each, count in zip(keys, counts, strict=True)
+        ]
+        in_pieces = Pieces(self.layout.rows(rank, device).shared, max(counts))
+        return planned(masks, pieces=in_pieces, backward=plan)
 
     def _waits(self, shares: Shares, lines: int) -> bool:
         """Whether the backward passes of two ranks wait for all keys: if launches over one's own
@@ -347,11 +390,36 @@ class Cut:
         """Blocks of each of the columns, (batch, heads, slots)."""
         return self._of(columns).sum(dim=2)
 
-    def static(self, columns: Tensor, tokens: int, device: torch.device) -> BlockMask | None:
+    def pieces(self, columns: Tensor, lines: int, most: int) -> int:
+        """Into how many pieces long rows are to be cut, at most so many."""
+        return pieces(self._of(columns).sum(dim=3), self._layout.q_block_size, lines, most)
+
+    def static(
+        self,
+        columns: Tensor,
+        tokens: int,
+        device: torch.device,
+        long: Tensor | None = None,
+        count: int = 1,
+    ) -> BlockMask | None:
         """The mask over columns of so many tokens, (groups or 1, slots); None where it selects
-        nothing, which only a mask on the host can be asked."""
+        nothing, which only a mask on the host can be asked.
+
+        Args:
+            long: bool (rows,), those that are cut into ``count`` pieces: all but the last of each
+                come before all rows.
+        """
         blocks = self._of(columns)
-        return self._mask(blocks.to(device), tokens) if blocks.any() else None
+        if not blocks.any():
+            return None
+        if count > 1:
+            whole = blocks[:, :, long]
+            # Of a row's n blocks, piece p begins with n p / count.
+            number = whole.cumsum(dim=3) - 1
+            piece = number * count // whole.sum(dim=3, keepdim=True).clamp(min=1)
+            *first, blocks[:, :, long] = (whole & (piece == i) for i in range(count))
+            blocks = torch.cat([*first, blocks], dim=2)
+        return self._mask(blocks.to(device), tokens)
 
     def dynamic(self, columns: Tensor, tokens: int) -> BlockMask | None:
         """As :meth:`static`, of a mask whose values the host does not know."""
@@ -369,4 +437,6 @@ class Cut:
 
     def _mask(self, blocks: Tensor, tokens: int) -> BlockMask:
         layout = self._layout
-        return BlockMask(blocks, self._q_len, tokens, layout.q_block_size, layout.kv_block_size)
+        # Beyond the rows there are pieces, of whole blocks.
+        q_len = self._q_len + (blocks.shape[2] - self._blocks.shape[2]) * layout.q_block_size
+        return BlockMask(blocks, q_len, tokens, layout.q_block_size, layout.kv_block_size)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from .exchange import Exchange, copy_wide
-from .merge import FEW, Merged, Sums
+from .merge import Merged, Sums
 from .plan import RankPlan
 
+# Parts of a row, of all ranks together, that travel as they are: of more, ranks send their sums,
+# which are of twice as many bytes as a part.
+_FEW = 4
 # Where a tensor starts in bytes that are sent.
 _ALIGNED = 16
 
@@ -96,7 +99,7 @@ class SharedRows:
         of no more than so many parts, on each rank."""
         if not self._some:
             return merged.result(q)
-        if parts * len(self._counts) <= FEW:
+        if parts * len(self._counts) <= _FEW:
             # All that there is can be put together at once, where it is wanted.
             merged.fill(parts, q)
             coming = self._parts_to_owners(merged.of(self._rows.shared_of).parts())
@@ -186,9 +189,7 @@ class SharedRows:
     def sum(self, dq: Sums, q: Tensor) -> Tensor:
         """Gradients of the rank's queries, from those of the joint rows, of which q is."""
         if not self._some:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            dq.into(out)
-            return out
+            return dq.result(q)
         shared = self._shared_of(q)
         dq.into(shared, self._rows.shared_of)
         coming = self._to_owners(shared.movedim(2, 0))

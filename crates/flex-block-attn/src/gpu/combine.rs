@@ -21,7 +21,7 @@ pub fn combine_step(
     let shape = out.shape;
     let [batch, heads, len, head_dim] = shape;
     if !(2..=MOST_PARTS).contains(&parts.len()) {
-        return Err(refused("parts", parts.len(), "2 to 4"));
+        return Err(refused("parts", parts.len(), "2 to 8"));
     }
     let (element, head_dim) = computed("out", out.dtype, head_dim)?;
     let rows = [batch, heads, len, 1];
