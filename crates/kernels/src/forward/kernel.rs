@@ -13,7 +13,7 @@ use super::problem::Problem;
 use super::queries::{Queries, Using};
 use super::softmax::Softmax;
 use super::walk::{Notes, walk};
-use super::work::{Jobs, plan};
+use super::work::{Jobs, LATE, plan};
 use super::{Config, OWN, tiles};
 use crate::canvas::Source;
 use crate::exact::{Axis, Where};
@@ -162,8 +162,9 @@ impl Config {
             load_keys(turn);
             queries.wait();
             queries.fill(maps.q.rows(), jobs.note(k));
-            jobs.release();
+            let late = left.min(LATE);
             k.loop_(|leave| {
+                k.if_(left.equals(late), || jobs.release());
                 left -= 1;
                 leave.when(left.equals(0));
                 load_keys(turn + 1);

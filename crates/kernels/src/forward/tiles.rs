@@ -11,7 +11,7 @@ use super::output::Results;
 use super::problem::{Problem, Tile};
 use super::queries::Note;
 use super::walk::{HEAVY, Notes, UNLIKE, has};
-use super::work::{Job, Jobs};
+use super::work::{Job, Jobs, LATE};
 use crate::canvas::{Grid, Source};
 
 /// The planner of a video, a whole warp: as [`super::work::plan`].
@@ -23,7 +23,7 @@ pub(super) fn plan<'k>(
     jobs: &Jobs<'k>,
 ) {
     let k = problem.k;
-    let emptied = jobs.emptied(k);
+    let taken = jobs.taken(k);
     let queries = config.queries();
     let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
@@ -43,7 +43,6 @@ pub(super) fn plan<'k>(
                 columns: blank,
             };
             let some = || {
-                emptied.wait();
                 k.if_(k.lane().lt(config.q_pieces()), || {
                     k.store_shared(jobs.spots().plus(k.lane() * 4), spot);
                 });
@@ -61,6 +60,7 @@ pub(super) fn plan<'k>(
                         partial: zero,
                     },
                 });
+                taken.wait();
             };
             let none = || {
                 // Of padding each token has a score of 0; of none the logarithm is -inf.
@@ -70,7 +70,6 @@ pub(super) fn plan<'k>(
             k.if_else(tiles.gt(0), some, none);
         });
     });
-    emptied.wait();
     jobs.put(&Job::none(k));
 }
 
@@ -140,10 +139,12 @@ pub(super) fn load<'k>(
         queries.wait();
         let spots = (jobs.spots(), config.piece);
         queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), spots);
-        jobs.release();
-        let end = turn + (note.tiles - 1);
+        let mut left = jobs.note(k).tiles;
+        let late = left.min(LATE);
         k.loop_(|leave| {
-            leave.when(turn.equals(end));
+            k.if_(left.equals(late), || jobs.release());
+            left -= 1;
+            leave.when(left.equals(0));
             load_keys(turn + 1);
             load_values(turn);
             turn += 1;

@@ -1,6 +1,6 @@
 //! [`plan`] says which tile of queries comes next and what its list of keys is: the planner looks
-//! these up while the tile before is under way, since a look-up leads to the next and each takes
-//! long. [`Jobs`] hands them to the loader, another thread. Queries without any key the planner sees to
+//! these up while the last keys of the tile before are under way, since a look-up leads to the next
+//! and each takes long. [`Jobs`] hands them to the loader, another thread. Queries without any key the planner sees to
 //! itself.
 
 use flex_block_attn_ptx::builder::Address;
@@ -30,7 +30,7 @@ pub(super) fn plan<'k>(
     jobs: &Jobs<'k>,
 ) {
     let k = problem.k;
-    let emptied = jobs.emptied(k);
+    let taken = jobs.taken(k);
     let queries = config.queries();
     let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
@@ -46,12 +46,12 @@ pub(super) fn plan<'k>(
                 columns,
             };
             let some = || {
-                emptied.wait();
                 jobs.put(&Job {
                     note,
                     kv_head: tile.kv_head,
                     start,
                 });
+                taken.wait();
             };
             let none = || {
                 let log_sum = k.var(f32::NEG_INFINITY);
@@ -60,7 +60,6 @@ pub(super) fn plan<'k>(
             k.if_else(tiles.gt(0), some, none);
         });
     });
-    emptied.wait();
     jobs.put(&Job::none(k));
 }
 
@@ -89,6 +88,12 @@ pub(super) struct Jobs<'k> {
     empty: Barrier<'k>,
 }
 
+/// Tiles of keys that are left to load when the planner takes the next tile of queries. A tile that a
+/// thread block has taken early is one that no other can compute, though it be idle: the later, the
+/// better. But to take one and to look up its list takes some 3 us, in which up to four tiles of keys
+/// are computed.
+pub(super) const LATE: u32 = 7;
+
 /// Words of a job: three groups of four.
 const JOB_BYTES: u32 = 48;
 /// Behind them, for a video, the spots of the pieces of queries, at most 8.
@@ -110,9 +115,9 @@ impl<'k> Jobs<'k> {
         self.empty.init();
     }
 
-    /// Who waits until the place is free.
-    pub(super) fn emptied(&self, k: &'k Builder) -> Waiter<'k> {
-        Phases::new(k).waiter_ahead(self.empty)
+    /// Who waits until a job's place is free again.
+    pub(super) fn taken(&self, k: &'k Builder) -> Waiter<'k> {
+        Phases::new(k).waiter(self.empty)
     }
 
     /// Where the spots of the pieces of queries lie.
@@ -169,7 +174,8 @@ impl<'k> Jobs<'k> {
         k.load_shared(self.words.at(4 * word as u32))
     }
 
-    /// Gives the job's place back to the planner: all who read it do.
+    /// Gives the job's place back to the planner, who then looks for the next one: all who read it do,
+    /// the loader when [`LATE`] tiles of keys are left.
     pub(super) fn release(&self) {
         self.empty.arrive();
     }

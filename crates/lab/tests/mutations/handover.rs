@@ -5,10 +5,12 @@
 //! Loads of them bring zeros, and guards leave out what they would store.
 
 use flex_block_attn_ptx::Ty;
-use flex_block_attn_ptx::ir::{Binary, Op, Operand, Space, Special};
+use flex_block_attn_ptx::ir::{Binary, Node, Op, Operand, Space, Special};
 
 use crate::edit::Which::{All, Nth};
-use crate::edit::{arrives_on, change, computed, double, move_before, op, remove, waits_on};
+use crate::edit::{
+    all, arrives_on, change, computed, double, move_before, op, remove, rewrite, waits_on,
+};
 use crate::phases::{JOB_EMPTY, JOB_FULL, Q_EMPTY, count, flip, no_release, no_toggle, no_wait};
 use crate::{Base, By, Mutation, Setup};
 
@@ -123,23 +125,18 @@ fn jobs() -> Vec<Mutation> {
             by: By::Emulator(&["Race"]),
         },
         Mutation {
-            // If it comes before the last is waited for, two phases end and look like none.
-            name: "that there are no more jobs overwrites the last",
-            kind: "missing empty wait",
-            base: Base::Wide,
-            edit: |s| {
-                let waits = waits_on(s.kernel(), JOB_EMPTY);
-                remove(s.kernel_mut(), Nth(1), waits)
-            },
-            by: By::Emulator(&["Deadlock", "Race"]),
-        },
-        Mutation {
             name: "a job's place is given back before its queries are loaded",
             kind: "early release",
             base: Base::Wide,
             edit: |s| {
                 let emptied = waits_on(s.kernel(), Q_EMPTY);
-                earlier(s, JOB_EMPTY, emptied)
+                let releases = arrives_on(s.kernel(), JOB_EMPTY);
+                let release = all(s.kernel()).into_iter().find(|inst| releases(&inst.op));
+                let release = release.expect("the loader gives jobs back");
+                no_release(s, JOB_EMPTY);
+                rewrite(s.kernel_mut(), All, emptied, |wait| {
+                    vec![Node::Inst(release.clone()), Node::Inst(wait)]
+                })
             },
             by: By::Emulator(&["Race"]),
         },
@@ -151,11 +148,11 @@ fn jobs() -> Vec<Mutation> {
             by: By::Emulator(&["Deadlock"]),
         },
         Mutation {
-            name: "the planner waits for a first job that nobody does",
+            name: "the planner does not wait until its first job is done",
             kind: "parity",
             base: Base::Short,
             edit: |s| flip(s, JOB_EMPTY),
-            by: By::Emulator(&["Deadlock"]),
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "the loader does not toggle its parity for jobs",

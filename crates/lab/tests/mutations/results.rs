@@ -485,7 +485,7 @@ fn keyless() -> Vec<Mutation> {
                     _ => None,
                 })
             },
-            by: By::Emulator(&["Race"]),
+            by: By::Result,
         },
         Mutation {
             name: "zeros are written behind the last query",

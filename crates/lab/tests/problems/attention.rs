@@ -44,6 +44,26 @@ fn lists_of_every_length() {
 }
 
 #[test]
+fn lists_that_end_long_after_they_began() {
+    // The planner takes the next tile of queries when few tiles of keys are left: 7 of these.
+    let rows = [
+        "111111100000",
+        "011111111000",
+        "111111111111",
+        "000000100000",
+        "111111111000",
+    ];
+    for blocks in [1, 2] {
+        let problem = Forward {
+            heads: 2,
+            blocks,
+            ..Forward::new(config(64, 128, 64), mask([640, 1536], [128, 128], &[&rows]))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+#[test]
 fn wide_tiles_blocks_of_several_tiles_and_shared_heads() {
     let problem = |kv_tile, piece| Forward {
         heads: 2,
