@@ -40,6 +40,9 @@ TURNS, TURNS_OF_BUDGET = (5, 100.0), (3, 50.0)
 COMPILED = ("Flex",)
 # Whose blocks are of so many tokens: of larger ones, each many of its own, a pass takes longest.
 OWN_BLOCKS = {"VSA": 64}
+# Who takes longest of those that are there for dense attention, and up to how many tokens it is
+# asked within a budget.
+LONGEST = {"FA2": 30720}
 # What `main` returns where another process is to go on.
 AGAIN = 3
 
@@ -73,8 +76,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         choices=list(PEERS),
         help="beside ours; all, if not given, but with a budget on a GPU without "
-        f"{', '.join(COMPILED)}, which compiles for each shape, and with {', '.join(OWN_BLOCKS)} "
-        "only for blocks of its own size",
+        f"{', '.join(COMPILED)}, which compiles for each shape, with {', '.join(OWN_BLOCKS)} "
+        "only for blocks of its own size, and with "
+        f"{', '.join(f'{name} up to {tokens} tokens' for name, tokens in LONGEST.items())}",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of each case")
     often, long = (f"{a:g}, with a budget {b:g}" for a, b in zip(TURNS, TURNS_OF_BUDGET))
@@ -133,8 +137,11 @@ def chosen(args: argparse.Namespace) -> list[Job]:
 
 def peers(case: Case, args: argparse.Namespace) -> list[str]:
     """Those of a case."""
-    largest = OWN_BLOCKS if args.short else {}
-    return [name for name in args.peers if case.q_block <= largest.get(name, case.q_block)]
+    if not args.short:
+        return args.peers
+    fits = {name: case.q_block <= block for name, block in OWN_BLOCKS.items()}
+    fits |= {name: case.q_len <= tokens for name, tokens in LONGEST.items()}
+    return [name for name in args.peers if fits.get(name, True)]
 
 
 def remaining(jobs: list[Job], done: set[Unit]) -> list[Job]:

@@ -22,8 +22,8 @@ def turn(call: Call, milliseconds: float, device: torch.device) -> float:
     if device.type != "cuda":
         return _turn_on_host(call, milliseconds)
     first = _between_events(call)
-    # Of long calls a few are enough.
-    count = max(3, min(300, math.ceil(milliseconds / first)))
+    # Of long calls, before which the GPU waits for no host, one is enough behind the first.
+    count = max(2, min(300, math.ceil(milliseconds / first)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:

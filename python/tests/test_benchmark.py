@@ -299,7 +299,9 @@ def test_every_suite_of_a_gpu_has_cases_among_the_first(monkeypatch):
     assert "Flex" not in args.peers and {"FA3", "FA4", "cuDNN", "FA2", "VSA"} <= set(args.peers)
     assert "Flex" in options(["--device", "cuda", "--budget", "540", "--peers", "Flex"]).peers
     assert {job.case.q_block for job in chosen(args) if "VSA" in job.peers} == {64}
-    named = options(["--device", "cuda", "--budget", "540", "--peers", "VSA"])
+    assert max(job.case.q_len for job in chosen(args) if "FA2" in job.peers) == 30720
+    named = options(["--device", "cuda", "--budget", "540", "--peers", "VSA", "FA2"])
+    assert max(job.case.q_len for job in chosen(named) if "FA2" in job.peers) > 30720
     assert {job.case.q_block for job in chosen(named) if "VSA" in job.peers} > {64, 384}
     left, first = args.budget, []
     for job in chosen(args):
