@@ -577,10 +577,10 @@ def create_block_mask(
             what = ("batches", "heads")[apart]
             raise ValueError(f"mask_mod tells {what} apart: give their number, {name}")
     key = expression.text, sizes, batch, heads, device
-    known = _KNOWN.find(key, expression.on_host)
+    exact = expression.text, expression.on_host
+    known = _KNOWN.find(key, exact)
     if known is not None:
         return known._of_the_same(mask_mod)
-    exact = expression.text, expression.on_host
     native = _native.BlockMask.from_expression(sizes, batch, heads, exact)
     mask = BlockMask._exact(native, expression, device, mask_mod)
     _KNOWN.keep(key, mask._of_the_same(None))
@@ -601,10 +601,10 @@ class _Known:
         self._masks: OrderedDict[tuple, BlockMask] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, key: tuple, tables: list[Tensor]) -> BlockMask | None:
+    def find(self, key: tuple, exact: tuple[str, list[Tensor]]) -> BlockMask | None:
         with self._lock:
             mask = self._masks.get(key)
-            if mask is None or not all(map(torch.equal, mask.expression.on_host, tables)):
+            if mask is None or not mask._native.looks_up_as(exact):
                 return None
             self._masks.move_to_end(key)
             return mask

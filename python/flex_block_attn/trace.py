@@ -30,11 +30,10 @@ class Expression:
     Attributes:
         text: the condition, as in ``q >= kv and t0[q] == t0[kv]``.
         tables: the tensors ``t0``, ``t1``, ...: int32, contiguous, on the mask's device.
-        on_host: the same on the host.
         device: the mask's.
     """
 
-    __slots__ = ("_captured", "_tables", "device", "on_host", "tells_apart", "text")
+    __slots__ = ("_captured", "_on_host", "_tables", "device", "tells_apart", "text")
 
     def __init__(
         self,
@@ -45,7 +44,8 @@ class Expression:
         captured: list[Tensor] | None = None,
     ):
         self.text = text
-        self.on_host = list(on_host)
+        # None of what only a GPU has.
+        self._on_host: list[Tensor | None] = list(on_host)
         self.device = device
         # Where the tables come from, until a mask has copies. On the host those of a GPU's int32
         # tensors are in pinned memory so long.
@@ -53,6 +53,14 @@ class Expression:
         # Whether batches, and heads, have masks of their own.
         self.tells_apart = tells_apart
         self._tables: list[Tensor] | None = None
+
+    @property
+    def on_host(self) -> list[Tensor]:
+        """The tables on the host."""
+        self._on_host = [
+            self._tables[i].cpu() if host is None else host for i, host in enumerate(self._on_host)
+        ]
+        return self._on_host
 
     @property
     def tables(self) -> list[Tensor]:
@@ -64,16 +72,14 @@ class Expression:
         """The same, its tables copied, as those of a mask that is known are: no call is to do that
         later, perhaps into a graph."""
         if self._captured is not None:
-            # A GPU copies what it has while the host copies the same.
-            there = [_on_device(captured, self.device) for captured in self._captured]
-            self.on_host = [
-                host.clone() if captured.is_cuda and captured.dtype == torch.int32 else host
-                for host, captured in zip(self.on_host, self._captured)
-            ]
-            self._tables = [
-                host.to(self.device) if table is None else table
-                for host, table in zip(self.on_host, there)
-            ]
+            on_host, self._tables, self._on_host = self.on_host, [], []
+            for host, captured in zip(on_host, self._captured):
+                table = _on_device(captured, self.device)
+                self._tables.append(host.to(self.device) if table is None else table)
+                if captured.is_cuda and captured.dtype == torch.int32:
+                    # The host has read what was pinned, and seldom needs it again.
+                    host = self._tables[-1].clone() if self.device.type == "cpu" else None
+                self._on_host.append(host)
             self._captured = None
         self.tables  # noqa: B018
         return self

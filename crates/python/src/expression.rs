@@ -21,18 +21,26 @@ impl RawExact {
     pub fn expression(&self) -> PyResult<Expression> {
         let Self(text, tables) = self;
         let table = |raw: &Raw| {
-            let extents = extents(raw)?;
-            let len = extents.iter().map(|&extent| extent as usize).product();
-            let values: &[i32] = match len {
-                0 => &[],
-                // SAFETY: Python holds the tensor for the length of this call; it is contiguous and
-                // int32, which torch aligns.
-                len => unsafe { std::slice::from_raw_parts(raw.address as *const i32, len) },
-            };
+            let (extents, values) = on_host(raw)?;
             Table::new(&extents, values.to_vec()).map_err(python_mask)
         };
         let tables = tables.iter().map(table).collect::<PyResult<_>>()?;
         Expression::from_formula(formula(text)?.clone(), tables).map_err(python_mask)
+    }
+
+    /// Whether the tables, which are on the host, have the numbers of these.
+    pub fn looks_up(&self, others: &[Table]) -> PyResult<bool> {
+        let Self(_, tables) = self;
+        if tables.len() != others.len() {
+            return Ok(false);
+        }
+        for (raw, other) in tables.iter().zip(others) {
+            let (extents, values) = on_host(raw)?;
+            if extents != other.extents() || Some(values) != other.values() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// With its tables where they are: on a device.
@@ -42,6 +50,18 @@ impl RawExact {
         let tables = tables.iter().map(table).collect::<PyResult<_>>()?;
         gpu::Exact::new(formula(text)?, tables).map_err(python)
     }
+}
+
+/// Extents and numbers of a table, for the length of a call.
+fn on_host(raw: &Raw) -> PyResult<(Vec<u32>, &[i32])> {
+    let extents = extents(raw)?;
+    let values = match extents.iter().map(|&extent| extent as usize).product() {
+        0 => &[][..],
+        // SAFETY: Python holds the tensor for the length of a call, which the borrow of `raw` does not
+        // outlive; it is contiguous and int32, which torch aligns.
+        len => unsafe { std::slice::from_raw_parts(raw.address as *const i32, len) },
+    };
+    Ok((extents, values))
 }
 
 fn extents(raw: &Raw) -> PyResult<Vec<u32>> {

@@ -231,6 +231,12 @@ impl BlockMask {
         ))
     }
 
+    /// Whether its expression looks up the numbers of this one.
+    fn looks_up_as(&self, exact: RawExact) -> PyResult<bool> {
+        let tables = self.0.expression().map_or(&[][..], |known| known.tables());
+        exact.looks_up(tables)
+    }
+
     /// Writes its plan into the int32 memory `(address, words)`.
     fn write_plan(&self, py: Python<'_>, to: (usize, usize)) -> PyResult<()> {
         py.detach(|| {
