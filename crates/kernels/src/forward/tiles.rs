@@ -10,7 +10,7 @@ use super::keys::Start;
 use super::output::Results;
 use super::problem::{Problem, Tile};
 use super::queries::Note;
-use super::walk::{HEAVY, Notes, UNLIKE, has};
+use super::walk::Notes;
 use super::work::{Job, Jobs, LATE};
 use crate::canvas::{Grid, Source};
 
@@ -93,11 +93,10 @@ fn totals<'k>(
     (boxes.warp_sum(), blank.warp_sum(), list, count)
 }
 
-/// What the loader of a video does: as that of rows, by the walker's notes.
+/// What the loader of a video does, a whole warp: as that of rows, by the walker's notes.
 pub(super) fn load<'k>(
     problem: &Problem<'k>,
     grid: &Grid<'k>,
-    config: Config,
     maps: Maps<'k>,
     stores: &Stores<'k>,
     notes: &Notes<'k>,
@@ -112,6 +111,7 @@ pub(super) fn load<'k>(
     } = stores;
     let phases = Phases::new(k);
     let (filled, queries) = (jobs.filled(&phases), queries.filling(k));
+    let leader = k.lane().equals(0);
     // Tiles of keys that are loaded.
     let mut turn = k.var(0u32);
     k.loop_(|leave| {
@@ -120,29 +120,27 @@ pub(super) fn load<'k>(
         queries.announce(note);
         leave.when(note.is_end());
         let line = [jobs.kv_head(k), note.batch()];
-        let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
-            full.arrive_expect(tile.shape.bytes());
-            for i in 0..config.pieces() {
-                let part = tile.row_range(i * config.piece, config.piece);
-                let spot = notes.piece(turn, i).spot();
-                grid.load(part, from.boxes(), spot, line, full);
-            }
+        let fill = |empty: (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
+            grid.fill(empty, from.boxes(), notes.spots(turn), line);
         };
         let load_keys = |turn: Reg<'k, u32>| {
             notes.wait(turn);
             let empty = keys.wait_empty(turn);
-            notes.take(turn);
+            // All lanes have read what the notes before say of values.
+            k.warp_sync();
+            k.if_(leader, || notes.take(turn));
             fill(empty, maps.k, turn);
         };
         let load_values = |turn: Reg<'k, u32>| fill(values.wait_empty(turn), maps.v, turn);
         load_keys(turn);
         queries.wait();
-        let spots = (jobs.spots(), config.piece);
-        queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), spots);
+        queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), jobs.spots());
         let mut left = jobs.note(k).tiles;
         let late = left.min(LATE);
+        // All lanes have read the job.
+        k.warp_sync();
         k.loop_(|leave| {
-            k.if_(left.equals(late), || jobs.release());
+            k.if_(leader & left.equals(late), || jobs.release());
             left -= 1;
             leave.when(left.equals(0));
             load_keys(turn + 1);
@@ -170,18 +168,17 @@ impl Config {
         scores: &RegTile<'k>,
     ) {
         let k: &'k Builder = wg.lane.builder();
-        let kinds = notes.kinds(turn);
-        k.if_(kinds.differs(0), || {
-            for i in 0..self.pieces() {
-                let part = scores.part(i * self.piece..(i + 1) * self.piece);
-                let piece = notes.piece(turn, i);
-                k.if_(has(kinds, UNLIKE, i), || {
-                    part.set_columns_without(&piece.bits(self), wg.lane, f32::NEG_INFINITY);
-                });
-                k.if_(has(kinds, HEAVY, i), || {
-                    grid.weigh(&part, piece.heavy_row(grid), wg.lane);
+        let columns = notes.columns(turn);
+        k.if_(columns.some_unlike(), || {
+            for i in 0..self.kv_tile / 32 {
+                k.if_(columns.has_blank(i), || {
+                    let part = scores.part(32 * i..32 * (i + 1));
+                    part.set_columns_without(&[columns.bits(i)], wg.lane, f32::NEG_INFINITY);
                 });
             }
+            k.if_(columns.has_heavy(), || {
+                grid.weigh(scores, columns.heavy(), wg.lane);
+            });
         });
     }
 }
