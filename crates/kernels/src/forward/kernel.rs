@@ -25,10 +25,12 @@ const STAGES: usize = 2;
 /// Tiles whose rows are kept, a power of two: those in the stages, which consumers may still read of, and
 /// as many that come next.
 const ROWS: u32 = 2 * STAGES as u32;
-/// The warps that load, thread 0 alone or, for a video, all; that plan; and, for a video, walk.
+/// The producer's warps. The loader is thread 0 of the first; for a video the whole warp, with one that
+/// walks, and a second loader, of values.
 const LOADER: u32 = 0;
 const PLANNER: u32 = 1;
 const WALKER: u32 = 2;
+const SECOND_LOADER: u32 = 3;
 /// Named barriers: consumer `w` of at most three waits at `TURN + w` for its turn.
 const TURN: u32 = 2;
 
@@ -107,9 +109,15 @@ impl Config {
                         });
                     }
                     Some((grid, notes)) => {
-                        k.if_(warp.equals(LOADER), || {
-                            tiles::load(&problem, grid, maps, &stores, notes);
-                        });
+                        let loader = tiles::Loader {
+                            problem: &problem,
+                            grid,
+                            maps,
+                            stores: &stores,
+                            notes,
+                        };
+                        k.if_(warp.equals(LOADER), || loader.load_keys());
+                        k.if_(warp.equals(SECOND_LOADER), || loader.load_values());
                         k.if_(warp.equals(PLANNER), || {
                             tiles::plan(&problem, grid, self, &results, &stores.jobs);
                         });

@@ -1,6 +1,6 @@
 //! [`walk`] says which boxes of a video each tile of keys is put together from: the walker looks at
-//! all boxes of a listed tile at once, one in each lane, and leaves [`Notes`] for the loader, which has
-//! no time for this between its copies, and for the consumers. It is some tiles ahead of them.
+//! all boxes of a listed tile at once, one in each lane, and leaves [`Notes`] for the loaders, which have
+//! no time for this between their copies, and for the consumers. It is some tiles ahead of them.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
@@ -14,9 +14,9 @@ use crate::canvas::Grid;
 
 /// Notes there are.
 const NOTES: u32 = 8;
-/// A note is free when the loader has taken the tile so many before the one it is for. That tile has
-/// the place of the one two before it in the ring of keys, and so the consumers are done with the notes
-/// of that one, and of all before.
+/// A note is free when loaders have taken the tile so many before the one it is for. That tile has the
+/// place of the one two before it in the ring of keys, and so the consumers are done with the notes of
+/// that one, and of all before.
 const AHEAD: u32 = NOTES - 2;
 /// In a note: which columns of the scores do not all count, a bit for each 32 of them, and whether one
 /// has a weight;
@@ -34,7 +34,7 @@ pub(super) struct Notes<'k> {
     config: Config,
     /// The note is there.
     full: Barriers<'k>,
-    /// The loader has taken the tile: its place in the ring of keys was free.
+    /// Loaders have taken the tile: its places in the rings were free.
     taken: Barriers<'k>,
 }
 
@@ -51,7 +51,8 @@ impl<'k> Notes<'k> {
             words: shared.bytes(NOTES * bytes(config), 16),
             config,
             full: shared.barriers(NOTES, 1),
-            taken: shared.barriers(NOTES, 1),
+            // By each loader.
+            taken: shared.barriers(NOTES, 2),
         }
     }
 
@@ -60,12 +61,12 @@ impl<'k> Notes<'k> {
         self.taken.init();
     }
 
-    /// Waits for the note of a tile. For the loader: consumers wait for the tile.
+    /// Waits for the note of a tile. For loaders: consumers wait for the tile.
     pub(super) fn wait(&self, turn: Reg<'k, u32>) {
         self.full.wait_in_turn(turn);
     }
 
-    /// Says that the loader has taken the tile.
+    /// Says that a loader has taken the tile.
     pub(super) fn take(&self, turn: Reg<'k, u32>) {
         self.taken.in_turn(turn).arrive();
     }
