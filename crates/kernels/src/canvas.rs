@@ -12,7 +12,7 @@
 //! text as one of three that has two more of extent 1. A line is a head of a batch.
 
 use flex_block_attn_mask::PlanLayout;
-use flex_block_attn_ptx::builder::Value;
+use flex_block_attn_ptx::builder::{Address, Value};
 use flex_block_attn_ptx::ir::Operand;
 use flex_block_attn_ptx::{Arg, Builder, Reg, Swizzle, TensorMap};
 use flex_block_attn_tile::{Barrier, MATRIX_AXES, RegTile, Shape, SharedTile};
@@ -24,8 +24,8 @@ const HEIGHT: u32 = 10;
 const TIME: u32 = 20;
 /// In a spot: it is one of the text.
 const TEXT: u32 = 1 << 31;
-/// Tokens of the boxes that the forward pass computes a video by.
-pub(crate) const PIECE: u32 = 64;
+/// Tokens of the boxes that the forward pass computes a video by. Small ones have few tokens beside it.
+pub const PIECE: u32 = 16;
 /// Boxes, whole tiles and text, at most.
 pub(crate) const MOST_BOXES: u32 = 1 << 21;
 /// Bits of a width or a height.
@@ -621,34 +621,40 @@ impl<'k> Grid<'k> {
         words[..self.piece.div_ceil(32) as usize].to_vec()
     }
 
-    /// Whether all of a box's rows are tokens, by its bits.
-    pub(crate) fn is_full(&self, bits: &[Reg<'k, u32>]) -> Reg<'k, bool> {
-        let all = if self.piece < 32 {
-            (1 << self.piece) - 1
-        } else {
-            u32::MAX
-        };
-        match *bits {
-            [low] => low.equals(all),
-            [low, high] => (low & high).equals(all),
-            _ => panic!("boxes of {}", self.piece),
-        }
-    }
-
     /// What copies add to the scores of a token.
     pub(crate) fn weight(&self, spot: Reg<'k, u32>) -> Reg<'k, f32> {
         self.heavy_row(spot).equals(0).select(self.weight, 0f32)
     }
 
-    /// Adds to a tile of scores what copies of one of its keys, in a row of a piece, do.
-    pub(crate) fn weigh(&self, scores: &RegTile<'k>, row: Reg<'k, u32>, lane: Reg<'k, u32>) {
-        scores.add_to_column(row, lane, self.weight);
+    /// Adds to a tile of scores what copies of the key of one of its columns do.
+    pub(crate) fn weigh(&self, scores: &RegTile<'k>, column: Reg<'k, u32>, lane: Reg<'k, u32>) {
+        scores.add_to_column(column, lane, self.weight);
     }
 
     /// Which row of a piece is the one that has a weight: if it is in this piece, less than its rows.
     pub(crate) fn heavy_row(&self, spot: Reg<'k, u32>) -> Reg<'k, u32> {
         let k = self.k;
         is_text(spot).select(k.var(self.heavy) - row(spot), u32::MAX)
+    }
+
+    /// Has a tile filled with the pieces whose spots, a word each, are at `spots`. A whole warp: each
+    /// lane copies one.
+    pub(crate) fn fill(
+        &self,
+        (tile, full): (SharedTile<'k>, Barrier<'k>),
+        maps: Maps<'k>,
+        spots: Address<'k, u32>,
+        line: [Reg<'k, u32>; 2],
+    ) {
+        let k = self.k;
+        k.if_(k.lane().equals(0), || {
+            full.arrive_expect(tile.shape.bytes())
+        });
+        k.warp_sync();
+        k.if_(k.lane().lt(tile.shape.rows / self.piece), || {
+            let spot = k.load_shared(spots.plus(k.lane() * 4));
+            self.load(tile.part(k.lane(), self.piece), maps, spot, line, full);
+        });
     }
 
     /// Has a piece loaded.

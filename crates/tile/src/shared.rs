@@ -135,16 +135,17 @@ impl<'k> SharedTile<'k> {
     /// the same in the whole warp.
     ///
     /// # Panics
-    /// If the tile is itself such a part, or not whole parts.
+    /// If the tile is itself a view of some rows only, or not whole parts.
     #[track_caller]
     pub fn part(self, index: Reg<'k, u32>, count: u32) -> Self {
         assert!(
             self.rows.is_multiple_of(count) && count.is_multiple_of(8),
             "parts of {count}"
         );
-        assert!(self.first_row.is_none(), "a part of a part");
+        assert_eq!(self.rows, self.shape.rows, "a part of a part");
+        let row = index * count;
         Self {
-            first_row: Some(index * count),
+            first_row: Some(self.first_row.map_or(row, |first| first + row)),
             rows: count,
             ..self
         }

@@ -215,11 +215,10 @@ impl Config {
         block: u32,
         deterministic: bool,
     ) -> Option<Self> {
-        let forward = forward::Config::choose_for_canvas(element, head_dim, block)?;
+        forward::Config::choose_for_canvas(element, head_dim, block)?;
+        // Boxes are its own: nothing that the forward pass leaves depends on them.
         let config = Self::choose(element, head_dim, block, block, None, deterministic)?;
-        // Both cut tiles alike.
         Some(Self {
-            piece: forward.piece,
             canvas: true,
             ..config
         })

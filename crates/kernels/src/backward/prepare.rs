@@ -47,7 +47,8 @@ pub struct Args {
     pub out: Tensor,
     /// Its gradient, of the same shape.
     pub dout: Tensor,
-    /// Address of the forward's lse, float32 (batch, heads, q_len), contiguous.
+    /// Address of the forward's lse, float32 (batch, heads, q_len), contiguous; of a video in the order
+    /// of tokens.
     pub lse: u64,
     /// Address of the gradient of the lse, likewise; 0 if there is none.
     pub dlse: u64,
@@ -69,7 +70,7 @@ pub struct Args {
     pub kv_heads: u32,
     /// Queries, at least 1; of a video with all padding of tiles.
     pub q_len: u32,
-    /// The video: numbers are in the order of tiles, tensors are not.
+    /// The video: what is written is in the order of tiles, what is read is not.
     pub canvas: Option<Canvas>,
 }
 
@@ -180,12 +181,13 @@ impl Config {
         let value = product(0, 1);
         let squares = steps.as_ref().map(|_| product(1, 1));
         let row = first + chunk * lanes.rows;
-        let read = head.times_wide(q_len) + row.to_u64();
+        let (token, inside) = canvas::token(&grid, row, q_len);
+        let read = head.times_wide(q_len) + token.to_u64();
         let written = head.times_wide(line) + place(row).to_u64();
         k.if_(row.lt(line) & chunk.lt(DEPTH as u32), || {
             let (result, scaled) = (k.var(0f32), k.var(f32::INFINITY));
             let fine = k.var(1f32);
-            k.if_(canvas::token(&grid, row, q_len).1, || {
+            k.if_(inside, || {
                 let lse = k.load_constant::<f32>(lse + (read << 2));
                 let less = k.var(0f32);
                 k.if_(dlse.differs(0), || {

@@ -25,9 +25,12 @@ const STAGES: usize = 2;
 /// Tiles whose rows are kept, a power of two: those in the stages, which consumers may still read of, and
 /// as many that come next.
 const ROWS: u32 = 2 * STAGES as u32;
-/// The warps that plan and, for a video, walk; of the first, thread 0 loads.
+/// The producer's warps. The loader is thread 0 of the first; for a video the whole warp, with one that
+/// walks, and a second loader, of values.
+const LOADER: u32 = 0;
 const PLANNER: u32 = 1;
 const WALKER: u32 = 2;
+const SECOND_LOADER: u32 = 3;
 /// Named barriers: consumer `w` of at most three waits at `TURN + w` for its turn.
 const TURN: u32 = 2;
 
@@ -97,19 +100,24 @@ impl Config {
             Warpgroup::number(k).equals(0),
             || {
                 Warpgroup::release_registers(k, producer);
-                let loads = k.tid().equals(0);
                 let warp = k.tid() >> 5;
                 match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
                     None => {
-                        k.if_(loads, || self.load(maps, &problem, &stores));
+                        k.if_(k.tid().equals(0), || self.load(maps, &problem, &stores));
                         k.if_(warp.equals(PLANNER), || {
                             plan(&problem, self, &results, &stores.jobs);
                         });
                     }
                     Some((grid, notes)) => {
-                        k.if_(loads, || {
-                            tiles::load(&problem, grid, self, maps, &stores, notes);
-                        });
+                        let loader = tiles::Loader {
+                            problem: &problem,
+                            grid,
+                            maps,
+                            stores: &stores,
+                            notes,
+                        };
+                        k.if_(warp.equals(LOADER), || loader.load_keys());
+                        k.if_(warp.equals(SECOND_LOADER), || loader.load_values());
                         k.if_(warp.equals(PLANNER), || {
                             tiles::plan(&problem, grid, self, &results, &stores.jobs);
                         });
@@ -176,9 +184,9 @@ impl Config {
         });
     }
 
-    /// Bytes of a tile's rows.
+    /// Bytes of a tile's rows: of a video's it has none.
     fn row_bytes(self) -> u32 {
-        4 * self.pieces()
+        if self.canvas { 0 } else { 4 * self.pieces() }
     }
 
     /// Where the first keys of a tile's pieces are.

@@ -125,8 +125,9 @@ pub struct Args<'a> {
     pub blocks: u32,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
-    /// The video, whose tiles are the mask's blocks, of queries and of keys: the plan and the lse are
-    /// in the order of tiles, padding included, tensors are not.
+    /// The video, whose tiles are the mask's blocks, of queries and of keys: the plan is in the order of
+    /// tiles, padding included; tensors and the lse are in that of tokens, the lse with room for padding
+    /// behind.
     pub canvas: Option<Canvas>,
 }
 

@@ -46,20 +46,16 @@ impl<'k> Results<'k> {
     ) {
         let k = problem.k;
         let first = note.first + wg.index * OWN + wg.row();
-        let lse = self.logarithm(problem, note, first);
-        // A row lies in the four threads of a quad: one of them writes.
+        // A row lies in the four threads of a quad: one of them writes its logarithm.
         let writes = (wg.lane & 3).equals(0) & self.lse.differs(0);
-        for (i, log_sum) in (0..).zip(log_sum) {
-            k.where_(writes & (first + 8 * i).lt(problem.q_len), || {
-                k.store_global(lse.at(4 * 8 * i), log_sum);
-            });
-        }
         let out = self.rows(note);
         let own = (four_of_sixteen(wg.lane) * 2).to_u64();
         let fours = output.fours(wg.lane, pair);
         for row in 0..2 {
             let place = first + 8 * row as u32;
             let (token, inside) = canvas::token(&problem.grid, place, problem.q_len);
+            let lse = self.logarithm(problem, note, token);
+            k.where_(writes & inside, || k.store_global(lse, log_sum[row]));
             let address = out.row(token) + own;
             // Products are in flight: branches that only some threads take would have ptxas wait for
             // them.
@@ -81,9 +77,9 @@ impl<'k> Results<'k> {
     ) {
         let k = problem.k;
         k.for_(k.lane(), queries, 32, |i| {
-            let place = note.first + i;
-            k.if_(place.lt(problem.q_len) & self.lse.differs(0), || {
-                k.store_global(self.logarithm(problem, note, place), log_sum);
+            let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
+            k.if_(inside & self.lse.differs(0), || {
+                k.store_global(self.logarithm(problem, note, token), log_sum);
             });
         });
         let lanes = Lanes::new(head_dim);
@@ -103,7 +99,7 @@ impl<'k> Results<'k> {
         self.out.rows(note.head(), note.batch())
     }
 
-    /// Where the logarithm of a query is.
+    /// Where the logarithm of a query is: of a video, its token's.
     fn logarithm(
         &self,
         problem: &Problem<'k>,

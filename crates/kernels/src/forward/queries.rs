@@ -45,7 +45,7 @@ pub(super) struct Note<'k> {
     pub(super) columns: Reg<'k, u32>,
 }
 
-/// The side that loads: one thread, or a warp whose lanes do the same.
+/// The side that loads: one thread, or a warp.
 pub(super) struct Filling<'a, 'k> {
     k: &'k Builder,
     queries: &'a Queries<'k>,
@@ -132,21 +132,16 @@ impl<'k> Filling<'_, 'k> {
         tile.load(map, place, full, TmaOptions::default());
     }
 
-    /// As [`Filling::fill`], of a video: the spots of its pieces, of so many rows, are at `spots`.
+    /// As [`Filling::fill`], of a video, by a whole warp: the spots of its pieces are at `spots`.
     pub(super) fn fill_boxes(
         &self,
         grid: &Grid<'k>,
         maps: Maps<'k>,
         note: Note<'k>,
-        (spots, piece): (Address<'k, u32>, u32),
+        spots: Address<'k, u32>,
     ) {
         let Queries { tile, full, .. } = *self.queries;
-        full.arrive_expect(tile.shape.bytes());
-        for i in 0..tile.shape.rows / piece {
-            let spot = self.k.load_shared(spots.at(4 * i));
-            let part = tile.row_range(i * piece, piece);
-            grid.load(part, maps, spot, [note.head(), note.batch()], full);
-        }
+        grid.fill((tile, full), maps, spots, [note.head(), note.batch()]);
     }
 }
 

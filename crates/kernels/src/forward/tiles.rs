@@ -1,8 +1,8 @@
-//! What is different where tokens are a video's: the planner counts boxes, the loader copies them by
-//! the notes of [`super::walk`], and consumers hide what a box has beside the video.
+//! What is different where tokens are a video's: the planner counts boxes, loaders copy them by the
+//! notes of [`super::walk`], and consumers hide what a box has beside the video.
 
 use flex_block_attn_ptx::{Builder, Reg};
-use flex_block_attn_tile::{Barrier, Phases, RegTile, SharedTile, Warpgroup};
+use flex_block_attn_tile::{Phases, RegTile, Ring, Warpgroup};
 
 use super::Config;
 use super::kernel::{Maps, Stores};
@@ -10,7 +10,7 @@ use super::keys::Start;
 use super::output::Results;
 use super::problem::{Problem, Tile};
 use super::queries::Note;
-use super::walk::{HEAVY, Notes, UNLIKE, has};
+use super::walk::Notes;
 use super::work::{Job, Jobs, LATE};
 use crate::canvas::{Grid, Source};
 
@@ -93,65 +93,96 @@ fn totals<'k>(
     (boxes.warp_sum(), blank.warp_sum(), list, count)
 }
 
-/// What the loader of a video does: as that of rows, by the walker's notes.
-pub(super) fn load<'k>(
-    problem: &Problem<'k>,
-    grid: &Grid<'k>,
-    config: Config,
-    maps: Maps<'k>,
-    stores: &Stores<'k>,
-    notes: &Notes<'k>,
-) {
-    let k = problem.k;
-    let Stores {
-        jobs,
-        queries,
-        keys,
-        values,
-        ..
-    } = stores;
-    let phases = Phases::new(k);
-    let (filled, queries) = (jobs.filled(&phases), queries.filling(k));
-    // Tiles of keys that are loaded.
-    let mut turn = k.var(0u32);
-    k.loop_(|leave| {
-        filled.wait();
-        let note = jobs.note(k);
-        queries.announce(note);
-        leave.when(note.is_end());
-        let line = [jobs.kv_head(k), note.batch()];
-        let fill = |(tile, full): (SharedTile<'k>, Barrier<'k>), from: Source<'k>, turn| {
-            full.arrive_expect(tile.shape.bytes());
-            for i in 0..config.pieces() {
-                let part = tile.row_range(i * config.piece, config.piece);
-                let spot = notes.piece(turn, i).spot();
-                grid.load(part, from.boxes(), spot, line, full);
-            }
-        };
-        let load_keys = |turn: Reg<'k, u32>| {
-            notes.wait(turn);
-            let empty = keys.wait_empty(turn);
-            notes.take(turn);
-            fill(empty, maps.k, turn);
-        };
-        let load_values = |turn: Reg<'k, u32>| fill(values.wait_empty(turn), maps.v, turn);
-        load_keys(turn);
-        queries.wait();
-        let spots = (jobs.spots(), config.piece);
-        queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), spots);
-        let mut left = jobs.note(k).tiles;
-        let late = left.min(LATE);
+/// What the two loaders of a video do, a whole warp each: one copies queries and keys, by the walker's
+/// notes, the other values. One alone is busy for most of the time that a tile is computed in.
+pub(super) struct Loader<'a, 'k> {
+    pub(super) problem: &'a Problem<'k>,
+    pub(super) grid: &'a Grid<'k>,
+    pub(super) maps: Maps<'k>,
+    pub(super) stores: &'a Stores<'k>,
+    pub(super) notes: &'a Notes<'k>,
+}
+
+impl<'k> Loader<'_, 'k> {
+    pub(super) fn load_keys(&self) {
+        let Self {
+            problem,
+            grid,
+            maps,
+            stores,
+            ..
+        } = *self;
+        let k = problem.k;
+        let jobs = &stores.jobs;
+        let phases = Phases::new(k);
+        let (filled, queries) = (jobs.filled(&phases), stores.queries.filling(k));
+        // Tiles of keys that are loaded.
+        let mut turn = k.var(0u32);
         k.loop_(|leave| {
-            k.if_(left.equals(late), || jobs.release());
-            left -= 1;
-            leave.when(left.equals(0));
-            load_keys(turn + 1);
-            load_values(turn);
-            turn += 1;
+            filled.wait();
+            let note = jobs.note(k);
+            queries.announce(note);
+            leave.when(note.is_end());
+            let line = [jobs.kv_head(k), note.batch()];
+            let load = |turn| self.load(&stores.keys, maps.k, turn, line);
+            // The first keys do not wait for the queries before to be done with.
+            load(turn);
+            queries.wait();
+            queries.fill_boxes(grid, maps.q.boxes(), jobs.note(k), jobs.spots());
+            let mut left = jobs.note(k).tiles;
+            let late = left.min(LATE);
+            // All lanes have read the job.
+            k.warp_sync();
+            k.loop_(|leave| {
+                k.if_(k.lane().equals(0) & left.equals(late), || jobs.release());
+                left -= 1;
+                turn += 1;
+                leave.when(left.equals(0));
+                load(turn);
+            });
         });
-        load_values(turn);
-        turn += 1;
-    });
+    }
+
+    pub(super) fn load_values(&self) {
+        let Self {
+            problem,
+            maps,
+            stores,
+            ..
+        } = *self;
+        let k = problem.k;
+        let jobs = &stores.jobs;
+        let filled = jobs.filled(&Phases::new(k));
+        let mut turn = k.var(0u32);
+        k.loop_(|leave| {
+            filled.wait();
+            let note = jobs.note(k);
+            leave.when(note.is_end());
+            let line = [jobs.kv_head(k), note.batch()];
+            let mut left = note.tiles;
+            // All lanes have read it.
+            k.warp_sync();
+            k.if_(k.lane().equals(0), || jobs.release());
+            k.loop_(|leave| {
+                self.load(&stores.values, maps.v, turn, line);
+                turn += 1;
+                left -= 1;
+                leave.when(left.equals(0));
+            });
+        });
+    }
+
+    /// Has the next tile of a ring filled.
+    fn load(&self, ring: &Ring<'k>, from: Source<'k>, turn: Reg<'k, u32>, line: [Reg<'k, u32>; 2]) {
+        let k = self.problem.k;
+        self.notes.wait(turn);
+        let empty = ring.wait_empty(turn);
+        // All lanes have read the notes before.
+        k.warp_sync();
+        k.if_(k.lane().equals(0), || self.notes.take(turn));
+        let spots = self.notes.spots(turn);
+        self.grid.fill(empty, from.boxes(), spots, line);
+    }
 }
 
 impl Config {
@@ -170,18 +201,17 @@ impl Config {
         scores: &RegTile<'k>,
     ) {
         let k: &'k Builder = wg.lane.builder();
-        let kinds = notes.kinds(turn);
-        k.if_(kinds.differs(0), || {
-            for i in 0..self.pieces() {
-                let part = scores.part(i * self.piece..(i + 1) * self.piece);
-                let piece = notes.piece(turn, i);
-                k.if_(has(kinds, UNLIKE, i), || {
-                    part.set_columns_without(&piece.bits(self), wg.lane, f32::NEG_INFINITY);
-                });
-                k.if_(has(kinds, HEAVY, i), || {
-                    grid.weigh(&part, piece.heavy_row(grid), wg.lane);
+        let columns = notes.columns(turn);
+        k.if_(columns.some_unlike(), || {
+            for i in 0..self.kv_tile / 32 {
+                k.if_(columns.has_blank(i), || {
+                    let part = scores.part(32 * i..32 * (i + 1));
+                    part.set_columns_without(&[columns.bits(i)], wg.lane, f32::NEG_INFINITY);
                 });
             }
+            k.if_(columns.has_heavy(), || {
+                grid.weigh(scores, columns.heavy(), wg.lane);
+            });
         });
     }
 }

@@ -1,6 +1,6 @@
 //! [`walk`] says which boxes of a video each tile of keys is put together from: the walker looks at
-//! all boxes of a listed tile at once, one in each lane, and leaves [`Notes`] for the loader, which has
-//! no time for this between its copies, and for the consumers. It is some tiles ahead of them.
+//! all boxes of a listed tile at once, one in each lane, and leaves [`Notes`] for the loaders, which have
+//! no time for this between their copies, and for the consumers. It is some tiles ahead of them.
 
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
@@ -14,46 +14,45 @@ use crate::canvas::Grid;
 
 /// Notes there are.
 const NOTES: u32 = 8;
-/// A note is free when the loader has taken the tile so many before the one it is for. That tile has
-/// the place of the one two before it in the ring of keys, and so the consumers are done with the notes
-/// of that one, and of all before.
+/// A note is free when loaders have taken the tile so many before the one it is for. That tile has the
+/// place of the one two before it in the ring of keys, and so the consumers are done with the notes of
+/// that one, and of all before.
 const AHEAD: u32 = NOTES - 2;
-/// Bytes of what a note says of a piece.
-const PIECE_BYTES: u32 = 16;
-/// Where that has the piece's kind, behind its spot and the bits of its keys.
-const KIND: u32 = 12;
-
-/// Kinds of pieces: those some of whose keys do not count,
-pub(super) const UNLIKE: u32 = 1;
-/// and those one of whose keys has a weight.
-pub(super) const HEAVY: u32 = 2;
-const KIND_BITS: u32 = 2;
+/// In a note: which columns of the scores do not all count, a bit for each 32 of them, and whether one
+/// has a weight;
+const UNLIKE: u32 = 0;
+const HEAVY: u32 = 1 << 31;
+/// which column that is;
+const HEAVY_COLUMN: u32 = 4;
+/// which columns count, a bit each;
+const BITS: u32 = 8;
 
 /// What is known of each tile of keys, one after the other through all of a thread block's work. `turn`
 /// is how many there were before.
 pub(super) struct Notes<'k> {
     words: Address<'k, u32>,
-    pieces: u32,
+    config: Config,
     /// The note is there.
     full: Barriers<'k>,
-    /// The loader has taken the tile: its place in the ring of keys was free.
+    /// Loaders have taken the tile: its places in the rings were free.
     taken: Barriers<'k>,
 }
 
-/// What a note says of a piece.
-pub(super) struct Piece<'k> {
-    k: &'k Builder,
+/// What a note says of the columns of the scores.
+pub(super) struct Columns<'k> {
     at: Address<'k, u32>,
+    /// See [`UNLIKE`].
+    unlike: Reg<'k, u32>,
 }
 
 impl<'k> Notes<'k> {
     pub(super) fn new(shared: &Shared<'k>, config: Config) -> Self {
-        let pieces = config.pieces();
         Self {
-            words: shared.bytes(NOTES * pieces * PIECE_BYTES, PIECE_BYTES),
-            pieces,
+            words: shared.bytes(NOTES * bytes(config), 16),
+            config,
             full: shared.barriers(NOTES, 1),
-            taken: shared.barriers(NOTES, 1),
+            // By each loader.
+            taken: shared.barriers(NOTES, 2),
         }
     }
 
@@ -62,72 +61,78 @@ impl<'k> Notes<'k> {
         self.taken.init();
     }
 
-    /// Waits for the note of a tile. For the loader: consumers wait for the tile.
+    /// Waits for the note of a tile. For loaders: consumers wait for the tile.
     pub(super) fn wait(&self, turn: Reg<'k, u32>) {
         self.full.wait_in_turn(turn);
     }
 
-    /// Says that the loader has taken the tile.
+    /// Says that a loader has taken the tile.
     pub(super) fn take(&self, turn: Reg<'k, u32>) {
         self.taken.in_turn(turn).arrive();
     }
 
-    /// Of a tile's note, the i-th piece.
-    pub(super) fn piece(&self, turn: Reg<'k, u32>, i: u32) -> Piece<'k> {
-        Piece {
-            k: turn.builder(),
-            at: self.at(turn).at(i * PIECE_BYTES),
-        }
+    /// Of a tile's note, where its pieces start, a word each.
+    pub(super) fn spots(&self, turn: Reg<'k, u32>) -> Address<'k, u32> {
+        self.at(turn).at(spots_at(self.config))
     }
 
-    /// The kinds of all its pieces, in a word, the same in all lanes: see [`has`].
-    pub(super) fn kinds(&self, turn: Reg<'k, u32>) -> Reg<'k, u32> {
-        let k = turn.builder();
+    /// What a tile's note says of its columns.
+    pub(super) fn columns(&self, turn: Reg<'k, u32>) -> Columns<'k> {
         let at = self.at(turn);
-        let kind = |i: u32| k.load_shared::<u32>(at.at(i * PIECE_BYTES + KIND)) << (i * KIND_BITS);
-        (1..self.pieces)
-            .fold(kind(0), |all, i| all | kind(i))
-            .uniform()
+        let unlike = turn.builder().load_shared_uniform(at.at(UNLIKE));
+        Columns { at, unlike }
     }
 
     fn at(&self, turn: Reg<'k, u32>) -> Address<'k, u32> {
-        let bytes = self.pieces * PIECE_BYTES;
-        self.words.plus((turn & (NOTES - 1)) * bytes)
+        self.words.plus((turn & (NOTES - 1)) * bytes(self.config))
     }
 }
 
-impl<'k> Piece<'k> {
-    /// Where it starts.
-    pub(super) fn spot(&self) -> Reg<'k, u32> {
-        self.k.load_shared(self.at)
+impl<'k> Columns<'k> {
+    /// Whether there is more to say than that all count alike.
+    pub(super) fn some_unlike(&self) -> Reg<'k, bool> {
+        self.unlike.differs(0)
+    }
+
+    /// Whether some of the i-th 32 do not count.
+    pub(super) fn has_blank(&self, i: u32) -> Reg<'k, bool> {
+        (self.unlike & (1 << i)).differs(0)
+    }
+
+    /// Which of those count.
+    pub(super) fn bits(&self, i: u32) -> Reg<'k, u32> {
+        self.word(BITS + 4 * i)
+    }
+
+    /// Whether one has a weight.
+    pub(super) fn has_heavy(&self) -> Reg<'k, bool> {
+        (self.unlike & HEAVY).differs(0)
+    }
+
+    /// Which.
+    pub(super) fn heavy(&self) -> Reg<'k, u32> {
+        self.word(HEAVY_COLUMN)
     }
 
     /// A word, the same in all lanes.
     fn word(&self, at: u32) -> Reg<'k, u32> {
-        self.k.load_shared_uniform(self.at.at(at))
-    }
-
-    /// Which of its keys count.
-    pub(super) fn bits(&self, config: Config) -> Vec<Reg<'k, u32>> {
-        (1..=words_of_bits(config))
-            .map(|i| self.word(4 * i))
-            .collect()
-    }
-
-    /// Of a kind of piece that has a key with a weight: which.
-    pub(super) fn heavy_row(&self, grid: &Grid<'k>) -> Reg<'k, u32> {
-        grid.heavy_row(self.word(0))
+        self.unlike.builder().load_shared_uniform(self.at.at(at))
     }
 }
 
-/// Whether the i-th piece is of a kind, by the kinds of all.
-pub(super) fn has<'k>(kinds: Reg<'k, u32>, kind: u32, i: u32) -> Reg<'k, bool> {
-    (kinds & (kind << (i * KIND_BITS))).differs(0)
+/// Words of a tile's columns' bits.
+fn words(config: Config) -> u32 {
+    config.kv_tile / 32
 }
 
-/// Words that a piece's keys have bits in.
-fn words_of_bits(config: Config) -> u32 {
-    config.piece.div_ceil(32)
+/// Where a note has its pieces' spots: behind the bits.
+fn spots_at(config: Config) -> u32 {
+    BITS + 4 * words(config)
+}
+
+/// Bytes of a note.
+fn bytes(config: Config) -> u32 {
+    spots_at(config) + 4 * config.pieces()
 }
 
 /// What the walker does, a whole warp: leaves a note of each tile of keys of each job.
@@ -141,6 +146,7 @@ pub(super) fn walk<'k>(
     let k = problem.k;
     let writer = Writer {
         k,
+        grid,
         notes,
         turn: k.var(0u32),
         held: k.var(0u32),
@@ -163,14 +169,8 @@ pub(super) fn walk<'k>(
         k.if_(k.lane().equals(0), || jobs.release());
 
         // What only fills the first tile up lies behind the video, where copies find zeros.
-        let nothing = k.var(0u32);
         let few = missing >> config.piece.ilog2();
-        writer.add(
-            k.lane().lt(few),
-            k.lane(),
-            few,
-            [grid.nowhere(), nothing, nothing, k.var(UNLIKE)],
-        );
+        writer.add(k.lane().lt(few), k.lane(), few, grid.nowhere());
         k.loop_(|leave| {
             leave.when(left.equals(0));
             left -= 1;
@@ -182,25 +182,16 @@ pub(super) fn walk<'k>(
                 let there = i.lt(boxes) & grid.is_inside(spot);
                 let those = there.ballot();
                 let rank = (those & lanes_before).count_ones();
-                writer.add(there, rank, those.count_ones(), note_of(grid, config, spot));
+                writer.add(there, rank, those.count_ones(), spot);
             });
         });
     });
 }
 
-/// What there is to say of a box.
-fn note_of<'k>(grid: &Grid<'k>, config: Config, spot: Reg<'k, u32>) -> [Reg<'k, u32>; 4] {
-    let k: &'k Builder = spot.builder();
-    let bits = grid.bits(spot);
-    let heavy = grid.heavy_row(spot).lt(config.piece);
-    let kind = grid.is_full(&bits).select(0u32, UNLIKE) | heavy.select(HEAVY, 0u32);
-    let [low, high] = [0, 1].map(|i| bits.get(i).copied().unwrap_or(k.var(0u32)));
-    [spot, low, high, kind]
-}
-
 /// Puts pieces into tiles, and says which are complete.
 struct Writer<'a, 'k> {
     k: &'k Builder,
+    grid: &'a Grid<'k>,
     notes: &'a Notes<'k>,
     /// Tiles noted.
     turn: Reg<'k, u32>,
@@ -209,45 +200,92 @@ struct Writer<'a, 'k> {
 }
 
 impl<'k> Writer<'_, 'k> {
-    /// Adds `count` pieces: of the lanes that have one, the one of `rank` in this order says `words`.
+    /// Adds `count` pieces: each lane that has one is told its rank among those.
     fn add(
         &self,
         there: Reg<'k, bool>,
         rank: Reg<'k, u32>,
         count: Reg<'k, u32>,
-        words: [Reg<'k, u32>; 4],
+        spot: Reg<'k, u32>,
     ) {
         let Self {
             k,
             notes,
             mut turn,
             mut held,
+            ..
         } = *self;
+        let pieces = notes.config.pieces();
         let mut done = k.var(0u32);
         k.loop_(|leave| {
             leave.when(done.ge(count));
             k.if_(held.equals(0) & turn.ge(AHEAD), || {
                 notes.taken.wait_in_turn(turn - AHEAD);
             });
-            let room = k.var(notes.pieces) - held;
+            let room = k.var(pieces) - held;
             // Of those that are done with this is a large number.
             let at = rank - done;
             k.if_(there & at.lt(room), || {
-                let own = notes.at(turn).plus((held + at) * PIECE_BYTES);
-                k.store_shareds(own, words);
+                k.store_shared(notes.spots(turn).plus((held + at) * 4), spot);
             });
             let added = (count - done).min(room);
             done += added;
             held += added;
-            k.if_(held.equals(notes.pieces), || {
+            k.if_(held.equals(pieces), || {
                 // All lanes have written.
                 k.warp_sync();
-                k.if_(k.lane().equals(0), || {
-                    notes.full.in_turn(turn).arrive();
-                });
+                self.finish();
                 turn += 1;
                 held.set(0u32);
             });
+        });
+    }
+
+    /// Says of the tile's columns what follows from its pieces, and that the note is complete.
+    fn finish(&self) {
+        let Self {
+            k,
+            grid,
+            notes,
+            turn,
+            ..
+        } = *self;
+        let config = notes.config;
+        let note = notes.at(turn);
+        // Lane i looks at piece i.
+        let has_piece = k.lane().lt(config.pieces());
+        let own = k.lane().min(config.pieces() - 1);
+        let spot = k.load_shared(notes.spots(turn).plus(own * 4));
+        let bits = grid.bits(spot);
+        let to = note.at(BITS);
+        match config.piece {
+            16 => {
+                let pair = bits[0] | (bits[0].butterfly(1) << 16);
+                let is_first = (k.lane() & 1).equals(0);
+                k.if_(has_piece & is_first, || {
+                    k.store_shared(to.plus(k.lane() * 2), pair);
+                });
+            }
+            piece => k.if_(has_piece, || {
+                for (i, &word) in (0..).zip(&bits) {
+                    k.store_shared(to.plus(k.lane() * (piece / 8)).at(4 * i), word);
+                }
+            }),
+        }
+        let row = grid.heavy_row(spot);
+        let is_heavy = has_piece & row.lt(config.piece);
+        k.if_(is_heavy, || {
+            k.store_shared(note.at(HEAVY_COLUMN), k.lane() * config.piece + row);
+        });
+        let heavy = is_heavy.any().select(HEAVY, 0u32);
+        k.warp_sync();
+        // And then at the bits of 32 columns.
+        let own = k.lane().min(words(config) - 1);
+        let all = k.load_shared::<u32>(to.plus(own * 4)).equals(u32::MAX);
+        let unlike = (!all & k.lane().lt(words(config))).ballot() | heavy;
+        k.if_(k.lane().equals(0), || {
+            k.store_shared(note.at(UNLIKE), unlike);
+            notes.full.in_turn(turn).arrive();
         });
     }
 }

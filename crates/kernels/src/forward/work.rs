@@ -105,8 +105,8 @@ impl<'k> Jobs<'k> {
         Self {
             words: shared.bytes(bytes, 16),
             full: shared.barrier(1),
-            // The loader reads it, and of a video the walker does.
-            empty: shared.barrier(if canvas { 2 } else { 1 }),
+            // The loader reads it, and of a video the other one and the walker do.
+            empty: shared.barrier(if canvas { 3 } else { 1 }),
         }
     }
 

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use flex_block_attn::expression::{Expression, b, h, kv, q};
 use flex_block_attn::{BlockMask, BoolMatrix, Extents, Plan};
 use flex_block_attn_emulator::Memory;
-use flex_block_attn_kernels::canvas::Canvas;
+use flex_block_attn_kernels::canvas::{Canvas, PIECE};
 use flex_block_attn_kernels::plan::{Args, Config, Mask};
 use flex_block_attn_mask::Side;
 use flex_block_attn_ptx::Element;
@@ -87,8 +87,7 @@ impl Compaction {
     }
 }
 
-/// Compaction of a mask of a video's tiles, its lists ranked by the boxes of 64 tokens that they are
-/// computed by.
+/// Compaction of a mask of a video's tiles, its lists ranked by the boxes that they are computed by.
 #[derive(Debug, Clone, Copy)]
 pub struct TileCompaction {
     /// The video.
@@ -155,7 +154,7 @@ impl TileCompaction {
             text_len,
             ..
         } = self.canvas;
-        let unit = self.canvas.unit(64);
+        let unit = self.canvas.unit(PIECE);
         let (tiles, block) = (self.canvas.tiles(), self.canvas.block());
         let mut boxes = Vec::new();
         let of_tile = |corner: [u32; 3]| {
@@ -179,7 +178,7 @@ impl TileCompaction {
             }
         }
         let texts = (0..text_len).step_by(block as usize);
-        boxes.extend(texts.map(|first| (text_len - first).min(block).div_ceil(64) as usize));
+        boxes.extend(texts.map(|first| (text_len - first).min(block).div_ceil(PIECE) as usize));
         boxes
     }
 }

@@ -82,33 +82,6 @@ fn places(canvas: Canvas) -> Vec<Place> {
     places
 }
 
-/// Where a token is in the kernels' order: box by box.
-fn place_of(canvas: Canvas, piece: u32, token: usize) -> usize {
-    let [_, height, width] = canvas.thw.map(|n| n as usize);
-    let video = canvas.video_len() as usize;
-    let [n_t, n_h, n_w] = canvas.tiles().map(|n| n as usize);
-    let block = canvas.block() as usize;
-    if token >= video {
-        return n_t * n_h * n_w * block + token - video;
-    }
-    let at = [
-        token / (height * width),
-        token / width % height,
-        token % width,
-    ];
-    let tile = canvas.tile.map(|n| n as usize);
-    let unit = canvas.unit(piece).map(|n| n as usize);
-    let row_major = |at: [usize; 3], of: [usize; 3]| (at[0] * of[1] + at[1]) * of[2] + at[2];
-    let each = |f: &dyn Fn(usize) -> usize| std::array::from_fn(f);
-    let tiles = row_major(each(&|i| at[i] / tile[i]), [n_t, n_h, n_w]);
-    let boxes = row_major(
-        each(&|i| at[i] % tile[i] / unit[i]),
-        each(&|i| tile[i] / unit[i]),
-    );
-    let rows = row_major(each(&|i| at[i] % tile[i] % unit[i]), unit);
-    tiles * block + boxes * piece as usize + rows
-}
-
 /// What the definition gives, by tokens.
 struct Right {
     out: Vec<f64>,
@@ -272,11 +245,10 @@ impl Video {
             out_q.stored(&right.out),
             Close::Norm(most),
         )];
-        // Of tiles beside the video there is no lse: each token's is looked at alone.
+        // Behind a line's tokens there is room for padding: each token's lse is looked at alone.
         let of_token = |(at, &log_sum): (usize, &f64)| {
             let (line, token) = (at / self.tokens(), at % self.tokens());
-            let place = line * places + place_of(canvas, config.piece, token);
-            let address = lse + 4 * place as u64;
+            let address = lse + 4 * (line * places + token) as u64;
             Expected::new(
                 "lse",
                 address,
@@ -367,7 +339,7 @@ impl Video {
             scale: args.scale,
             canvas: Some(canvas),
         };
-        let boxes = Some(config.piece);
+        let boxes = Some(main_config.piece);
         let first = backward::prepare::Config {
             element,
             head_dim,

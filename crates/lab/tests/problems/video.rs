@@ -37,6 +37,8 @@ fn odd_canvases() {
             (128, [3, 9, 8], [2, 8, 8], 0),
             (64, [5, 5, 5], [6, 8, 8], 70),
             (128, [1, 6, 20], [2, 4, 16], 130),
+            // Boxes of the forward pass, (2, 2, 4), stick out along each, too.
+            (128, [7, 9, 11], [6, 8, 8], 37),
         ] {
             let canvas = canvas(thw, tile, text, padding);
             let video = Video::new(head_dim, canvas, random(canvas, 1, 0.6, 4));
