@@ -170,7 +170,7 @@ pub(super) fn walk<'k>(
 
         // What only fills the first tile up lies behind the video, where copies find zeros.
         let few = missing >> config.piece.ilog2();
-        writer.add(k.lane().lt(few), k.lane(), few, grid.nowhere());
+        k.if_(few.gt(0), || writer.start_with(few, grid.nowhere()));
         k.loop_(|leave| {
             leave.when(left.equals(0));
             left -= 1;
@@ -200,6 +200,30 @@ struct Writer<'a, 'k> {
 }
 
 impl<'k> Writer<'_, 'k> {
+    /// Starts a tile with `count` pieces, fewer than it has, that are all the same.
+    fn start_with(&self, count: Reg<'k, u32>, spot: Reg<'k, u32>) {
+        let Self {
+            k,
+            notes,
+            turn,
+            held,
+            ..
+        } = *self;
+        self.wait_for_room();
+        k.if_(k.lane().lt(count), || {
+            k.store_shared(notes.spots(turn).plus(k.lane() * 4), spot);
+        });
+        held.set(count);
+    }
+
+    /// Waits until the tile's note is free.
+    fn wait_for_room(&self) {
+        let Self { k, notes, turn, .. } = *self;
+        k.if_(turn.ge(AHEAD), || {
+            notes.taken.wait_in_turn(turn - AHEAD);
+        });
+    }
+
     /// Adds `count` pieces: each lane that has one is told its rank among those.
     fn add(
         &self,
@@ -219,9 +243,7 @@ impl<'k> Writer<'_, 'k> {
         let mut done = k.var(0u32);
         k.loop_(|leave| {
             leave.when(done.ge(count));
-            k.if_(held.equals(0) & turn.ge(AHEAD), || {
-                notes.taken.wait_in_turn(turn - AHEAD);
-            });
+            k.if_(held.equals(0), || self.wait_for_room());
             let room = k.var(pieces) - held;
             // Of those that are done with this is a large number.
             let at = rank - done;

@@ -7,7 +7,7 @@
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
 //!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
-//!   tiles are chosen by;
+//!   tiles are chosen by; `videos`: a video's attention;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
@@ -27,6 +27,7 @@ mod results;
 mod texts;
 mod trace;
 mod values;
+mod videos;
 mod warps;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,6 +64,8 @@ enum Base {
     Gradients,
     /// The same, deterministic: sums of integers.
     Integers,
+    /// Attention forward over a video.
+    Video,
     /// Means of tiles.
     Means,
     /// A choice of tiles by their means: the kernel that weighs keys.
@@ -71,13 +74,14 @@ enum Base {
     Masks,
 }
 
-const BASES: [Base; 9] = [
+const BASES: [Base; 10] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
     Base::Ragged,
     Base::Gradients,
     Base::Integers,
+    Base::Video,
     Base::Means,
     Base::Weights,
     Base::Masks,
@@ -137,6 +141,7 @@ impl Base {
             }
             Self::Gradients => gradients(false),
             Self::Integers => gradients(true),
+            Self::Video => videos::forward(),
             Self::Means => choices::means(),
             Self::Weights => choices::weights(),
             Self::Masks => choices::masks(),

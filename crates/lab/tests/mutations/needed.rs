@@ -19,6 +19,8 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (WIDE, "setmaxnreg.inc.sync.aligned.u32", 1),
     // No register of the product was touched since the fence before.
     (WIDE, "wgmma.fence.sync.aligned", 1),
+    (VIDEO, "setmaxnreg.inc.sync.aligned.u32", 1),
+    (VIDEO, "wgmma.fence.sync.aligned", 1),
     (INTEGERS, "setmaxnreg.inc.sync.aligned.u32", 1),
     // A stage of dout is empty when q's is; a note is there when the dq before it is; whose gradients of
     // scores are wanted has passed its turn on since, but for the last; the first of all that is stored
@@ -33,6 +35,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
 ];
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
+const VIDEO: &str = "forward_bf16_d64_q128_kv192_p16_canvas";
 const INTEGERS: &str = "backward_bf16_d128_p64_deterministic";
 
 fn orders(op: &Op) -> bool {
@@ -65,6 +68,7 @@ fn every_instruction_that_orders_others_is_missed() {
         Base::Gemm,
         Base::Wide,
         Base::Integers,
+        Base::Video,
         Base::Means,
         Base::Weights,
         Base::Masks,
