@@ -9,7 +9,8 @@
 //! at the earliest; a right kernel gives the same results. On top of the results, shadow state tells
 //! what hardware lets pass: reads of what was never written, races between warps, blocks and async
 //! engines (vector clocks, the two proxies kept apart), accumulators used too early, wrong byte
-//! counts, deadlocks.
+//! counts, deadlocks. To all that a warp is one thread: that its lanes are not in step, and what one of
+//! them does is ordered for another by `bar.warp.sync` alone, is not looked at.
 //!
 //! - `machine`: the scheduler; `program`: a kernel decoded; `warp`: registers and control flow;
 //! - `execute`: what each instruction does; `alu`, `numbers`: arithmetic; `access`: memory;
