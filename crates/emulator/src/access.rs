@@ -8,7 +8,7 @@ use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Address, AtomicOp, Cache, Operand, Order, RegId, Scope, Space};
 
 use crate::alu;
-use crate::clock::Published;
+use crate::clock::{Clock, Published};
 use crate::cluster::Cluster;
 use crate::execute::{Flow, lanes_of};
 use crate::fault::{Done, Earlier, Kind, Wrong};
@@ -58,6 +58,7 @@ enum Bytes {
 /// How bytes are used.
 #[derive(Debug, Clone, Copy)]
 struct How {
+    lane: usize,
     what: Use,
     atomic: bool,
 }
@@ -75,25 +76,34 @@ impl Warp {
         base.map(|base| base.wrapping_add_signed(i64::from(address.offset)))
     }
 
-    /// How ordinary accesses of this warp are entered in shadows.
-    pub(crate) fn access(&self, cluster: &Cluster, here: Here, inst: &Decoded) -> Access<'_> {
-        let component = cluster.component(here.rank, here.warp);
+    /// How ordinary accesses of a lane are entered in shadows.
+    pub(crate) fn access(
+        &self,
+        cluster: &Cluster,
+        here: Here,
+        inst: &Decoded,
+        lane: usize,
+    ) -> Access<'_> {
+        let component = cluster.component(here.rank, here.warp, lane);
+        let clock = &self.clocks[lane];
         Access {
             component,
-            epoch: self.clock.seen(component),
+            epoch: clock.seen(component),
             instruction: inst.index,
-            clock: &self.clock,
+            clock,
             asynchronous: false,
             atomic: false,
-            warps: cluster.warp_count(),
+            threads: cluster.ordinary(),
         }
     }
 
-    /// After a release: what follows is not covered by it.
-    pub(crate) fn next_epoch(&mut self, cluster: &Cluster, here: Here) {
-        let component = cluster.component(here.rank, here.warp);
-        let epoch = self.clock.seen(component);
-        self.clock.learn(component, epoch + 1);
+    /// After a release by some lanes: what follows is not covered by it.
+    pub(crate) fn next_epoch(&mut self, cluster: &Cluster, here: Here, lanes: u32) {
+        for lane in lanes_of(lanes) {
+            let component = cluster.component(here.rank, here.warp, lane);
+            let clock = &mut self.clocks[lane];
+            clock.learn(component, clock.seen(component) + 1);
+        }
     }
 }
 
@@ -235,7 +245,7 @@ impl Machine<'_> {
     /// Enters an access in the shadow.
     fn enter(&mut self, here: Here, warp: &Warp, inst: &Decoded, bytes: &Bytes, how: How) -> Done {
         let cluster = &mut self.clusters[here.cluster];
-        let mut access = warp.access(cluster, here, inst);
+        let mut access = warp.access(cluster, here, inst, how.lane);
         access.atomic = how.atomic;
         let write = how.what == Use::Write;
         match bytes {
@@ -317,6 +327,7 @@ impl Machine<'_> {
                     inst,
                     &bytes,
                     How {
+                        lane,
                         what,
                         atomic: volatile,
                     },
@@ -375,6 +386,7 @@ impl Machine<'_> {
                     inst,
                     &bytes,
                     How {
+                        lane,
                         what: Use::Write,
                         atomic: false,
                     },
@@ -465,6 +477,7 @@ impl Machine<'_> {
                     inst,
                     &at,
                     How {
+                        lane,
                         what: Use::Write,
                         atomic: self.any_order(plain.ty),
                     },
@@ -483,7 +496,7 @@ impl Machine<'_> {
             };
             one().map_err(|wrong: Wrong| wrong.at_lane(lane))?;
             if device {
-                self.synchronise(here, warp, addresses[lane], atomic.order);
+                self.synchronise(here, warp, lane, addresses[lane], atomic.order);
             }
         }
         if plain.space == Space::Global {
@@ -494,51 +507,64 @@ impl Machine<'_> {
     }
 
     /// What an atomic at device scope orders.
-    fn synchronise(&mut self, here: Here, warp: &mut Warp, address: u64, order: Order) {
+    fn synchronise(
+        &mut self,
+        here: Here,
+        warp: &mut Warp,
+        lane: usize,
+        address: u64,
+        order: Order,
+    ) {
         if !self.ledger.published(address).is_empty() {
             let published = self.ledger.published(address).to_vec();
             if matches!(order, Order::Acquire | Order::AcquireRelease) {
-                self.acquire(here, warp, &published);
+                self.acquire(here, warp, 1 << lane, &published);
             } else {
                 warp.glimpsed.extend(published);
             }
         }
         if matches!(order, Order::Release | Order::AcquireRelease) {
-            self.release(here, warp, address);
+            self.release(here, warp, lane, address);
         } else if let Some(fenced) = &warp.fenced {
             self.ledger.publish(address, fenced);
         }
     }
 
-    fn acquire(&self, here: Here, warp: &mut Warp, published: &[Published]) {
+    fn acquire(&self, here: Here, warp: &mut Warp, lanes: u32, published: &[Published]) {
         let own = self.clusters[here.cluster].blocks[here.rank].number;
         for (block, clock) in published {
-            if *block == own {
-                for (component, &epoch) in clock.iter().enumerate() {
-                    warp.clock.learn(component as u16, epoch);
+            for lane in lanes_of(lanes) {
+                let known = &mut warp.clocks[lane];
+                if *block == own {
+                    for (component, &epoch) in clock.iter().enumerate() {
+                        known.learn(component as u16, epoch);
+                    }
+                } else {
+                    known.acquire(*block, clock);
                 }
-            } else {
-                warp.clock.acquire(*block, clock);
             }
         }
     }
 
-    fn release(&mut self, here: Here, warp: &mut Warp, address: u64) {
+    fn release(&mut self, here: Here, warp: &mut Warp, lane: usize, address: u64) {
         let cluster = &self.clusters[here.cluster];
-        self.ledger.publish(
-            address,
-            &warp.clock.publish(cluster.blocks[here.rank].number),
-        );
-        warp.next_epoch(cluster, here);
+        let clock = &warp.clocks[lane];
+        let published = clock.publish(cluster.blocks[here.rank].number);
+        self.ledger.publish(address, &published);
+        warp.next_epoch(cluster, here, 1 << lane);
     }
 
     /// `fence.acq_rel` at device (or cluster) scope.
-    pub(crate) fn device_fence(&mut self, here: Here, warp: &mut Warp) {
+    pub(crate) fn device_fence(&mut self, here: Here, warp: &mut Warp, lanes: u32) {
         let glimpsed = std::mem::take(&mut warp.glimpsed);
-        self.acquire(here, warp, &glimpsed);
+        self.acquire(here, warp, lanes, &glimpsed);
         let cluster = &self.clusters[here.cluster];
-        warp.fenced = Some(warp.clock.publish(cluster.blocks[here.rank].number));
-        warp.next_epoch(cluster, here);
+        let mut known = Clock::default();
+        for lane in lanes_of(lanes) {
+            known.join(&warp.clocks[lane]);
+        }
+        warp.fenced = Some(known.publish(cluster.blocks[here.rank].number));
+        warp.next_epoch(cluster, here, lanes);
     }
 
     /// `ld.acquire`
@@ -557,7 +583,7 @@ impl Machine<'_> {
         };
         self.load(here, warp, inst, lanes, plain, (Cache::Volatile, &[dst]))?;
         let glimpsed = std::mem::take(&mut warp.glimpsed);
-        self.acquire(here, warp, &glimpsed);
+        self.acquire(here, warp, lanes, &glimpsed);
         Ok(Flow::Vain)
     }
 
@@ -583,6 +609,7 @@ impl Machine<'_> {
                     inst,
                     &bytes,
                     How {
+                        lane,
                         what: Use::Write,
                         atomic: true,
                     },
@@ -591,7 +618,7 @@ impl Machine<'_> {
                 Ok(())
             };
             one().map_err(|wrong: Wrong| wrong.at_lane(lane))?;
-            self.release(here, warp, addresses[lane]);
+            self.release(here, warp, lane, addresses[lane]);
         }
         Ok(())
     }
@@ -632,6 +659,7 @@ impl Machine<'_> {
                 inst,
                 &bytes,
                 How {
+                    lane,
                     what: Use::Read,
                     atomic: false,
                 },
@@ -683,6 +711,7 @@ impl Machine<'_> {
                 inst,
                 &bytes,
                 How {
+                    lane,
                     what: Use::Write,
                     atomic: false,
                 },

@@ -12,7 +12,7 @@ use crate::fault::{Done, Kind, Wrong};
 use crate::machine::{Here, Machine};
 use crate::mbarrier::Mbarrier;
 use crate::program::Decoded;
-use crate::warp::{State, Warp};
+use crate::warp::{FULL, State, Warp};
 
 /// A named barrier.
 #[derive(Debug, Default)]
@@ -79,7 +79,7 @@ impl Machine<'_> {
         barrier.threads = threads;
         barrier.arrived += 32;
         barrier.awaited |= waits;
-        barrier.gathered.join(&warp.clock);
+        barrier.gathered.join(&warp.knowledge());
         let complete = barrier.arrived >= threads;
         // The hardware would not mind, but a signal is lost: whoever waits later waits in vain, or
         // for another's sake.
@@ -87,7 +87,7 @@ impl Machine<'_> {
             let problem = format!("{threads} threads have arrived, and nobody waits for them");
             return Err(Kind::NamedBarrier { id, problem }.into());
         }
-        warp.next_epoch(cluster, here);
+        warp.next_epoch(cluster, here, FULL);
         if !complete {
             return Ok(None);
         }
@@ -96,7 +96,7 @@ impl Machine<'_> {
         for other in &mut block.warps {
             if other.state == (State::Barrier { id }) {
                 other.state = State::Ready;
-                other.clock.join(&clock);
+                other.learn(&clock);
             }
         }
         Ok(Some(clock))
@@ -113,7 +113,7 @@ impl Machine<'_> {
         let Some(clock) = self.arrive_named(here, warp, (id, threads), true)? else {
             return Ok(Flow::Wait(State::Barrier { id }));
         };
-        warp.clock.join(&clock);
+        warp.learn(&clock);
         Ok(Flow::Next)
     }
 
@@ -139,8 +139,8 @@ impl Machine<'_> {
         warp.cluster_arrived = true;
         warp.cluster_phase = cluster.phase;
         cluster.arrived += 1;
-        cluster.gathered.join(&warp.clock);
-        warp.next_epoch(cluster, here);
+        cluster.gathered.join(&warp.knowledge());
+        warp.next_epoch(cluster, here, FULL);
         self.cluster_barrier_advance(here.cluster);
         Ok(())
     }
@@ -172,7 +172,7 @@ impl Machine<'_> {
         if cluster.phase == warp.cluster_phase {
             return Ok(Flow::Again(State::Cluster));
         }
-        warp.clock.join(&cluster.released);
+        warp.learn(&cluster.released);
         warp.cluster_arrived = false;
         Ok(Flow::Next)
     }
@@ -210,7 +210,7 @@ impl Machine<'_> {
                     let what = "so many mbarriers".to_owned();
                     return Err(Kind::Unsupported { what }.into());
                 };
-                let access = warp.access(cluster, here, inst);
+                let access = warp.access(cluster, here, inst, lane);
                 let by = (access.component, access.epoch);
                 let shared = &mut cluster.blocks[here.rank].shared;
                 if let Err(conflict) = shared.shadow.write(&access, cells) {
@@ -224,15 +224,17 @@ impl Machine<'_> {
     }
 
     /// `fence.mbarrier_init`: of the mbarriers that this warp has initialised.
-    pub(crate) fn mbarrier_init_fence(&mut self, here: Here, warp: &mut Warp) {
+    pub(crate) fn mbarrier_init_fence(&mut self, here: Here, warp: &mut Warp, lanes: u32) {
         let cluster = &mut self.clusters[here.cluster];
-        let own = cluster.component(here.rank, here.warp);
-        for barrier in &mut cluster.blocks[here.rank].shared.barriers {
-            if barrier.initialised.0 == own && barrier.fenced.is_none() {
-                barrier.fenced = Some(warp.clock.seen(own));
+        for lane in lanes_of(lanes) {
+            let own = cluster.component(here.rank, here.warp, lane);
+            for barrier in &mut cluster.blocks[here.rank].shared.barriers {
+                if barrier.initialised.0 == own && barrier.fenced.is_none() {
+                    barrier.fenced = Some(warp.clocks[lane].seen(own));
+                }
             }
         }
-        warp.next_epoch(cluster, here);
+        warp.next_epoch(cluster, here, lanes);
     }
 
     /// The mbarrier at an address of a block, which the warp must know to be initialised.
@@ -270,13 +272,14 @@ impl Machine<'_> {
                     true => self.remote(here, addresses[lane])?,
                     false => (here.rank, addresses[lane]),
                 };
-                let barrier = self.mbarrier(here, &warp.clock, rank, address)?;
-                let result = barrier.arrive(&warp.clock, bytes[lane]);
+                let clock = &warp.clocks[lane];
+                let barrier = self.mbarrier(here, clock, rank, address)?;
+                let result = barrier.arrive(clock, bytes[lane]);
                 self.after_mbarrier(here.cluster, rank, address, result)
             };
             one().map_err(|wrong: Wrong| wrong.at_lane(lane))?;
         }
-        warp.next_epoch(&self.clusters[here.cluster], here);
+        warp.next_epoch(&self.clusters[here.cluster], here, lanes);
         Ok(())
     }
 
@@ -310,21 +313,15 @@ impl Machine<'_> {
     ) -> Done<Flow> {
         let addresses = warp.addresses(self.program, address);
         let parities = warp.words(self.program, *parity);
-        let mut last = None;
         for lane in lanes_of(lanes) {
             let (address, parity) = (addresses[lane], parities[lane]);
-            // Lanes mostly wait for the same.
-            if last == Some((address, parity)) {
-                continue;
-            }
-            last = Some((address, parity));
             let barrier = self
-                .mbarrier(here, &warp.clock, here.rank, address)
+                .mbarrier(here, &warp.clocks[lane], here.rank, address)
                 .map_err(|wrong| wrong.at_lane(lane))?;
             if !barrier.is_over(parity) {
                 return Ok(Flow::Again(State::Mbarrier { address, parity }));
             }
-            barrier.acquire(&mut warp.clock);
+            barrier.acquire(&mut warp.clocks[lane]);
         }
         Ok(Flow::Next)
     }
@@ -342,11 +339,11 @@ impl Machine<'_> {
         let mut over = 0;
         for lane in lanes_of(lanes) {
             let barrier = self
-                .mbarrier(here, &warp.clock, here.rank, addresses[lane])
+                .mbarrier(here, &warp.clocks[lane], here.rank, addresses[lane])
                 .map_err(|wrong| wrong.at_lane(lane))?;
             if barrier.is_over(parities[lane]) {
                 over |= 1 << lane;
-                barrier.acquire(&mut warp.clock);
+                barrier.acquire(&mut warp.clocks[lane]);
             }
         }
         warp.set_mask(self.program, dst, lanes, over);

@@ -10,7 +10,7 @@ use flex_block_attn_ptx::ir::{Address, Binary, Operand, RegId};
 use flex_block_attn_ptx::{Arg, Swizzle, TensorMap, Ty};
 
 use crate::alu;
-use crate::clock::Component;
+use crate::clock::{Clock, Component};
 use crate::cluster::Agent;
 use crate::execute::lanes_of;
 use crate::fault::{Done, Kind, Wrong};
@@ -252,7 +252,10 @@ impl Machine<'_> {
             let ranks = masks.map(|masks| masks[lane] & 0xffff);
             let addresses = addresses.map(|addresses| addresses[lane]);
             self.tile(warp, lane, map, coordinates)
-                .and_then(|tile| self.issue_load(here, warp, inst, tile, (addresses, ranks, 128)))
+                .and_then(|tile| {
+                    let clock = &warp.clocks[lane];
+                    self.issue_load(here, clock, inst, tile, (addresses, ranks, 128))
+                })
                 .map_err(|wrong| wrong.at_lane(lane))?;
         }
         Ok(())
@@ -273,7 +276,10 @@ impl Machine<'_> {
         for lane in lanes_of(lanes) {
             let addresses = addresses.map(|addresses| addresses[lane]);
             self.flat(sources[lane], bytes[lane])
-                .and_then(|flat| self.issue_load(here, warp, inst, flat, (addresses, None, 16)))
+                .and_then(|flat| {
+                    let clock = &warp.clocks[lane];
+                    self.issue_load(here, clock, inst, flat, (addresses, None, 16))
+                })
                 .map_err(|wrong| wrong.at_lane(lane))?;
         }
         Ok(())
@@ -282,7 +288,7 @@ impl Machine<'_> {
     fn issue_load(
         &mut self,
         here: Here,
-        warp: &Warp,
+        clock: &Clock,
         inst: &Decoded,
         source: Outside,
         ([dst, barrier], ranks, align): ([u32; 2], Option<u32>, u32),
@@ -310,11 +316,11 @@ impl Machine<'_> {
             }
         }
         let bytes = source.bytes();
-        let warps = self.clusters[here.cluster].warp_count();
+        let threads = self.clusters[here.cluster].ordinary();
         let mut targets = Vec::with_capacity(places.len());
         for (rank, address, barrier) in places {
-            let state = self.mbarrier(here, &warp.clock, rank, barrier)?;
-            if !state.is_fenced(&warp.clock) {
+            let state = self.mbarrier(here, clock, rank, barrier)?;
+            if !state.is_fenced(clock) {
                 let problem = "neither fence.mbarrier_init nor fence.proxy.async lies between its \
                                initialisation and this copy";
                 let shared = &self.clusters[here.cluster].blocks[rank].shared;
@@ -326,10 +332,10 @@ impl Machine<'_> {
                 component: state.component,
                 epoch: phase + 1,
                 instruction: inst.index,
-                clock: &warp.clock,
+                clock,
                 asynchronous: true,
                 atomic: false,
-                warps,
+                threads,
             };
             let shared = &mut self.clusters[here.cluster].blocks[rank].shared;
             let range = shared.data(address, bytes as usize, align)?;
@@ -499,10 +505,10 @@ impl Machine<'_> {
             component: reads,
             epoch: group,
             instruction: inst.index,
-            clock: &warp.clock,
+            clock: &warp.clocks[lane],
             asynchronous: true,
             atomic: false,
-            warps: cluster.warp_count(),
+            threads: cluster.ordinary(),
         };
         let shared = &mut cluster.blocks[here.rank].shared;
         let range = shared.data(source, bytes as usize, align)?;
@@ -513,7 +519,7 @@ impl Machine<'_> {
         access.component = writes;
         access.atomic = sum.is_some_and(|ty| self.any_order(ty));
         // Within a block, proxies of global memory are not told apart.
-        access.warps = 0;
+        access.threads = 0;
         self.enter_rows(here, &target, &access, Use::Write)?;
         self.statistics.bulk_stored += u64::from(bytes);
         let mut store = Store {
@@ -579,11 +585,11 @@ impl Machine<'_> {
                 }
             }
             thread.waited = thread.waited.max(until);
-            warp.clock.learn(thread.reads, until);
+            warp.clocks[thread.lane].learn(thread.reads, until);
             if read {
                 continue;
             }
-            warp.clock.learn(thread.writes, until);
+            warp.clocks[thread.lane].learn(thread.writes, until);
             while let Some(store) = thread.stores.pop_front_if(|store| store.group <= until) {
                 if let Some(data) = store.data {
                     write_rows(self.memory, &store.target, store.sum, &data)?;

@@ -5,7 +5,7 @@
 //! additions for Hopper: beside the clock proper there is one of what a proxy fence has made visible
 //! to the async proxy, and asynchronous engines have components of their own.
 //!
-//! Components of a cluster's clocks, in this order: its warps (ordinary accesses); its warps again
+//! Components of a cluster's clocks, in this order: its threads (ordinary accesses); its warps
 //! (their wgmma groups, by number); then, as they come into use, one for each mbarrier (copies that
 //! complete on it, by phase) and two for each thread that stores in bulk (groups that have read
 //! shared memory, groups that have written global memory).
@@ -23,7 +23,7 @@ pub(crate) type Published = (u32, Rc<[u32]>);
 pub(crate) struct Clock {
     /// By component: accesses up to this epoch are over.
     seen: Vec<u32>,
-    /// By component (warps only): ordinary writes up to this epoch are visible to the async proxy.
+    /// By component (threads only): ordinary writes up to this epoch are visible to the async proxy.
     fenced: Vec<u32>,
     /// What other thread blocks published and this agent acquired. Nearly always empty.
     foreign: Vec<Published>,

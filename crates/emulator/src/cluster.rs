@@ -10,7 +10,7 @@ use crate::clock::{Clock, Component};
 use crate::program::Program;
 use crate::shadow::MAX_COMPONENTS;
 use crate::shared::{RANK_SHIFT, Shared};
-use crate::warp::{State, Warp};
+use crate::warp::{LANES, State, Warp};
 use crate::wgmma::Log;
 
 /// Registers of a multiprocessor.
@@ -100,8 +100,10 @@ impl Cluster {
         };
         for rank in 0..kernel.cluster as usize {
             for warp in 0..warps {
-                let component = cluster.component(rank, warp);
-                cluster.blocks[rank].warps[warp].clock.learn(component, 1);
+                for lane in 0..LANES {
+                    let component = cluster.component(rank, warp, lane);
+                    cluster.blocks[rank].warps[warp].clocks[lane].learn(component, 1);
+                }
             }
         }
         cluster
@@ -112,38 +114,48 @@ impl Cluster {
     }
 
     /// All warps.
-    pub(crate) fn warp_count(&self) -> Component {
-        (self.blocks.len() * self.warps_per_block()) as Component
+    fn warp_count(&self) -> usize {
+        self.blocks.len() * self.warps_per_block()
     }
 
-    /// The component of a warp's ordinary accesses.
-    pub(crate) fn component(&self, rank: usize, warp: usize) -> Component {
-        (rank * self.warps_per_block() + warp) as Component
+    /// Components of ordinary accesses: they are the first.
+    pub(crate) fn ordinary(&self) -> Component {
+        (LANES * self.warp_count()) as Component
+    }
+
+    /// The component of a lane's ordinary accesses.
+    pub(crate) fn component(&self, rank: usize, warp: usize, lane: usize) -> Component {
+        (LANES * (rank * self.warps_per_block() + warp) + lane) as Component
     }
 
     /// The component of a warp's wgmma groups.
     pub(crate) fn wgmma_component(&self, rank: usize, warp: usize) -> Component {
-        self.warp_count() + self.component(rank, warp)
+        self.ordinary() + (rank * self.warps_per_block() + warp) as Component
     }
 
     /// A new component, or none if there are too many.
     pub(crate) fn new_component(&mut self, agent: Agent) -> Option<Component> {
-        let component = 2 * usize::from(self.warp_count()) + self.agents.len();
+        let component = (LANES + 1) * self.warp_count() + self.agents.len();
         self.agents.push(agent);
         (component < MAX_COMPONENTS).then_some(component as Component)
     }
 
     /// Who is meant by a component, for reports.
     pub(crate) fn describe(&self, component: Component) -> String {
-        let (count, component) = (usize::from(self.warp_count()), usize::from(component));
+        let (warps, component) = (self.warp_count(), usize::from(component));
         let warp = |i: usize| {
             let (rank, warp) = (i / self.warps_per_block(), i % self.warps_per_block());
             format!("warp {warp} of block {:?}", self.blocks[rank].index)
         };
         match component {
-            _ if component < count => warp(component),
-            _ if component < 2 * count => format!("wgmma of {}", warp(component - count)),
-            _ => match self.agents.get(component - 2 * count) {
+            _ if component < LANES * warps => {
+                let lane = component % LANES;
+                format!("lane {lane} of {}", warp(component / LANES))
+            }
+            _ if component < (LANES + 1) * warps => {
+                format!("wgmma of {}", warp(component - LANES * warps))
+            }
+            _ => match self.agents.get(component - (LANES + 1) * warps) {
                 Some(Agent::Mbarrier { rank, address }) => {
                     let place = self.blocks[*rank].shared.place(*address);
                     format!("a bulk copy on the mbarrier at {place}")

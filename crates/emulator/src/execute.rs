@@ -385,14 +385,20 @@ impl Machine<'_> {
             }
             Op::Fence(fence) => match fence {
                 Fence::ProxyAsyncShared => {
-                    warp.clock.fence();
+                    for lane in lanes_of(lanes) {
+                        warp.clocks[lane].fence();
+                    }
                     // What follows is not covered by it.
-                    warp.next_epoch(&self.clusters[here.cluster], here);
+                    warp.next_epoch(&self.clusters[here.cluster], here, lanes);
                 }
-                Fence::MbarrierInit => self.mbarrier_init_fence(here, warp),
-                Fence::ProxyAsyncGlobal => warp.clock.fence_foreign(),
+                Fence::MbarrierInit => self.mbarrier_init_fence(here, warp, lanes),
+                Fence::ProxyAsyncGlobal => {
+                    for lane in lanes_of(lanes) {
+                        warp.clocks[lane].fence_foreign();
+                    }
+                }
                 Fence::AcquireRelease(Scope::Cta) => {}
-                Fence::AcquireRelease(_) => self.device_fence(here, warp),
+                Fence::AcquireRelease(_) => self.device_fence(here, warp, lanes),
             },
 
             Op::Shuffle {
@@ -435,7 +441,11 @@ impl Machine<'_> {
                 warp.put(p, *dst, FULL, &[all; 32]);
             }
             Op::Elect { dst } => warp.set_mask(p, *dst, FULL, 1),
-            Op::WarpSync => {}
+            Op::WarpSync => {
+                warp.sync();
+                // What follows is not covered by it.
+                warp.next_epoch(&self.clusters[here.cluster], here, FULL);
+            }
 
             Op::BarrierSync { id, threads } => {
                 let (id, threads) = self.barrier_operands(warp, *id, *threads)?;

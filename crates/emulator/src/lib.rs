@@ -7,10 +7,10 @@
 //! Thread blocks run side by side, their warps one after the other, 32 lanes at a time. The bulk
 //! engine and the matrix unit work asynchronously: at the latest moment that the program allows, or
 //! at the earliest; a right kernel gives the same results. On top of the results, shadow state tells
-//! what hardware lets pass: reads of what was never written, races between warps, blocks and async
+//! what hardware lets pass: reads of what was never written, races between threads, blocks and async
 //! engines (vector clocks, the two proxies kept apart), accumulators used too early, wrong byte
-//! counts, deadlocks. To all that a warp is one thread: that its lanes are not in step, and what one of
-//! them does is ordered for another by `bar.warp.sync` alone, is not looked at.
+//! counts, deadlocks. Order is between threads: though lanes go in step here, what one has done is known
+//! to another of its warp after `bar.warp.sync` or a barrier only, not after a shuffle or a vote.
 //!
 //! - `machine`: the scheduler; `program`: a kernel decoded; `warp`: registers and control flow;
 //! - `execute`: what each instruction does; `alu`, `numbers`: arithmetic; `access`: memory;

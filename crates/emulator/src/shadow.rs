@@ -24,8 +24,8 @@ pub(crate) struct Access<'a> {
     pub(crate) asynchronous: bool,
     /// Atomic accesses do not conflict with each other.
     pub(crate) atomic: bool,
-    /// Components below this are warps: their writes need a proxy fence before async accesses.
-    pub(crate) warps: Component,
+    /// Components below this are threads: their writes need a proxy fence before async accesses.
+    pub(crate) threads: Component,
 }
 
 /// An earlier access in the way.
@@ -70,7 +70,7 @@ impl Access<'_> {
         let (component, epoch) = ((write >> 52) as Component, write as u32);
         let unordered = self.clock.seen(component) < epoch;
         let unfenced =
-            self.asynchronous && component < self.warps && self.clock.fenced(component) < epoch;
+            self.asynchronous && component < self.threads && self.clock.fenced(component) < epoch;
         if unordered || unfenced {
             return Err(Conflict {
                 cell,

@@ -17,6 +17,8 @@ use crate::wgmma::Issued;
 
 /// All lanes.
 pub(crate) const FULL: u32 = u32::MAX;
+/// Lanes of a warp.
+pub(crate) const LANES: usize = 32;
 /// A 32-bit value of each lane.
 pub(crate) type Words = [u32; 32];
 /// A 64-bit value of each lane.
@@ -76,7 +78,8 @@ pub(crate) struct Warp {
     /// By register: lanes that were written.
     known: Vec<u32>,
     pub(crate) tracks: Vec<Track>,
-    pub(crate) clock: Clock,
+    /// What each lane knows: lanes are threads, and know of each other only what they have synced.
+    pub(crate) clocks: [Clock; LANES],
     /// What a device-scope fence made ready to be published by a later relaxed atomic.
     pub(crate) fenced: Option<Vec<Published>>,
     /// What relaxed reads saw published, to be acquired by a later fence.
@@ -118,6 +121,30 @@ impl Warp {
             register_count,
             alone: if program.early { 0 } else { FULL },
             ..Self::default()
+        }
+    }
+
+    /// What all of its lanes know together.
+    pub(crate) fn knowledge(&self) -> Clock {
+        let mut all = self.clocks[0].clone();
+        for other in &self.clocks[1..] {
+            all.join(other);
+        }
+        all
+    }
+
+    /// All lanes learn what each knows.
+    pub(crate) fn sync(&mut self) {
+        let all = self.knowledge();
+        for clock in &mut self.clocks {
+            clock.clone_from(&all);
+        }
+    }
+
+    /// All lanes learn what somebody knows.
+    pub(crate) fn learn(&mut self, clock: &Clock) {
+        for own in &mut self.clocks {
+            own.join(clock);
         }
     }
 

@@ -167,7 +167,9 @@ impl Machine<'_> {
         }
         warp.completed = warp.completed.max(until);
         let component = self.clusters[here.cluster].wgmma_component(here.rank, here.warp);
-        warp.clock.learn(component, warp.completed);
+        for clock in &mut warp.clocks {
+            clock.learn(component, warp.completed);
+        }
         Ok(())
     }
 
@@ -230,15 +232,16 @@ impl Machine<'_> {
 
         // What is read, at the latest until the group is waited for. PTX does not say which warp
         // reads which rows of A, so each is taken to read all of them.
+        let known = warp.knowledge();
         let cluster = &mut self.clusters[here.cluster];
         let access = Access {
             component: cluster.wgmma_component(here.rank, here.warp),
             epoch: warp.committed + 1,
             instruction: inst.index,
-            clock: &warp.clock,
+            clock: &known,
             asynchronous: true,
             atomic: false,
-            warps: cluster.warp_count(),
+            threads: cluster.ordinary(),
         };
         let shared = &mut cluster.blocks[here.rank].shared;
         let mut conflict = None;

@@ -71,6 +71,69 @@ fn reads_come_before_later_writes() {
     race(&kernel(false));
 }
 
+/// Lanes of a warp are threads: none knows what another has done before both sync.
+#[test]
+fn lanes_need_a_sync_between_write_and_read() {
+    let kernel = |first_writes: bool, syncs: bool| {
+        Builder::kernel("lanes", 32, |k| {
+            k.param::<u64>("buffer");
+            k.set_shared_bytes(128);
+            let (smem, lane) = (k.shared_base(), k.lane());
+            let write = || k.store_shared(smem + (lane << 2), lane);
+            if first_writes {
+                k.if_(lane.equals(0), write);
+            } else {
+                write();
+            }
+            if syncs {
+                k.warp_sync();
+            }
+            if first_writes {
+                k.load_shared::<u32>(smem);
+            } else {
+                k.if_(lane.equals(0), || {
+                    k.load_shared::<u32>(smem.at(4 * 7));
+                });
+            }
+        })
+    };
+    for first_writes in [false, true] {
+        right(&kernel(first_writes, true));
+        race(&kernel(first_writes, false));
+    }
+}
+
+/// Who arrives for a warp tells of what its other lanes have done only if they have synced.
+#[test]
+fn arrivals_tell_of_lanes_that_have_synced() {
+    let kernel = |syncs: bool| {
+        Builder::kernel("arrival", 64, |k| {
+            k.param::<u64>("buffer");
+            k.set_shared_bytes(256);
+            let (smem, tid) = (k.shared_base(), k.tid());
+            let barrier = smem.at(128);
+            k.if_(tid.equals(0), || k.mbarrier_init(barrier, 1));
+            k.sync_threads();
+            k.if_else(
+                tid.lt(32),
+                || {
+                    k.store_shared(smem + (tid << 2), tid);
+                    if syncs {
+                        k.warp_sync();
+                    }
+                    k.if_(tid.equals(0), || k.mbarrier_arrive(barrier));
+                },
+                || {
+                    k.mbarrier_wait(barrier, 0u32);
+                    k.load_shared::<u32>((smem + (tid << 2)) - 128);
+                },
+            );
+        })
+    };
+    right(&kernel(true));
+    race(&kernel(false));
+}
+
 /// What arrives at a barrier without waiting is known to those who wait, not the other way round.
 #[test]
 fn arriving_orders_one_way() {

@@ -305,6 +305,8 @@ impl<'a, 'k> Consumer<'a, 'k> {
             let number = k.load_shared::<u32>(steps.plus(own));
             k.store_shared(kept.plus(thread * 4), number);
         });
+        // One lane gives the stage back for all.
+        k.warp_sync();
     }
 
     /// Waits for what the consumer's threads keep of the first tile. Of a later one the dq before has

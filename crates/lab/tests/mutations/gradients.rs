@@ -341,7 +341,7 @@ fn stores() -> Vec<Mutation> {
                     }
                 })
             },
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "dk is not multiplied by the scale",

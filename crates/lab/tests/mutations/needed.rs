@@ -19,8 +19,13 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (WIDE, "setmaxnreg.inc.sync.aligned.u32", 1),
     // No register of the product was touched since the fence before.
     (WIDE, "wgmma.fence.sync.aligned", 1),
+    // Lanes that are done with a loop wait for the others there: the next instruction would, too.
+    (WIDE, "bar.warp.sync", 1),
     (VIDEO, "setmaxnreg.inc.sync.aligned.u32", 1),
     (VIDEO, "wgmma.fence.sync.aligned", 1),
+    // Likewise. And of the two in a tile's load either is enough; what the walker has read of a job, it
+    // tells of by the notes that loaders wait for before they give the job back.
+    (VIDEO, "bar.warp.sync", 10),
     (INTEGERS, "setmaxnreg.inc.sync.aligned.u32", 1),
     // A stage of dout is empty when q's is; a note is there when the dq before it is; whose gradients of
     // scores are wanted has passed its turn on since, but for the last; the first of all that is stored
@@ -32,6 +37,9 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (INTEGERS, "wgmma.commit_group.sync.aligned", 3),
     // Nobody fills the first tile's dout before its q is given back, which is later.
     (INTEGERS, "wgmma.wait_group.sync.aligned", 1),
+    // A tile is one piece, for which one lane does everything. Between the copy of steps and the end of
+    // most tiles dq is given, with a sync.
+    (INTEGERS, "bar.warp.sync", 10),
 ];
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
@@ -45,6 +53,7 @@ fn orders(op: &Op) -> bool {
             | Op::LoadAcquire { .. }
             | Op::StoreRelease { .. }
             | Op::BarrierSync { .. }
+            | Op::WarpSync
             | Op::BarrierArrive { .. }
             | Op::MbarrierInit { .. }
             | Op::MbarrierArrive { .. }

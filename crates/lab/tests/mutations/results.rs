@@ -198,7 +198,7 @@ fn outputs() -> Vec<Mutation> {
             kind: "output's place",
             base: Base::Wide,
             edit: |s| second_row(s, 4),
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "both warpgroups store the first's rows",
@@ -241,7 +241,7 @@ fn outputs() -> Vec<Mutation> {
                     }
                 })
             },
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "odd threads' columns are the fourth behind the even ones'",
@@ -477,7 +477,7 @@ fn keyless() -> Vec<Mutation> {
                     _ => None,
                 })
             },
-            by: By::Result,
+            by: By::Emulator(&["Race"]),
         },
         Mutation {
             name: "zeros are written behind the last query",
