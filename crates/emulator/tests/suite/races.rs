@@ -196,7 +196,10 @@ fn proxies_need_a_fence_on_either_side() {
     let fault = caught(&publish(false, false), &launch, &memory, |kind| {
         matches!(kind, Kind::ProxyFence { .. })
     });
-    assert!(fault.to_string().contains("the write by warp 0"), "{fault}");
+    assert!(
+        fault.to_string().contains("the write by lane 0 of warp 0"),
+        "{fault}"
+    );
 }
 
 #[test]
