@@ -48,6 +48,9 @@ pub(crate) struct Shadow {
     writes: Vec<u64>,
     /// By component and cell: epoch (32 bits), instruction (32).
     reads: Vec<Option<Box<[u64]>>>,
+    /// By 64 components and cell: which of them have read it since it was last written. What was read
+    /// before is over for whoever writes behind that write.
+    readers: Vec<Option<Box<[u64]>>>,
 }
 
 /// Components and instructions that fit an entry.
@@ -90,6 +93,7 @@ impl Shadow {
         Self {
             writes: vec![0; cells],
             reads: Vec::new(),
+            readers: Vec::new(),
         }
     }
 
@@ -109,36 +113,56 @@ impl Shadow {
     pub(crate) fn read(&mut self, access: &Access, cells: Range<usize>) -> Result<(), Conflict> {
         self.after_writes(access, cells.clone())?;
         let component = usize::from(access.component);
-        if self.reads.len() <= component {
-            self.reads.resize_with(component + 1, || None);
-        }
         let count = self.writes.len();
-        let reads = self.reads[component].get_or_insert_with(|| vec![0; count].into());
         let entry = u64::from(access.epoch) << 32 | u64::from(access.instruction);
-        reads[cells].fill(entry);
+        array(&mut self.reads, component, count)[cells.clone()].fill(entry);
+        for readers in &mut array(&mut self.readers, component / 64, count)[cells] {
+            *readers |= 1 << (component % 64);
+        }
         Ok(())
     }
 
     /// Enters a write of some cells.
     pub(crate) fn write(&mut self, access: &Access, cells: Range<usize>) -> Result<(), Conflict> {
         self.after_writes(access, cells.clone())?;
-        for (component, reads) in self.reads.iter().enumerate() {
-            let Some(reads) = reads else { continue };
-            let component = component as Component;
-            let latest = u64::from(access.clock.seen(component)) << 32 | u64::from(u32::MAX);
-            let run = &reads[cells.clone()];
-            if run.iter().fold(0, |most, &entry| entry.max(most)) > latest {
-                let at = run.iter().position(|&entry| entry > latest).unwrap_or(0);
-                return Err(Conflict {
-                    cell: cells.start + at,
-                    component,
-                    instruction: run[at] as u32,
-                    write: false,
-                    fence: false,
-                });
+        for (word, readers) in self.readers.iter_mut().enumerate() {
+            let Some(readers) = readers else { continue };
+            let readers = &mut readers[cells.clone()];
+            let mut some = readers.iter().fold(0, |all, &one| all | one);
+            while some != 0 {
+                let component = 64 * word + some.trailing_zeros() as usize;
+                some &= some - 1;
+                let Some(reads) = &self.reads[component] else {
+                    continue;
+                };
+                let run = &reads[cells.clone()];
+                let component = component as Component;
+                let latest = u64::from(access.clock.seen(component)) << 32 | u64::from(u32::MAX);
+                if run.iter().fold(0, |most, &entry| entry.max(most)) > latest {
+                    let at = run.iter().position(|&entry| entry > latest).unwrap_or(0);
+                    return Err(Conflict {
+                        cell: cells.start + at,
+                        component,
+                        instruction: run[at] as u32,
+                        write: false,
+                        fence: false,
+                    });
+                }
+            }
+            // Atomic accesses do not wait for each other, and so not for what came before.
+            if !access.atomic {
+                readers.fill(0);
             }
         }
         self.writes[cells].fill(access.entry());
         Ok(())
     }
+}
+
+/// The array of some index, of a number for each cell.
+fn array(arrays: &mut Vec<Option<Box<[u64]>>>, index: usize, cells: usize) -> &mut [u64] {
+    if arrays.len() <= index {
+        arrays.resize_with(index + 1, || None);
+    }
+    arrays[index].get_or_insert_with(|| vec![0; cells].into())
 }
