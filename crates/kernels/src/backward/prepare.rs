@@ -1,7 +1,7 @@
 //! What the main kernel finds of each query besides q and dout: its sums of dq, zeros;
 //! `delta = rowsum(dout * out)`, less the gradient of the lse (FlashAttention-2, arXiv 2307.08691, section
-//! 3.1.2), and the lse in units of log2. Queries without keys, and those that only fill up the workspace's lines, get a lse of inf,
-//! which makes their weights 0.
+//! 3.1.2), and the lse in units of log2. Queries without keys, and those that only fill up the
+//! workspace's lines, get a lse of inf, which makes their weights 0.
 //!
 //! If dq's sums are to be of integers, also how many steps of them make 1, a power of two: so many that
 //! no sum can leave the range. With p the weights, `dq = sum of p (dout v - delta) k`, and the weights of
