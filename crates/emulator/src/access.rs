@@ -8,7 +8,7 @@ use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Address, AtomicOp, Cache, Operand, Order, RegId, Scope, Space};
 
 use crate::alu;
-use crate::clock::{Clock, Published};
+use crate::clock::Published;
 use crate::cluster::Cluster;
 use crate::execute::{Flow, lanes_of};
 use crate::fault::{Done, Earlier, Kind, Wrong};
@@ -559,10 +559,7 @@ impl Machine<'_> {
         let glimpsed = std::mem::take(&mut warp.glimpsed);
         self.acquire(here, warp, lanes, &glimpsed);
         let cluster = &self.clusters[here.cluster];
-        let mut known = Clock::default();
-        for lane in lanes_of(lanes) {
-            known.join(&warp.clocks[lane]);
-        }
+        let known = warp.knowledge(lanes);
         warp.fenced = Some(known.publish(cluster.blocks[here.rank].number));
         warp.next_epoch(cluster, here, lanes);
     }

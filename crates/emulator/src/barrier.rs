@@ -79,7 +79,7 @@ impl Machine<'_> {
         barrier.threads = threads;
         barrier.arrived += 32;
         barrier.awaited |= waits;
-        barrier.gathered.join(&warp.knowledge());
+        barrier.gathered.join(&warp.knowledge(FULL));
         let complete = barrier.arrived >= threads;
         // The hardware would not mind, but a signal is lost: whoever waits later waits in vain, or
         // for another's sake.
@@ -139,7 +139,7 @@ impl Machine<'_> {
         warp.cluster_arrived = true;
         warp.cluster_phase = cluster.phase;
         cluster.arrived += 1;
-        cluster.gathered.join(&warp.knowledge());
+        cluster.gathered.join(&warp.knowledge(FULL));
         warp.next_epoch(cluster, here, FULL);
         self.cluster_barrier_advance(here.cluster);
         Ok(())
@@ -223,7 +223,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// `fence.mbarrier_init`: of the mbarriers that this warp has initialised.
+    /// `fence.mbarrier_init`: of the mbarriers that these lanes have initialised.
     pub(crate) fn mbarrier_init_fence(&mut self, here: Here, warp: &mut Warp, lanes: u32) {
         let cluster = &mut self.clusters[here.cluster];
         for lane in lanes_of(lanes) {

@@ -14,7 +14,7 @@ use crate::global::Ledger;
 use crate::memory::Memory;
 use crate::options::{Chance, Completion, Options, Schedule, Statistics};
 use crate::program::{Program, Step};
-use crate::shadow::MAX_INSTRUCTIONS;
+use crate::shadow::{MAX_COMPONENTS, MAX_INSTRUCTIONS};
 use crate::warp::{FULL, State, Warp};
 use crate::wgmma::Scratch;
 
@@ -122,6 +122,14 @@ fn fits(kernel: &Kernel, launch: &Launch) -> Result<(), String> {
     )?;
     check((1..=16).contains(&kernel.cluster), &|| {
         format!("a cluster of {}", kernel.cluster)
+    })?;
+    // Threads, and each warp's products, are told apart.
+    let components = (threads + threads / 32) * kernel.cluster;
+    check(components as usize <= MAX_COMPONENTS, &|| {
+        format!(
+            "clusters of {} x {threads} threads: too many to tell apart",
+            kernel.cluster
+        )
     })?;
     check(kernel.shared_bytes <= 232_448, &|| {
         format!(

@@ -11,6 +11,7 @@ use flex_block_attn_ptx::ir::{Guard, Operand, RegId};
 
 use crate::bulk::ThreadGroups;
 use crate::clock::{Clock, Published};
+use crate::execute::lanes_of;
 use crate::fault::{Done, Kind};
 use crate::program::{Decoded, Program, Step};
 use crate::wgmma::Issued;
@@ -124,21 +125,18 @@ impl Warp {
         }
     }
 
-    /// What all of its lanes know together.
-    pub(crate) fn knowledge(&self) -> Clock {
-        let mut all = self.clocks[0].clone();
-        for other in &self.clocks[1..] {
-            all.join(other);
+    /// What some of its lanes know together.
+    pub(crate) fn knowledge(&self, lanes: u32) -> Clock {
+        let mut all = Clock::default();
+        for lane in lanes_of(lanes) {
+            all.join(&self.clocks[lane]);
         }
         all
     }
 
     /// All lanes learn what each knows.
     pub(crate) fn sync(&mut self) {
-        let all = self.knowledge();
-        for clock in &mut self.clocks {
-            clock.clone_from(&all);
-        }
+        self.learn(&self.knowledge(FULL));
     }
 
     /// All lanes learn what somebody knows.

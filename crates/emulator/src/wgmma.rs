@@ -232,7 +232,7 @@ impl Machine<'_> {
 
         // What is read, at the latest until the group is waited for. PTX does not say which warp
         // reads which rows of A, so each is taken to read all of them.
-        let known = warp.knowledge();
+        let known = warp.knowledge(FULL);
         let cluster = &mut self.clusters[here.cluster];
         let access = Access {
             component: cluster.wgmma_component(here.rank, here.warp),

@@ -217,3 +217,20 @@ fn launches_must_fit() {
         });
     }
 }
+
+/// Shadows have room for so many threads: of more, one would be taken for another.
+#[test]
+fn clusters_of_more_threads_than_are_told_apart_are_refused() {
+    let kernel = |cluster: u32| {
+        let mut kernel = Builder::kernel("threads", 1024, |k| {
+            k.set_shared_bytes(4096);
+            k.store_shared(k.shared_base() + (k.tid() << 2), k.tid());
+        });
+        kernel.cluster = cluster;
+        kernel
+    };
+    results(&kernel(3), &launch(3, &[]), &Memory::new(), |_| ());
+    caught(&kernel(4), &launch(4, &[]), &Memory::new(), |kind| {
+        matches!(kind, Kind::Launch { .. })
+    });
+}
