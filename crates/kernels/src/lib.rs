@@ -10,6 +10,7 @@ pub mod backward;
 pub mod canvas;
 mod chunk;
 pub mod combine;
+pub mod cut;
 pub mod exact;
 pub mod forward;
 pub mod gemm;

@@ -1,0 +1,126 @@
+//! [`Cut`]: which tiles of a launch are computed in parts. A launch of few tiles leaves multiprocessors
+//! idle, at its end or all along; the last tiles' lists are divided then, so that all have work. What the
+//! parts make is put together by a launch that follows.
+//!
+//! Called by launches of both passes; the same arithmetic is in their kernels.
+
+use crate::combine;
+
+/// Jobs of a launch: tiles computed whole, then the parts of the others. Job `whole + slot` is part
+/// `slot / tiles` of tile `whole + slot % tiles`; it has the slot for what it makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Tiles that are computed whole.
+    pub whole: u32,
+    /// Tiles behind those, which are computed in parts.
+    pub tiles: u32,
+    /// Parts of each of them: from 2 to [`combine::MOST`]; without any such tile 1.
+    pub parts: u32,
+}
+
+/// What is given to a launch besides, and to the one that follows, in steps of a list's walk: what they
+/// save must be more. Some 3 steps are 6 us; and lists may be a quarter of what they can be.
+const COST: f64 = 12.0;
+/// And so much of the whole.
+const LEAST_GAIN: f64 = 0.02;
+
+impl Cut {
+    /// No tile is.
+    pub fn none(tiles: u32) -> Self {
+        Self {
+            whole: tiles,
+            tiles: 0,
+            parts: 1,
+        }
+    }
+
+    /// For so many tiles on so many multiprocessors, lists of at most so many entries, and at most
+    /// so many steps of the walk through one.
+    pub fn choose(tiles: u32, blocks: u32, entries: u32, steps: u32) -> Self {
+        let none = Self::none(tiles);
+        if blocks == 0 || entries < 2 {
+            return none;
+        }
+        let rounds = tiles / blocks;
+        let candidates = [Some(rounds), rounds.checked_sub(1)].into_iter().flatten();
+        let cuts = candidates.flat_map(|rounds| {
+            let whole = rounds * blocks;
+            (2..=combine::MOST.min(entries)).map(move |parts| Self {
+                whole,
+                tiles: tiles - whole,
+                parts,
+            })
+        });
+        let best = cuts
+            .filter(|cut| cut.tiles > 0)
+            .map(|cut| (cut.time(blocks, entries) + COST / f64::from(steps), cut))
+            .min_by(|a, b| a.0.total_cmp(&b.0));
+        match best {
+            Some((time, cut)) if time < none.time(blocks, entries) * (1.0 - LEAST_GAIN) => cut,
+            _ => none,
+        }
+    }
+
+    /// How long it takes, in whole tiles one after the other, if all lists are as long.
+    fn time(self, blocks: u32, entries: u32) -> f64 {
+        let whole = self.whole.div_ceil(blocks);
+        let rounds = self.slots().div_ceil(blocks);
+        let share = f64::from(entries.div_ceil(self.parts)) / f64::from(entries);
+        f64::from(whole) + f64::from(rounds) * share
+    }
+
+    /// Parts of all tiles.
+    pub fn slots(self) -> u32 {
+        self.tiles * self.parts
+    }
+
+    /// Tiles and parts.
+    pub fn jobs(self) -> u32 {
+        self.whole + self.slots()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_of_few_tiles_is_cut_and_one_of_many_is_not() {
+        // 132 multiprocessors, lists of blocks of 128 keys, tiles of 192.
+        let of = |tiles: u32, tokens: u32| Cut::choose(tiles, 132, tokens / 128, tokens / 192);
+        let cut = |whole, tiles, parts| Cut {
+            whole,
+            tiles,
+            parts,
+        };
+        assert_eq!(of(90, 11520), cut(0, 90, 7));
+        assert_eq!(of(150, 19200), cut(132, 18, 7));
+        assert_eq!(of(300, 38400), cut(264, 36, 7));
+        // As many as multiprocessors, or whole rounds: nothing is gained.
+        assert_eq!(of(132, 16896), Cut::none(132));
+        assert_eq!(of(660, 84480), Cut::none(660));
+        // 2880 tiles of 24 heads: 0.7%.
+        assert_eq!(of(2880, 15360), Cut::none(2880));
+        // Lists so short that the second launch is longer.
+        assert_eq!(of(4, 512), Cut::none(4));
+    }
+
+    #[test]
+    fn entries_are_not_cut() {
+        assert_eq!(Cut::choose(4, 132, 1, 100), Cut::none(4));
+        assert!(Cut::choose(4, 132, 3, 100).parts <= 3);
+        assert_eq!(Cut::choose(0, 132, 3, 100), Cut::none(0));
+    }
+
+    #[test]
+    fn a_cut_is_never_slower_by_its_own_account() {
+        for tiles in 1..700 {
+            for entries in [2, 3, 7, 30, 240] {
+                let cut = Cut::choose(tiles, 132, entries, 2 * entries);
+                assert_eq!(cut.whole + cut.tiles, tiles);
+                let (time, before) = (cut.time(132, entries), Cut::none(tiles).time(132, entries));
+                assert!(time <= before, "{cut:?}");
+            }
+        }
+    }
+}
