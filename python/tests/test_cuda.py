@@ -35,14 +35,15 @@ pytestmark = NEEDS_HOPPER
 class Random:
     """A problem by chance: sizes, layouts, blocks, scale."""
 
-    def __init__(self, seed: int, longest: int):
+    def __init__(self, seed: int, longest: int, keys: int | None = None):
         chance = random.Random(seed)
         generator = torch.Generator("cuda").manual_seed(seed)
         dtype = chance.choice([torch.bfloat16, torch.float16])
         dim = chance.choice([64, 128])
         self.q_block = chance.choice([16, 48, 64, 96, 128, 192, 256, 384])
         self.kv_block = chance.choice([16, 32, 48, 64, 96, 128, 192, 320, 384])
-        q_len, kv_len = chance.randint(1, longest), chance.randint(1, longest)
+        q_len = chance.randint(1, longest)
+        kv_len = chance.randint(keys // 2, keys) if keys else chance.randint(1, longest)
         batch = chance.choice([1, 1, 2])
         kv_heads = chance.choice([1, 2, 3])
         heads = kv_heads * chance.choice([1, 1, 2, 4])
@@ -78,9 +79,25 @@ def test_random_problems(seed: int):
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(1000, 1320))
+@pytest.mark.parametrize("seed", range(3000, 3040))
+def test_few_queries_and_many_keys(seed: int):
+    """Tiles are computed in parts, most of them."""
+    x = Random(seed, 700, 9000)
+    with torch.no_grad():
+        out, lse = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale, return_lse=True)
+        again = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale)
+    assert torch.equal(out, again)
+    expected, expected_lse = x.reference(x.q, x.k, x.v)
+    assert relative_error(out, expected) < 5e-3
+    empty = expected_lse.isinf()
+    assert torch.equal(lse.isinf(), empty)
+    assert (out[empty] == 0).all()
+    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [*range(1000, 1320), *range(3000, 3040)])
 def test_random_gradients(seed: int):
-    x = Random(seed, 1000)
+    x = Random(seed, 700, 9000) if seed >= 3000 else Random(seed, 1000)
     gradients = []
     for of in (
         lambda q, k, v: flex_block_attn(q, k, v, x.mask, scale=x.scale, return_lse=True),

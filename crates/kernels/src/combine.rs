@@ -134,35 +134,41 @@ impl Config {
             .collect();
         for (i, parts) in (0u32..).zip(&loaded) {
             let row = first + i * lanes.rows;
-            let lses = parts.iter().map(|(lse, _)| *lse);
-            let most = lses
-                .clone()
-                .skip(1)
-                .fold(parts[0].0, |most, lse| most.max(lse));
-            // Of no keys at all, weights are exp(-inf - 0), where exp(-inf + inf) would be no number.
-            let base = most.equals(f32::NEG_INFINITY).select(0.0, most);
-            let weights: Vec<_> = lses
-                .map(|lse| ((lse - base) * std::f32::consts::LOG2_E).exp2())
-                .collect();
-            let sum = weights[1..].iter().fold(weights[0], |sum, &w| sum + w);
-            let share = sum.equals(0.0).select(0.0, sum.reciprocal());
-            let mut total = [0.0; 8].map(|zero: f32| k.var(zero));
-            for (&(_, words), &weight) in parts.iter().zip(&weights) {
-                for (total, x) in total.iter_mut().zip(chunk::floats(words, self.element)) {
-                    *total = x.fma(weight * share, *total);
-                }
-            }
+            let (words, lse) = self::whole(parts, self.element);
             k.if_(row.lt(len), || {
-                let words = [0, 2, 4, 6]
-                    .map(|column| total[column].pack(total[column + 1], pair(self.element)));
                 k.store_globals(whole.out.chunk(row, chunk), words);
-                k.if_(chunk.equals(0), || {
-                    let lse = sum.log2().fma(std::f32::consts::LN_2, base);
-                    k.store_global(whole.number(row), lse);
-                });
+                k.if_(chunk.equals(0), || k.store_global(whole.number(row), lse));
             });
         }
     }
+}
+
+/// A chunk of the output and the lse of a row, from those of its parts.
+pub(crate) fn whole<'k>(
+    parts: &[(Reg<'k, f32>, [Reg<'k, u32>; 4])],
+    element: Element,
+) -> ([Reg<'k, u32>; 4], Reg<'k, f32>) {
+    let k = parts[0].0.builder();
+    let lses = parts.iter().map(|(lse, _)| *lse);
+    let most = lses
+        .clone()
+        .skip(1)
+        .fold(parts[0].0, |most, lse| most.max(lse));
+    // Of no keys at all, weights are exp(-inf - 0), where exp(-inf + inf) would be no number.
+    let base = most.equals(f32::NEG_INFINITY).select(0.0, most);
+    let weights: Vec<_> = lses
+        .map(|lse| ((lse - base) * std::f32::consts::LOG2_E).exp2())
+        .collect();
+    let sum = weights[1..].iter().fold(weights[0], |sum, &w| sum + w);
+    let share = sum.equals(0.0).select(0.0, sum.reciprocal());
+    let mut total = [0.0; 8].map(|zero: f32| k.var(zero));
+    for (&(_, words), &weight) in parts.iter().zip(&weights) {
+        for (total, x) in total.iter_mut().zip(chunk::floats(words, element)) {
+            *total = x.fma(weight * share, *total);
+        }
+    }
+    let words = [0, 2, 4, 6].map(|column| total[column].pack(total[column + 1], pair(element)));
+    (words, sum.log2().fma(std::f32::consts::LN_2, base))
 }
 
 /// The rows of this thread block's head, in its batch.

@@ -28,6 +28,7 @@ pub use flex_block_attn_tile::Strides;
 pub fn all() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     kernels.extend(forward::Config::all().into_iter().map(|c| c.kernel()));
+    kernels.extend(forward::join::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(backward::Config::all().into_iter().map(|c| c.kernel()));
     kernels.extend(
         backward::bounds::Config::all()

@@ -5,7 +5,7 @@
 use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
     self, BackwardWorkspace, Mask, Order, Selection, Step, backward_steps, combine_step,
-    forward_step, plan_steps, select_steps, selection_numbers,
+    forward_slots, forward_steps, plan_steps, select_steps, selection_numbers,
 };
 use flex_block_attn::select::{Choice, Scoring, tiles_in_place, video_tiles};
 use flex_block_attn::{
@@ -81,11 +81,12 @@ fn run(memory: &mut Memory, steps: impl IntoIterator<Item = (Step, Launch)>) {
     }
 }
 
-fn check(chance: &mut Chance) {
+/// A random problem of so many keys or fewer; says whether some tiles are computed in parts.
+fn check(chance: &mut Chance, keys: usize) -> bool {
     let dim = chance.of(&[64, 64, 128]);
     let q_block = chance.of(&[16, 48, 64, 128, 256]);
     let kv_block = chance.of(&[16, 32, 64, 128, 192]);
-    let (q_len, kv_len) = (1 + chance.below(200), 1 + chance.below(400));
+    let (q_len, kv_len) = (1 + chance.below(200), 1 + keys / 2 + chance.below(keys / 2));
     let batch = 1 + chance.below(2);
     let (heads, kv_heads) = chance.of(&[(1, 1), (2, 1), (2, 2), (4, 2)]);
     let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
@@ -102,7 +103,7 @@ fn check(chance: &mut Chance) {
     let rule = rule.map(|which: usize| match which {
         0 => causal(),
         1 => dilated_window(60),
-        _ => documents_with_prefix(400, batch as u32, heads as u32),
+        _ => documents_with_prefix(keys, batch as u32, heads as u32),
     });
     let planned = Plan::new(&match &rule {
         None => BlockMask::from_matrix(extents, mask).unwrap(),
@@ -179,7 +180,12 @@ fn check(chance: &mut Chance) {
         [("q", &q), ("k", &k), ("v", &v)].map(|(name, x)| x.at(x.put(&mut memory, name)));
     let out_at = memory.alloc("out", 2 * out.len());
     let lse_at = memory.alloc("lse", 4 * count);
-    let step = forward_step(
+    let multiprocessors = chance.of(&[3, 132]);
+    let slots = match forward_slots(&q_at, &plan, &options, multiprocessors) {
+        0 => None,
+        bytes => Some(memory.alloc("slots", bytes)),
+    };
+    let steps = forward_steps(
         q_at,
         k_at,
         v_at,
@@ -188,9 +194,10 @@ fn check(chance: &mut Chance) {
         &written(out_at, DType::BF16, out_shape),
         Some(&written(lse_at, DType::F32, lse_shape)),
         memory.alloc_with("counter", &[0u32]),
-        3,
+        slots,
+        multiprocessors,
     );
-    run(&mut memory, step.unwrap());
+    run(&mut memory, steps.unwrap());
     close("out", &memory, out_at, &out);
     for (got, &expected) in memory.read::<f32>(lse_at, count).into_iter().zip(&lse) {
         assert!(
@@ -268,6 +275,7 @@ fn check(chance: &mut Chance) {
     ] {
         close(name, &memory, at, expected);
     }
+    slots.is_some()
 }
 
 fn close(name: &str, memory: &Memory, at: u64, expected: &[bf16]) {
@@ -287,8 +295,15 @@ fn close(name: &str, memory: &Memory, at: u64, expected: &[bf16]) {
 fn calls_put_what_the_cpu_computes() {
     let mut chance = Chance(7);
     for _ in 0..24 {
-        check(&mut chance);
+        check(&mut chance, 400);
     }
+}
+
+#[test]
+fn few_queries_and_many_keys_are_computed_in_parts() {
+    let mut chance = Chance(5);
+    let in_parts = (0..16).filter(|_| check(&mut chance, 3000));
+    assert!(in_parts.count() > 2);
 }
 
 /// Output and lse on the CPU; blocks of 16 queries and 32 keys, kept by their numbers.
@@ -603,8 +618,9 @@ fn what_kernels_do_not_take_is_named() {
                 TensorMut::from_raw(4096 as *mut _, DType::F32, [1, 1, 32, 1], [32, 32, 1, 1]),
             )
         };
-        let step = forward_step(q.at(4096), kv, kv, &plan, &options, &out, Some(&lse), 0, 1);
-        step.expect_err("refused").to_string()
+        let lse = Some(&lse);
+        let steps = forward_steps(q.at(4096), kv, kv, &plan, &options, &out, lse, 0, None, 1);
+        steps.expect_err("refused").to_string()
     };
     assert_eq!(
         refusal(&|q, _| {

@@ -6,16 +6,12 @@ use std::sync::{Mutex, PoisonError};
 
 use flex_block_attn::gpu::Stream;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
 
+use crate::allocation::Allocation;
 use crate::error::python;
-use crate::tensor::Raw;
 
-/// A tensor of one int32, 0.
-pub struct Counter {
-    tensor: Py<PyAny>,
-    address: u64,
-}
+/// One word, 0.
+pub struct Counter(Allocation);
 
 impl Counter {
     /// That of a stream, which torch works on at present. It lies there for as long as the process lives;
@@ -42,30 +38,18 @@ impl Counter {
     }
 
     fn new(py: Python<'_>, stream: Stream) -> PyResult<Self> {
-        let torch = py.import("torch")?;
-        let settings = PyDict::new(py);
-        settings.set_item("dtype", torch.getattr("int32")?)?;
-        let device = torch.getattr("device")?.call1(("cuda", stream.device))?;
-        settings.set_item("device", device)?;
-        let tensor = torch.getattr("empty")?.call((1,), Some(&settings))?;
-        let address = tensor.extract::<Raw>()?.address as u64;
+        let word = Allocation::new(py, stream.device, 1)?;
         // SAFETY: torch has just allocated it for its current stream, which this is.
-        unsafe { stream.clear(address) }.map_err(python)?;
-        Ok(Self {
-            tensor: tensor.unbind(),
-            address,
-        })
+        unsafe { stream.clear(word.address()) }.map_err(python)?;
+        Ok(Self(word))
     }
 
     fn share(&self, py: Python<'_>) -> Self {
-        Self {
-            tensor: self.tensor.clone_ref(py),
-            address: self.address,
-        }
+        Self(self.0.share(py))
     }
 
     /// Where it lies while this value lives.
     pub fn address(&self) -> u64 {
-        self.address
+        self.0.address()
     }
 }

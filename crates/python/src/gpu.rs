@@ -1,6 +1,6 @@
 //! Plans, forward, backward and parts put together, on CUDA tensors: addresses and a stream to the library.
 //!
-//! Who calls has allocated what is written. [`plan_shape`] says beforehand of what shape a plan is.
+//! Who calls has allocated what is written, but for what lasts no longer than a call. [`plan_shape`] says beforehand of what shape a plan is.
 
 use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
 use flex_block_attn::{Gradients, Options, PlanLayout, Saved, Video};
@@ -8,6 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::allocation::Allocation;
 use crate::attention::{RawPlan, RawVideo, Unbound, video};
 use crate::counter::Counter;
 use crate::error::{python, python_mask};
@@ -173,6 +174,7 @@ pub fn forward_cuda(
     };
     let on = stream(py, &inputs.0)?;
     let counter = Counter::of(py, on)?;
+    let multiprocessors = on.multiprocessors().map_err(python)?;
     // SAFETY: all layouts were read from tensors, which `ops.py` has seen to be on the stream's device
     // or has allocated there, as has `direct`; the plan has as many words as its layout says; torch's
     // allocator keeps all until the stream has come past this call.
@@ -183,11 +185,15 @@ pub fn forward_cuda(
             inputs.2.read("v")?,
         );
         let lse = lse.map(|lse| lse.write("lse")).transpose()?;
+        let slots = match gpu::forward_slots(&q, &plan, &options, multiprocessors) {
+            0 => None,
+            bytes => Some(Allocation::new(py, on.device, bytes.div_ceil(4))?),
+        };
         let call = Unbound((q, k, v, out.write("out")?, lse));
-        let address = counter.address();
+        let (counter, slots) = (counter.address(), slots.as_ref().map(Allocation::address));
         py.detach(move || {
             let Unbound((q, k, v, out, lse)) = call.whole();
-            gpu::forward(q, k, v, &plan, &options, out, lse, address, on)
+            gpu::forward(q, k, v, &plan, &options, out, lse, counter, slots, on)
         })
     }
     .map_err(python)

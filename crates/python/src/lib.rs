@@ -5,6 +5,7 @@
 //! nothing else of torch is known here. The GIL is released while the library works. No logic: arguments
 //! are checked by `flex_block_attn`.
 
+mod allocation;
 mod attention;
 mod counter;
 mod direct;

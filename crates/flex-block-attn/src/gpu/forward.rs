@@ -2,18 +2,57 @@
 
 use flex_block_attn_cuda::Device;
 use flex_block_attn_kernels::Launch;
-use flex_block_attn_kernels::forward::{Args, Config};
+use flex_block_attn_kernels::cut::Cut;
+use flex_block_attn_kernels::forward::{Args, Config, InParts};
 
 use super::video::{canvas, in_lines, no_kernel};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put};
-use crate::{Options, Result, Tensor, TensorMut, check};
+use crate::{Error, Options, Result, Tensor, TensorMut, check};
 
-/// The launch of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.
+/// Bytes of the memory in which [`forward()`] computes some of its tiles in parts, on a GPU of so many
+/// multiprocessors: 0 for most calls, and for those that it refuses.
+pub fn forward_slots(
+    q: &Tensor<'_>,
+    plan: &Plan,
+    options: &Options,
+    multiprocessors: u32,
+) -> usize {
+    if q.shape.contains(&0) {
+        return 0;
+    }
+    let bytes = || {
+        let config = config(&choice(q, plan, options)?, plan, options)?;
+        Ok::<_, Error>(config.slot_bytes(cut(config, q, plan, multiprocessors)))
+    };
+    bytes().unwrap_or(0)
+}
+
+fn config(choice: &Choice, plan: &Plan, options: &Options) -> Result<Config> {
+    let &Choice {
+        element,
+        head_dim,
+        q_block,
+        kv_block,
+        ..
+    } = choice;
+    let config = match &options.video {
+        None => Config::choose(element, head_dim, q_block, kv_block, plan.exact().0),
+        Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
+    };
+    config.ok_or_else(|| no_kernel(head_dim, options))
+}
+
+fn cut(config: Config, q: &Tensor<'_>, plan: &Plan, multiprocessors: u32) -> Cut {
+    let [batch, heads, ..] = q.shape;
+    config.cut(plan.layout, (batch * heads) as u32, multiprocessors)
+}
+
+/// The launches of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.
 ///
 /// # Errors
 /// Arguments that do not go together, or that the kernels do not take.
 #[allow(clippy::too_many_arguments)]
-pub fn forward_step(
+pub fn forward_steps(
     q: Tensor<'_>,
     k: Tensor<'_>,
     v: Tensor<'_>,
@@ -22,25 +61,17 @@ pub fn forward_step(
     out: &TensorMut<'_>,
     lse: Option<&TensorMut<'_>>,
     counter: u64,
+    slots: Option<u64>,
     multiprocessors: u32,
-) -> Result<Option<(Step, Launch)>> {
+) -> Result<Vec<(Step, Launch)>> {
     check::forward([&q, &k, &v], plan.mask(), options, out, lse)?;
     if q.shape.contains(&0) {
-        return Ok(None);
+        return Ok(Vec::new());
     }
-    let Choice {
-        element,
-        head_dim,
-        q_block,
-        kv_block,
-        scale,
-    } = choice(&q, plan, options)?;
-    let (mask, tables) = plan.exact();
-    let config = match &options.video {
-        None => Config::choose(element, head_dim, q_block, kv_block, mask),
-        Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
-    };
-    let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
+    let choice = choice(&q, plan, options)?;
+    let config = config(&choice, plan, options)?;
+    let cut = cut(config, &q, plan, multiprocessors);
+    let slots = slots.filter(|_| cut.tiles > 0);
     let canvas = options.video.as_ref().map(canvas).transpose()?;
     if let Some(lse) = lse {
         contiguous("lse", lse.shape, lse.strides)?;
@@ -57,10 +88,11 @@ pub fn forward_step(
         batch: batch as u32,
         heads: heads as u32,
         kv_heads: k.shape[1] as u32,
-        scale,
+        scale: choice.scale,
         counter,
         blocks: multiprocessors,
-        tables,
+        in_parts: slots.map(|slots| InParts { cut, slots }),
+        tables: plan.exact().1,
         canvas,
     };
     in_lines(
@@ -72,7 +104,10 @@ pub fn forward_step(
         ],
         options,
     )?;
-    Ok(Some((Step::Forward(config), config.launch(&args))))
+    let main = (Step::Forward(config), config.launch(&args));
+    let join = config.join(&args);
+    let join = join.map(|(config, launch)| (Step::Join(config), launch));
+    Ok(std::iter::once(main).chain(join).collect())
 }
 
 /// [`crate::forward`] on a stream of a GPU: bfloat16 and float16, head_dim 64 and 128, blocks of any
@@ -82,14 +117,18 @@ pub fn forward_step(
 /// By the 32-bit word at `counter` thread blocks share their work. It is 0, and will be 0 again when the
 /// stream has come past this call: calls that follow each other on a stream may use the same.
 ///
+/// In `slots`, of as many bytes as [`forward_slots`] says, at a multiple of 16, tiles are computed in parts
+/// where there are too few for all multiprocessors; each part's output is rounded once, and then their sum.
+/// Without it all are computed whole.
+///
 /// # Errors
 /// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on
 /// the stream then.
 ///
 /// # Safety
 /// All pointers and addresses are of the device's memory, as large as shapes and strides say; nobody
-/// writes the inputs, or uses the outputs or the counter, before the stream has come past this call. The
-/// stream is alive.
+/// writes the inputs, or uses the outputs, the counter or the slots, before the stream has come past
+/// this call. The stream is alive.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn forward(
     q: Tensor<'_>,
@@ -100,12 +139,14 @@ pub unsafe fn forward(
     out: TensorMut<'_>,
     lse: Option<TensorMut<'_>>,
     counter: u64,
+    slots: Option<u64>,
     stream: Stream,
 ) -> Result<()> {
     let device = Device::get(stream.device)?;
     let blocks = device.multiprocessors();
-    let step = forward_step(q, k, v, plan, options, &out, lse.as_ref(), counter, blocks)?;
-    if let Some((step, launch)) = step {
+    let lse = lse.as_ref();
+    for (step, launch) in forward_steps(q, k, v, plan, options, &out, lse, counter, slots, blocks)?
+    {
         // SAFETY: the caller's word.
         unsafe { put(step, &launch, stream)? };
     }

@@ -4,7 +4,7 @@
 //! on that stream; nothing is allocated, nothing waited for, so calls may be captured into graphs.
 //! Arguments are checked as on CPUs; what the kernels do not do comes back as [`Error::Gpu`].
 //!
-//! [`plan_steps`], [`select_steps`], [`forward_step`] and [`backward_steps`] say as plain data what a call
+//! [`plan_steps`], [`select_steps`], [`forward_steps`] and [`backward_steps`] say as plain data what a call
 //! puts on the stream: what is launched is what the emulator runs in tests.
 //!
 //! - `forward`, `backward`: the two passes; `video`: what they know of videos;
@@ -35,7 +35,7 @@ pub use flex_block_attn_kernels::plan::Mask;
 
 pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
 pub use combine::{MOST_PARTS, combine, combine_step};
-pub use forward::{forward, forward_step};
+pub use forward::{forward, forward_slots, forward_steps};
 pub use select::{MOST_SELECTED, Order, Selection, select, select_steps, selection_numbers};
 
 use crate::{DType, Error, Options, Result, Tensor, Video, check};
@@ -61,6 +61,14 @@ impl Stream {
     pub unsafe fn identity(self) -> Result<Option<u64>> {
         // SAFETY: the caller's word.
         Ok(unsafe { Device::get(self.device)?.identity(cuda::Stream(self.handle))? })
+    }
+
+    /// Multiprocessors of its GPU.
+    ///
+    /// # Errors
+    /// No GPU; what the driver says.
+    pub fn multiprocessors(self) -> Result<u32> {
+        Ok(Device::get(self.device)?.multiprocessors())
     }
 
     /// Has a 32-bit word set to 0: a counter, before [`forward()`] takes it for the first time.
@@ -176,6 +184,8 @@ pub enum Step {
     Plan(planning::Config),
     /// Attention forward.
     Forward(forward_kernels::Config),
+    /// Tiles computed in parts, put together.
+    Join(forward_kernels::join::Config),
     /// What bounds the gradient of q.
     Bounds(bounds::Config),
     /// What attention backward reads besides its inputs.
@@ -198,6 +208,7 @@ impl Step {
         match self {
             Self::Plan(config) => config.kernel(),
             Self::Forward(config) => config.kernel(),
+            Self::Join(config) => config.kernel(),
             Self::Bounds(config) => config.kernel(),
             Self::Prepare(config) => config.kernel(),
             Self::Backward(config) => config.kernel(),

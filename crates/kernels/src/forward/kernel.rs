@@ -297,9 +297,10 @@ impl Config {
                 k.if_(left.equals(0), || queries.release());
                 hide(turn);
                 if !self.canvas {
-                    k.if_(note.columns.lt(self.kv_tile), || {
+                    let columns = note.first_columns();
+                    k.if_(columns.lt(self.kv_tile), || {
                         let all = 0..self.kv_tile;
-                        scores.set_columns_from(all, note.columns, wg.lane, f32::NEG_INFINITY);
+                        scores.set_columns_from(all, columns, wg.lane, f32::NEG_INFINITY);
                     });
                 }
                 step();

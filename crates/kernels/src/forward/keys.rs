@@ -31,8 +31,8 @@ pub(super) struct Keys<'a, 'k> {
 }
 
 impl<'k> Start<'k> {
-    /// Looks up where to start with a row of the mask. Gives the tiles of keys, too, and the columns
-    /// of the first that are keys.
+    /// Looks up where to start with a row of the mask, or with a part of it. Gives the tiles of keys, too,
+    /// and the columns of the first that are keys.
     pub(super) fn look_up(
         problem: &Problem<'k>,
         config: Config,
@@ -43,8 +43,12 @@ impl<'k> Start<'k> {
         let zero = || problem.k.var(0u32);
         let (tiles, columns) = (zero(), zero());
         let (block, left, missing, partial) = (zero(), zero(), zero(), zero());
-        let count = problem.lists.count(tile.record, row);
-        let entry = problem.lists.list(tile.record, row) + count - 1;
+        let all = problem.lists.count(tile.record, row);
+        let (before, count) = match &problem.parts {
+            Some(parts) => parts.share(tile.part, all),
+            None => (zero(), all),
+        };
+        let entry = problem.lists.list(tile.record, row) + before + count - 1;
         problem.k.if_(count.gt(0), || {
             config.set_block(problem, entry, block, partial);
             let keys_of_last = problem.keys_of_block(block);

@@ -28,14 +28,18 @@
 //! - `queries`: the tile of queries, and what is known of it;
 //! - `output`: what becomes of it;
 //! - `softmax`: the running softmax;
+//! - `parts`: tiles that are computed in parts, where there are few; `join`: the kernel that puts these
+//!   together;
 //! - `choose`: which config computes what;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
 mod choose;
+pub mod join;
 mod kernel;
 mod keys;
 mod mixed;
 mod output;
+mod parts;
 mod problem;
 mod queries;
 mod softmax;
@@ -48,6 +52,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
+use crate::cut::Cut;
 use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
 
@@ -91,6 +96,16 @@ pub struct Tensor {
     pub strides: Strides,
 }
 
+/// Tiles that are computed in parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InParts {
+    /// Which.
+    pub cut: Cut,
+    /// Address of memory for what parts make, [`Config::slot_bytes`], a multiple of 16. What is there
+    /// before does not matter.
+    pub slots: u64,
+}
+
 /// What a launch gives it.
 #[derive(Debug, Clone, Copy)]
 pub struct Args<'a> {
@@ -123,6 +138,9 @@ pub struct Args<'a> {
     pub counter: u64,
     /// Thread blocks at most: the device's multiprocessors.
     pub blocks: u32,
+    /// Tiles that are computed in parts, by [`Config::cut`] or another of as many tiles; none if there
+    /// are none. [`Config::join`] is launched behind it, then.
+    pub in_parts: Option<InParts>,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
     /// The video, whose tiles are the mask's blocks, of queries and of keys: the plan is in the order of
@@ -232,17 +250,6 @@ impl Config {
             let map = if one { whole } else { panels };
             vec![map(self.piece_shape(), tensor, call.of_kv())]
         };
-        let row_tiles = match self.rows {
-            Rows::Whole(queries) => layout.rows() as u32 * (call.q_block / queries),
-            Rows::Mixed => call.q_len.div_ceil(self.queries()),
-        };
-        let lines = call.batch * call.heads;
-        let tiles = lines * row_tiles;
-        // Enough to fill the multiprocessors twice.
-        let together = (2 * args.blocks).div_ceil(row_tiles).clamp(1, lines);
-        // Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys
-        // have the same weight.
-        let scale = args.scale.max(canvas::least_scale(self.canvas));
         let q = |rows: fn(Shape, Tensor, [u64; 4]) -> Arg, shape, tensor| match args.canvas {
             None => vec![rows(shape, tensor, call.of_q())],
             Some(canvas) => canvas.source(self.piece_shape(), tensor, of(call.heads)),
@@ -251,30 +258,97 @@ impl Config {
         list.extend(kv(args.k));
         list.extend(kv(args.v));
         list.extend(output::args(args));
-        list.extend([
+        list.extend(self.numbers(args));
+        if let Some(canvas) = args.canvas {
+            canvas.check(layout);
+            list.extend(canvas.args(self.piece, self.scale(args)));
+        }
+        list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
+        Launch {
+            grid: [self.cut_of(args).jobs().min(args.blocks), 1, 1],
+            args: list,
+        }
+    }
+
+    /// Which tiles to compute in parts, for so many heads of all batches on so many multiprocessors.
+    pub fn cut(self, layout: PlanLayout, lines: u32, blocks: u32) -> Cut {
+        let tiles = lines * self.row_tiles(layout);
+        let steps = (layout.extents.kv_len() as u32).div_ceil(self.kv_tile);
+        match self.has_parts() {
+            true => Cut::choose(tiles, blocks, layout.columns() as u32, steps),
+            false => Cut::none(tiles),
+        }
+    }
+
+    /// The launch that follows where tiles are computed in parts.
+    pub fn join(self, args: &Args<'_>) -> Option<(join::Config, Launch)> {
+        let in_parts = args.in_parts?;
+        let config = join::Config {
+            element: self.element,
+            head_dim: self.head_dim,
+            queries: self.queries(),
+            parts: in_parts.cut.parts,
+        };
+        Some((config, config.launch(args, in_parts)))
+    }
+
+    fn cut_of(self, args: &Args<'_>) -> Cut {
+        let tiles = args.batch * args.heads * self.row_tiles(args.layout);
+        let cut = args.in_parts.map_or(Cut::none(tiles), |of| of.cut);
+        assert!(
+            cut.whole + cut.tiles == tiles && (cut.tiles == 0 || self.has_parts()),
+            "{cut:?} of {tiles} tiles for {self:?}"
+        );
+        cut
+    }
+
+    /// Tiles of queries of a head.
+    fn row_tiles(self, layout: PlanLayout) -> u32 {
+        let extents = layout.extents;
+        match self.rows {
+            Rows::Whole(queries) => layout.rows() as u32 * (extents.q_block() as u32 / queries),
+            Rows::Mixed => (extents.q_len() as u32).div_ceil(self.queries()),
+        }
+    }
+
+    /// Masked scores are -inf, of which 0 times would be NaN. With this scale, too, all keys have the
+    /// same weight.
+    fn scale(self, args: &Args<'_>) -> f32 {
+        args.scale.max(canvas::least_scale(self.canvas))
+    }
+
+    /// The arguments for [`problem::Problem::new`], but for what a video or a mask has besides.
+    fn numbers(self, args: &Args<'_>) -> Vec<Arg> {
+        let layout = args.layout;
+        let call = Call::new(
+            layout,
+            [args.batch, args.heads, args.kv_heads, self.head_dim],
+        );
+        let row_tiles = self.row_tiles(layout);
+        let lines = call.batch * call.heads;
+        // Enough to fill the multiprocessors twice.
+        let together = (2 * args.blocks).div_ceil(row_tiles).clamp(1, lines);
+        let cut = self.cut_of(args);
+        let mut list = vec![
             Arg::U32(call.heads),
             Arg::U32(call.q_len),
-            Arg::F32(scale * std::f32::consts::LOG2_E),
+            Arg::F32(self.scale(args) * std::f32::consts::LOG2_E),
             Arg::U32(call.kv_len),
             Arg::U32(call.kv_block),
             Arg::U64(args.counter),
-            Arg::U32(tiles),
+            Arg::U32(cut.jobs()),
             Arg::U32((lines - together) * row_tiles),
             Arg::U32(together),
             Arg::U32(row_tiles),
             Arg::U32(call.q_block),
             Arg::U32(call.heads / call.kv_heads),
-        ]);
+        ];
+        if self.has_parts() {
+            let slots = args.in_parts.map_or(0, |of| of.slots);
+            list.extend(parts::args(self, cut, slots));
+        }
         list.extend(lists::args(args.plan, layout, Side::Rows));
-        if let Some(canvas) = args.canvas {
-            canvas.check(layout);
-            list.extend(canvas.args(self.piece, scale));
-        }
-        list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
-        Launch {
-            grid: [tiles.min(args.blocks), 1, 1],
-            args: list,
-        }
+        list
     }
 
     /// The kernel.

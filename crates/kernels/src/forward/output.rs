@@ -46,17 +46,17 @@ impl<'k> Results<'k> {
     ) {
         let k = problem.k;
         let first = note.first + wg.index * OWN + wg.row();
+        let at = self.of_note(problem, note);
         // A row lies in the four threads of a quad: one of them writes its logarithm.
-        let writes = (wg.lane & 3).equals(0) & self.lse.differs(0);
-        let out = self.rows(note);
+        let writes = (wg.lane & 3).equals(0) & at.wants_lse;
         let own = (four_of_sixteen(wg.lane) * 2).to_u64();
         let fours = output.fours(wg.lane, pair);
         for row in 0..2 {
             let place = first + 8 * row as u32;
             let (token, inside) = canvas::token(&problem.grid, place, problem.q_len);
-            let lse = self.logarithm(problem, note, token);
+            let lse = at.logarithm(token);
             k.where_(writes & inside, || k.store_global(lse, log_sum[row]));
-            let address = out.row(token) + own;
+            let address = at.rows.row(token) + own;
             // Products are in flight: branches that only some threads take would have ptxas wait for
             // them.
             k.where_(inside, || {
@@ -76,37 +76,71 @@ impl<'k> Results<'k> {
         log_sum: Reg<'k, f32>,
     ) {
         let k = problem.k;
+        let at = self.of_note(problem, note);
         k.for_(k.lane(), queries, 32, |i| {
             let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
-            k.if_(inside & self.lse.differs(0), || {
-                k.store_global(self.logarithm(problem, note, token), log_sum);
+            k.if_(inside & at.wants_lse, || {
+                k.store_global(at.logarithm(token), log_sum);
             });
         });
         let lanes = Lanes::new(head_dim);
-        let (out, chunk) = (self.rows(note), k.lane() & (lanes.each - 1));
+        let chunk = k.lane() & (lanes.each - 1);
         let zero = k.var(0u32);
         k.for_(k.lane() / lanes.each, queries, lanes.rows, |i| {
             let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
             k.if_(inside, || {
-                k.store_globals(out.chunk(token, chunk), [zero; 4]);
+                k.store_globals(at.rows.chunk(token, chunk), [zero; 4]);
             });
         });
         k.warp_sync();
     }
 
-    /// The output's rows of a note's head.
-    fn rows(&self, note: Note<'k>) -> Rows<'k> {
-        self.out.rows(note.head(), note.batch())
+    /// Where the results of a note's queries go: to its head's, or to a part's slot.
+    fn of_note(&self, problem: &Problem<'k>, note: Note<'k>) -> Place<'k> {
+        let whole = self.of_head(problem, note.head(), note.batch());
+        let Some(parts) = &problem.parts else {
+            return whole;
+        };
+        let is_part = note.slot().differs(0);
+        let (rows, lse) = parts.of_note(note);
+        Place {
+            rows: Rows {
+                first: is_part.select(rows.first, whole.rows.first),
+                stride: is_part.select(rows.stride, whole.rows.stride),
+            },
+            lse: is_part.select(lse, whole.lse),
+            wants_lse: whole.wants_lse | is_part,
+        }
     }
 
-    /// Where the logarithm of a query is: of a video, its token's.
-    fn logarithm(
+    /// Where a head's go.
+    pub(super) fn of_head(
         &self,
         problem: &Problem<'k>,
-        note: Note<'k>,
-        query: Reg<'k, u32>,
-    ) -> Reg<'k, u64> {
-        let line = note.batch() * problem.heads + note.head();
-        self.lse + ((line.times_wide(problem.q_len) + query.to_u64()) << 2)
+        head: Reg<'k, u32>,
+        batch: Reg<'k, u32>,
+    ) -> Place<'k> {
+        let line = batch * problem.heads + head;
+        Place {
+            rows: self.out.rows(head, batch),
+            lse: self.lse + (line.times_wide(problem.q_len) << 2),
+            wants_lse: self.lse.differs(0),
+        }
+    }
+}
+
+/// Where results of a head's queries go.
+pub(super) struct Place<'k> {
+    pub(super) rows: Rows<'k>,
+    /// Of the first query.
+    lse: Reg<'k, u64>,
+    /// Whether anybody wants logarithms.
+    pub(super) wants_lse: Reg<'k, bool>,
+}
+
+impl<'k> Place<'k> {
+    /// Where the logarithm of a query is: of a video, its token's.
+    pub(super) fn logarithm(&self, query: Reg<'k, u32>) -> Reg<'k, u64> {
+        self.lse + query.times_wide(4)
     }
 }

@@ -3,6 +3,7 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::Config;
+use super::parts::Parts;
 use crate::canvas::Grid;
 use crate::exact::Exact;
 use crate::lists::Lists;
@@ -17,9 +18,9 @@ pub(super) struct Problem<'k> {
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) kv_block: Reg<'k, u32>,
     counter: Reg<'k, u64>,
-    /// Tiles of queries of all heads and batches.
-    tiles: Reg<'k, u32>,
-    /// Those of them that come a head after the other.
+    /// Tiles of queries of all heads and batches, or, where some are computed in parts, jobs.
+    jobs: Reg<'k, u32>,
+    /// Tiles that come a head after the other.
     apart: Reg<'k, u32>,
     /// Heads of the others, which come together.
     together: Reg<'k, u32>,
@@ -28,6 +29,8 @@ pub(super) struct Problem<'k> {
     pub(super) q_block: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
+    /// What is computed in parts, where it can be.
+    pub(super) parts: Option<Parts<'k>>,
     /// The plan's rows.
     pub(super) lists: Lists<'k>,
     /// What counts of partial blocks, if there may be any.
@@ -47,6 +50,17 @@ pub(super) struct Tile<'k> {
     pub(super) record: Reg<'k, u32>,
     /// Its number in the head.
     pub(super) number: Reg<'k, u32>,
+    /// Which part of it is meant.
+    pub(super) part: Part<'k>,
+}
+
+/// A part of a tile of queries: some of its list of keys.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'k> {
+    /// The slot where its results go, and one more; 0 for a tile as a whole.
+    pub(super) slot: Reg<'k, u32>,
+    /// Its number.
+    pub(super) number: Reg<'k, u32>,
 }
 
 impl<'k> Problem<'k> {
@@ -60,12 +74,13 @@ impl<'k> Problem<'k> {
             kv_len: k.param("kv_len"),
             kv_block: k.param("kv_block"),
             counter: k.param("counter"),
-            tiles: k.param("tiles"),
+            jobs: k.param("jobs"),
             apart: k.param("apart"),
             together: k.param("together"),
             row_tiles: k.param("row_tiles"),
             q_block: k.param("q_block"),
             group: k.param("group"),
+            parts: config.has_parts().then(|| Parts::new(k, config)),
             lists: Lists::new(k),
             exact: None,
             grid: None,
@@ -81,29 +96,46 @@ impl<'k> Problem<'k> {
     pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
         let k = self.k;
         let first_lane = k.lane().equals(0);
-        let tile = k.var(k.cta_x());
+        let job = k.var(k.cta_x());
         k.loop_(|leave| {
-            leave.when(tile.ge(self.tiles));
-            let (line, number) = self.place(tile);
-            let (head, batch) = (line % self.heads, line / self.heads);
-            body(Tile {
-                head,
-                batch,
-                kv_head: head / self.group,
-                record: self.lists.record(head, batch),
-                number,
-            });
+            leave.when(job.ge(self.jobs));
+            let (tile, part) = match &self.parts {
+                Some(parts) => parts.of_job(job),
+                None => (job, Part::whole(k)),
+            };
+            body(self.tile(tile, part));
             // One that nobody has taken yet.
             let taken = k.var(0u32);
             k.if_(first_lane, || {
                 taken.set(k.atomic_add_global(self.counter, 1));
-                // As often as there are tiles. Who counts last counts for the next launch.
-                k.if_(taken.equals(self.tiles - 1), || {
-                    k.atomic_add_global(self.counter, k.var(0u32) - self.tiles);
+                // As often as there are jobs. Who counts last counts for the next launch.
+                k.if_(taken.equals(self.jobs - 1), || {
+                    k.atomic_add_global(self.counter, k.var(0u32) - self.jobs);
                 });
             });
-            tile.set(taken.uniform() + k.grid_x());
+            job.set(taken.uniform() + k.grid_x());
         });
+    }
+
+    /// A tile by its number among all.
+    pub(super) fn tile(&self, tile: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
+        let (line, number) = self.place(tile);
+        let (head, batch) = (line % self.heads, line / self.heads);
+        Tile {
+            head,
+            batch,
+            kv_head: head / self.group,
+            record: self.lists.record(head, batch),
+            number,
+            part,
+        }
+    }
+
+    /// The mask's row that a tile of so many queries, of one block, is in, and its first query.
+    pub(super) fn row(&self, tile: Tile<'k>, queries: u32) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        let of_row = self.q_block / queries;
+        let row = self.lists.of_rank(tile.record, tile.number / of_row);
+        (row, (row * of_row + tile.number % of_row) * queries)
     }
 
     /// Which head's a tile is, counted over all batches, and its number there. Heads come one after the
@@ -123,6 +155,14 @@ impl<'k> Problem<'k> {
     /// Keys of the block that starts at key `first`: the sequence's last may be short.
     pub(super) fn keys_of_block(&self, first: Reg<'k, u32>) -> Reg<'k, u32> {
         (self.kv_len - first).min(self.kv_block)
+    }
+}
+
+impl<'k> Part<'k> {
+    /// A tile as a whole.
+    pub(super) fn whole(k: &'k Builder) -> Self {
+        let [slot, number] = [(); 2].map(|()| k.var(0u32));
+        Self { slot, number }
     }
 }
 

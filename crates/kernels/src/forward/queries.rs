@@ -8,7 +8,7 @@ use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Barriers, Place, Shared, SharedTile};
 
 use super::Config;
-use super::problem::Tile;
+use super::problem::{Part, Tile};
 use crate::canvas::{Grid, Maps};
 
 /// In a note's count of tiles: there are no more queries.
@@ -41,9 +41,12 @@ pub(super) struct Note<'k> {
     pub(super) place: Reg<'k, u32>,
     /// Tiles of keys, at least one.
     pub(super) tiles: Reg<'k, u32>,
-    /// Columns of the first of them that are keys; of a video, padding that is attended.
+    /// See [`Note::columns_of`]; of a video, padding that is attended.
     pub(super) columns: Reg<'k, u32>,
 }
+
+/// Bits of a note's columns above which the part's slot is.
+const COLUMN_BITS: u32 = 8;
 
 /// The side that loads: one thread, or a warp.
 pub(super) struct Filling<'a, 'k> {
@@ -193,6 +196,21 @@ impl<'k> Note<'k> {
     /// A tile's head and batch in a word.
     pub(super) fn place(tile: Tile<'k>) -> Reg<'k, u32> {
         tile.head | (tile.batch << 16)
+    }
+
+    /// Columns of the first tile of keys that are keys, at most 192, and above them a part's slot.
+    pub(super) fn columns_of(columns: Reg<'k, u32>, part: Part<'k>) -> Reg<'k, u32> {
+        columns | (part.slot << COLUMN_BITS)
+    }
+
+    /// Those columns.
+    pub(super) fn first_columns(self) -> Reg<'k, u32> {
+        self.columns & ((1 << COLUMN_BITS) - 1)
+    }
+
+    /// As [`Part::slot`].
+    pub(super) fn slot(self) -> Reg<'k, u32> {
+        self.columns >> COLUMN_BITS
     }
 
     pub(super) fn head(self) -> Reg<'k, u32> {

@@ -25,10 +25,8 @@ pub(super) fn plan<'k>(
     let k = problem.k;
     let taken = jobs.taken(k);
     let queries = config.queries();
-    let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
-        let row = problem.lists.of_rank(tile.record, tile.number / q_tiles);
-        let first = (row * q_tiles + tile.number % q_tiles) * queries;
+        let (row, first) = problem.row(tile, queries);
         // Lane i has the spot of piece i of the queries: of tiles beside the video there is none.
         let piece = k.lane().min(queries / config.piece - 1);
         let spot = grid.spot(first + piece * config.piece);

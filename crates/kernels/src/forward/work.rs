@@ -32,10 +32,8 @@ pub(super) fn plan<'k>(
     let k = problem.k;
     let taken = jobs.taken(k);
     let queries = config.queries();
-    let q_tiles = problem.q_block / queries;
     problem.each_tile(|tile| {
-        let row = problem.lists.of_rank(tile.record, tile.number / q_tiles);
-        let first = (row * q_tiles + tile.number % q_tiles) * queries;
+        let (row, first) = problem.row(tile, queries);
         // The sequence may end within its last block.
         k.if_(first.lt(problem.q_len), || {
             let (tiles, columns, start) = Start::look_up(problem, config, tile, row);
@@ -43,7 +41,7 @@ pub(super) fn plan<'k>(
                 first,
                 place: Note::place(tile),
                 tiles,
-                columns,
+                columns: Note::columns_of(columns, tile.part),
             };
             let some = || {
                 jobs.put(&Job {

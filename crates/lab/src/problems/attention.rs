@@ -2,6 +2,7 @@
 
 use flex_block_attn::{BlockMask, Plan, PlanLayout};
 use flex_block_attn_emulator::Memory;
+use flex_block_attn_kernels::cut::Cut;
 use flex_block_attn_kernels::exact::Table;
 use flex_block_attn_kernels::{backward, forward};
 use flex_block_attn_ptx::Element;
@@ -29,6 +30,8 @@ pub struct Forward {
     pub scale: f64,
     /// Thread blocks at most.
     pub blocks: u32,
+    /// How many tiles are computed whole, and in how many parts the others; none if all are whole.
+    pub in_parts: Option<(u32, u32)>,
     /// Whether tensors are (batch, tokens, heads, head_dim) in memory.
     pub tokens_first: bool,
     /// Whether the lse is wanted.
@@ -115,6 +118,7 @@ impl Forward {
             rule: None,
             scale: 0.125,
             blocks: 2,
+            in_parts: None,
             tokens_first: false,
             lse: true,
         }
@@ -173,11 +177,15 @@ impl Forward {
                 Expected::new("lse", lse, Element::F32, expected.lse, Close::Each(1e-4))
             }),
         );
-        Setup::new(
-            memory,
-            vec![Step::new(self.config.kernel(), self.config.launch(&args))],
-            results,
-        )
+        let mut steps = vec![Step::new(self.config.kernel(), self.config.launch(&args))];
+        if let Some((config, launch)) = self.config.join(&args) {
+            steps.push(Step::new(config.kernel(), launch));
+        }
+        let setup = Setup::new(memory, steps, results);
+        match args.in_parts {
+            Some(in_parts) => setup.with_scratch(in_parts.slots),
+            None => setup,
+        }
     }
 
     fn args(
@@ -187,6 +195,18 @@ impl Forward {
         [like_q, like_kv]: [Tensor; 2],
     ) -> forward::Args<'static> {
         let numbers: usize = problem.sizes.lse_shape().iter().product();
+        let layout = layout(&self.mask);
+        let lines = (self.batch * self.heads) as u32;
+        let in_parts = self.in_parts.map(|(whole, parts)| {
+            let tiles = self.config.cut(layout, lines, 0).whole - whole;
+            let cut = Cut {
+                whole,
+                tiles,
+                parts,
+            };
+            let slots = memory.alloc("slots", self.config.slot_bytes(cut));
+            forward::InParts { cut, slots }
+        });
         forward::Args {
             q: like_q.put(memory, "q", problem.q),
             k: like_kv.put(memory, "k", problem.k),
@@ -194,13 +214,14 @@ impl Forward {
             out: like_q.alloc(memory, "out"),
             lse: self.lse.then(|| memory.alloc("lse", 4 * numbers)),
             plan: 0,
-            layout: layout(&self.mask),
+            layout,
             batch: self.batch as u32,
             heads: self.heads as u32,
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
             counter: memory.alloc_with("counter", &[0i32]),
             blocks: self.blocks,
+            in_parts,
             tables: &[],
             canvas: None,
         }

@@ -231,6 +231,7 @@ impl Video {
             scale: self.scale as f32,
             counter: memory.alloc_with("counter", &[0i32]),
             blocks: self.blocks,
+            in_parts: None,
             tables: &[],
             canvas: Some(canvas),
         };

@@ -7,7 +7,7 @@
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
 //!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
-//!   tiles are chosen by; `videos`: a video's attention;
+//!   tiles are chosen by; `videos`: a video's attention; `parts`: tiles in parts;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
@@ -21,6 +21,7 @@ mod handover;
 mod lists;
 mod needed;
 mod notes;
+mod parts;
 mod phases;
 mod places;
 mod results;
@@ -59,6 +60,8 @@ enum Base {
     /// not all of that; two batches with masks of their own, of which the first's last tile of queries
     /// has no keys; two thread blocks.
     Ragged,
+    /// The same, three tiles as a whole and five in two parts each.
+    Parts,
     /// Attention backward, head dimension 128, four thread blocks, with five tiles of queries, four, one
     /// and none: last ones in either stage, and some behind them. Of the last keys not all are there.
     Gradients,
@@ -74,11 +77,12 @@ enum Base {
     Masks,
 }
 
-const BASES: [Base; 10] = [
+const BASES: [Base; 11] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
     Base::Ragged,
+    Base::Parts,
     Base::Gradients,
     Base::Integers,
     Base::Video,
@@ -127,7 +131,7 @@ impl Base {
                 }
                 .setup()
             }
-            Self::Ragged => {
+            Self::Ragged | Self::Parts => {
                 let mask = mask(
                     [300, 456, 256, 192],
                     [2, 1],
@@ -135,6 +139,7 @@ impl Base {
                 );
                 Forward {
                     batch: 2,
+                    in_parts: (self == Self::Parts).then_some((3, 2)),
                     ..Forward::new(config(64, 192, 64), mask)
                 }
                 .setup()
@@ -207,6 +212,7 @@ fn table() -> Vec<Mutation> {
         counters::table(),
         handover::table(),
         notes::table(),
+        parts::table(),
         lists::table(),
         warps::table(),
         places::table(),

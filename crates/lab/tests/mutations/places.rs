@@ -21,7 +21,7 @@ const PLAN: &str = "plan";
 const KV_LEN: &str = "kv_len";
 const KV_BLOCK: &str = "kv_block";
 const COUNTER: &str = "counter";
-const TILES: &str = "tiles";
+const TILES: &str = "jobs";
 const TOGETHER: &str = "together";
 const APART: &str = "apart";
 const Q_BLOCK: &str = "q_block";
@@ -80,7 +80,7 @@ fn map(s: &mut Setup, arg: &str, f: impl Fn(&mut TensorMap)) -> usize {
     }
 }
 
-fn wide(s: &mut Setup, arg: &str, f: impl Fn(u64) -> u64) -> usize {
+pub(crate) fn wide(s: &mut Setup, arg: &str, f: impl Fn(u64) -> u64) -> usize {
     match argument(s, arg) {
         Arg::U64(value) => {
             *value = f(*value);
@@ -91,7 +91,7 @@ fn wide(s: &mut Setup, arg: &str, f: impl Fn(u64) -> u64) -> usize {
 }
 
 /// Changes a number.
-fn word(s: &mut Setup, arg: &str, f: impl Fn(u32) -> u32) -> usize {
+pub(crate) fn word(s: &mut Setup, arg: &str, f: impl Fn(u32) -> u32) -> usize {
     match argument(s, arg) {
         Arg::U32(value) => {
             *value = f(*value);
@@ -102,7 +102,7 @@ fn word(s: &mut Setup, arg: &str, f: impl Fn(u32) -> u32) -> usize {
 }
 
 /// Overwrites a number in memory: the `nth` behind an address.
-fn number(s: &mut Setup, arg: &str, nth: u32, value: i32) -> usize {
+pub(crate) fn number(s: &mut Setup, arg: &str, nth: u32, value: i32) -> usize {
     match *argument(s, arg) {
         Arg::U64(address) => {
             s.memory.write(address + 4 * u64::from(nth), &[value]);
@@ -536,7 +536,7 @@ fn launches() -> Vec<Mutation> {
             kind: "plan",
             base: Base::Ragged,
             edit: |s| word(s, TILES, |tiles| tiles + 1),
-            by: By::Emulator(&["Race"]),
+            by: By::Emulator(&["DivisionByZero"]),
         },
         Mutation {
             name: "of two heads that come together but one does",

@@ -226,7 +226,7 @@ fn registers() -> Vec<Mutation> {
             kind: "loop",
             base: Base::Ragged,
             edit: |s| longer(s, PLANNER),
-            by: By::Emulator(&["Race"]),
+            by: By::Emulator(&["DivisionByZero"]),
         },
         Mutation {
             name: "the consumers go on for a tile too many",

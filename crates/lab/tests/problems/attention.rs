@@ -64,6 +64,42 @@ fn lists_that_end_long_after_they_began() {
 }
 
 #[test]
+fn tiles_in_parts() {
+    // Lists shorter than there are parts, some empty; a tile behind the sequence's end; the last heads
+    // together. Output and lse are those of whole tiles.
+    let rows = ["0000000", "0010000", "1010110", "1111111", "0111111"];
+    for (head_dim, kv_tile, piece) in [(64, 128, 64), (128, 192, 64), (64, 192, 192)] {
+        let kv_block = piece as usize;
+        let mask = mask([1200, 7 * kv_block - 5], [256, kv_block], &[&rows]);
+        for in_parts in [(0, 2), (12, 3), (19, 8)] {
+            let problem = Forward {
+                heads: 2,
+                blocks: 3,
+                in_parts: Some(in_parts),
+                ..Forward::new(config(head_dim, kv_tile, piece), mask.clone())
+            };
+            right_in_all_ways(&problem.setup(), &Options::all((in_parts.0 % 2).into()));
+        }
+    }
+}
+
+#[test]
+fn tiles_in_parts_of_several_batches_without_an_lse() {
+    let masks: [&[&str]; 2] = [&["110", "001"], &["010", "111"]];
+    let problem = Forward {
+        batch: 2,
+        heads: 2,
+        kv_heads: 1,
+        blocks: 2,
+        in_parts: Some((5, 2)),
+        tokens_first: true,
+        lse: false,
+        ..Forward::new(config(128, 128, 32), mask([250, 192], [128, 64], &masks))
+    };
+    right_in_all_ways(&problem.setup(), &Options::all(1));
+}
+
+#[test]
 fn wide_tiles_blocks_of_several_tiles_and_shared_heads() {
     let problem = |kv_tile, piece| Forward {
         heads: 2,

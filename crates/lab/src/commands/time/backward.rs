@@ -45,6 +45,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         scale,
         counter: gpu.alloc_with(&[0u8; 4])?,
         blocks: gpu.device().multiprocessors(),
+        in_parts: None,
         tables: &[],
         canvas: None,
     };

@@ -37,6 +37,7 @@ pub(super) fn forward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measured
         scale: 1.0 / (head_dim as f32).sqrt(),
         counter: gpu.alloc_with(&[0u8; 4])?,
         blocks: gpu.device().multiprocessors(),
+        in_parts: None,
         tables: &[],
         canvas: None,
     };
