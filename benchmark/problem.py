@@ -238,5 +238,9 @@ def _blocks(case: Case, device: torch.device, generator: torch.Generator) -> Ten
         kept = max(1, round(case.rate * columns))
         order = torch.rand(shape, device=device, generator=generator).argsort(-1)
         blocks = torch.zeros(shape, device=device, dtype=torch.bool)
-        return blocks.scatter_(-1, order[..., :kept], True)
+        blocks.scatter_(-1, order[..., :kept], True)
+        if case.text_blocks:
+            blocks[..., -case.text_blocks :] = True
+            blocks[..., -case.text_blocks :, :] = True
+        return blocks
     return None

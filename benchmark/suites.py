@@ -54,6 +54,8 @@ class Case:
     # Of the blocks of a row (random), or of half a window's width (window); how many tokens a query
     # sees to each side (local).
     rate: float = 1.0
+    # Blocks of text behind a random mask's: they see all, and all see them.
+    text_blocks: int = 0
     dtype: str = "bfloat16"
     importance: int = 2
     batch: int = 1
@@ -198,10 +200,12 @@ def _bars() -> tuple[Case, ...]:
         name = name or f"dense h{heads} s{tokens}"
         return case(heads, tokens, block=128, name=name, importance=0, **others)
 
-    def random(block: int, rate: float, heads: int, tokens: int) -> Case:
-        name = f"{block} {rate:g} h{heads} s{tokens}"
-        return case(heads, tokens, "random", rate, block=block, name=name, importance=0)
+    def random(block: int, rate: float, heads: int, tokens: int, name: str = "", **others) -> Case:
+        name = name or f"{block} {rate:g} h{heads} s{tokens}"
+        return case(heads, tokens, "random", rate, block=block, name=name, importance=0, **others)
 
+    # As many blocks as HunyuanVideo-1.5's SSTA has at 720p, of its heads, without text and with it.
+    tiles, text = 360, 6
     return (
         dense(24, 15360),
         dense(24, 30720),
@@ -214,8 +218,20 @@ def _bars() -> tuple[Case, ...]:
         dense(1, 30720),
         dense(1, 61440),
         random(384, 0.6, 1, 11520),
+        random(384, 0.6, 1, 19200),
         random(384, 0.6, 1, 30720),
         random(384, 0.6, 1, 61440),
+        # Four blocks to each side.
+        case(24, 61440, "window", 5 / 160, name="window of 9 384 h24 s61440", importance=0),
+        random(384, 0.2, 16, 384 * tiles),
+        random(
+            384,
+            0.2,
+            16,
+            384 * (tiles + text),
+            f"384 0.2 h16 text {text} of {tiles + text}",
+            text_blocks=text,
+        ),
         dense(24, 15360, "dense h24 s15360 d64", head_dim=64),
     )
 
