@@ -26,6 +26,8 @@ const TIME: u32 = 20;
 const TEXT: u32 = 1 << 31;
 /// Tokens of the boxes that the forward pass computes a video by. Small ones have few tokens beside it.
 pub const PIECE: u32 = 16;
+/// Boxes of a tile of queries there.
+const Q_BOXES: u64 = 128 / PIECE as u64;
 /// Boxes, whole tiles and text, at most.
 pub(crate) const MOST_BOXES: u32 = 1 << 21;
 /// Bits of a width or a height.
@@ -100,8 +102,8 @@ impl Canvas {
             })
     }
 
-    /// The box of so many tokens, a power of two that divides the tile's, by which the fewest tokens
-    /// are computed; of several the widest.
+    /// The box of so many tokens, a power of two that divides the tile's, by which the fewest pairs are
+    /// computed; of several the widest.
     pub fn unit(self, piece: u32) -> [u32; 3] {
         let sides = |axis: usize| {
             (0..)
@@ -114,18 +116,36 @@ impl Canvas {
             let whole = t * h * w == piece && self.tile[0].is_multiple_of(t);
             whole.then_some([t, h, w])
         });
-        let computed = |unit: &[u32; 3]| -> u64 {
-            let along = |axis: usize| {
-                let rest = self.thw[axis] % self.tile[axis];
-                u64::from(self.thw[axis] - rest + rest.next_multiple_of(unit[axis]))
-            };
-            (0..3).map(along).product()
-        };
-        let best = fitting.min_by_key(|unit| {
-            let [t, h, _] = *unit;
-            (computed(unit), t * h, t)
+        let best = fitting.min_by_key(|&unit| {
+            let [t, h, _] = unit;
+            (self.pairs(unit, piece), t * h, t)
         });
         best.unwrap_or_else(|| panic!("boxes of {piece} in {self:?}"))
+    }
+
+    /// In proportion to the pairs that are computed of a video that sees all of itself: boxes of keys, by
+    /// boxes of queries in whole tiles of these.
+    fn pairs(self, unit: [u32; 3], piece: u32) -> u64 {
+        // Along each axis: tiles, and boxes of each; first whole ones, then the one at the border.
+        let along: [[(u32, u32); 2]; 3] = std::array::from_fn(|axis| {
+            let (len, tile, side) = (self.thw[axis], self.tile[axis], unit[axis]);
+            let rest = len % tile;
+            [
+                (len / tile, tile / side),
+                (rest.min(1), rest.div_ceil(side)),
+            ]
+        });
+        // The backward pass fills its tiles over the ends of the mask's blocks.
+        let of_tile = if piece == PIECE { Q_BOXES } else { 1 };
+        let (mut keys, mut queries) = (0, 0);
+        for (i, j, l) in (0..8).map(|n| (n & 1, n >> 1 & 1, n >> 2)) {
+            let kinds = [along[0][i], along[1][j], along[2][l]];
+            let tiles: u64 = kinds.iter().map(|kind| u64::from(kind.0)).product();
+            let boxes: u64 = kinds.iter().map(|kind| u64::from(kind.1)).product();
+            keys += tiles * boxes;
+            queries += tiles * boxes.div_ceil(of_tile);
+        }
+        keys * queries
     }
 
     /// The arguments for [`Grid::new`].
@@ -245,10 +265,7 @@ pub(crate) fn token<'k>(
 ) -> (Reg<'k, u32>, Reg<'k, bool>) {
     match grid {
         None => (place, place.lt(len)),
-        Some(grid) => {
-            let spot = grid.spot(place);
-            (grid.token(spot), grid.is_inside(spot))
-        }
+        Some(grid) => grid.token_at(grid.spot(place)),
     }
 }
 
@@ -518,15 +535,37 @@ impl<'k> Grid<'k> {
         let spot = self.corner(block);
         let inside = k.var(token);
         k.if_not(is_text(spot), || {
-            let i = token & (self.piece - 1);
-            let low = |log: Reg<'k, u32>| (k.var(1u32) << log) - 1;
-            let t_of_unit = i >> (self.log_w + self.log_h);
-            let h_of_unit = (i >> self.log_w) & low(self.log_h);
-            let w_of_unit = i & low(self.log_w);
-            let of_unit = (t_of_unit << TIME) + (h_of_unit << HEIGHT) + w_of_unit;
+            let of_unit = self.of_unit(token & (self.piece - 1));
             inside.set(self.unit_at(token >> self.piece.ilog2()) + of_unit);
         });
         spot + inside
+    }
+
+    /// How far behind a box's spot its i-th token is.
+    fn of_unit(&self, i: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = self.k;
+        let low = |log: Reg<'k, u32>| (k.var(1u32) << log) - 1;
+        let t = i >> (self.log_w + self.log_h);
+        let h = (i >> self.log_w) & low(self.log_h);
+        let w = i & low(self.log_w);
+        (t << TIME) + (h << HEIGHT) + w
+    }
+
+    /// Which of a tensor's rows the i-th token of the box at a spot is, and whether it is one; nothing is
+    /// one of a box that has none.
+    pub(crate) fn token_of_box(
+        &self,
+        spot: Reg<'k, u32>,
+        i: Reg<'k, u32>,
+    ) -> (Reg<'k, u32>, Reg<'k, bool>) {
+        let of_box = is_text(spot).select(i, self.of_unit(i));
+        let (token, inside) = self.token_at(spot + of_box);
+        (token, inside & self.is_inside(spot))
+    }
+
+    /// Which of a tensor's rows the token at a spot is, and whether there is one.
+    fn token_at(&self, spot: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, bool>) {
+        (self.token(spot), self.is_inside(spot))
     }
 
     /// How far behind a tile's spot its n-th box is.
@@ -683,5 +722,32 @@ impl<'k> Grid<'k> {
                 all(maps.video, at.map(|axis| axis.operand()));
             },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boxes_are_those_that_compute_least() {
+        let canvas = |thw, tile| Canvas {
+            thw,
+            tile,
+            text_len: 0,
+            padding: Padding::Exact,
+        };
+        // 720p and 480p, 121 frames. At 720p (1, 2, 8) has fewer keys, 114,080 beside 115,200, but more
+        // tiles of queries, 960 beside 910: 18 boxes of a tile at the lower border take three, 15 two.
+        let [high, low] = [[31, 45, 80], [31, 30, 52]].map(|thw| canvas(thw, [6, 8, 8]));
+        assert_eq!(high.unit(PIECE), [2, 1, 8]);
+        assert_eq!(high.pairs([2, 1, 8], PIECE), 115_200 / 16 * 910);
+        assert_eq!(high.pairs([1, 2, 8], PIECE), 114_080 / 16 * 960);
+        assert_eq!(low.unit(PIECE), [2, 2, 4]);
+        // Of the backward pass only tokens count.
+        assert_eq!(high.unit(64), [1, 8, 8]);
+        // Tiles without borders: the widest.
+        assert_eq!(canvas([12, 16, 16], [6, 8, 8]).unit(PIECE), [1, 2, 8]);
+        assert_eq!(canvas([4, 8, 32], [2, 4, 16]).unit(PIECE), [1, 1, 16]);
     }
 }

@@ -272,7 +272,9 @@ impl Config {
             }
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            results.store(problem, wg, note, (&output, pair), log_sum);
+            let own = wg.index * OWN + wg.row();
+            let rows = [own, own + 8].map(|i| queries.query_before(problem, i));
+            results.store(problem, wg, note, rows, (&output, pair), log_sum);
         };
 
         // Turns are in a circle, and the first warpgroup goes first.

@@ -269,7 +269,9 @@ impl Config {
             queries.release();
             let (inverse, log_sum) = softmax.finish();
             output.scale_rows(inverse);
-            results.store(problem, wg, queries.note(), (&output, pair), log_sum);
+            let own = wg.index * OWN + wg.row();
+            let rows = [own, own + 8].map(|i| queries.query(problem, i));
+            results.store(problem, wg, queries.note(), rows, (&output, pair), log_sum);
         });
     }
 

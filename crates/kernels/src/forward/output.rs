@@ -6,10 +6,9 @@ use flex_block_attn_ptx::builder::Pair;
 use flex_block_attn_ptx::{Arg, Builder, Reg};
 use flex_block_attn_tile::{RegTile, RowPair, Warpgroup, four_of_sixteen};
 
-use super::problem::Problem;
+use super::Args;
+use super::problem::{Problem, Query};
 use super::queries::Note;
-use super::{Args, OWN};
-use crate::canvas;
 use crate::chunk::{self, Heads, Lanes, Rows};
 
 /// Where results go.
@@ -35,25 +34,23 @@ impl<'k> Results<'k> {
         }
     }
 
-    /// Stores a warpgroup's output and logarithms, as far as there are such queries.
+    /// Stores a warpgroup's output and logarithms: each thread has two queries' rows, if they are tokens.
     pub(super) fn store(
         &self,
         problem: &Problem<'k>,
         wg: Warpgroup<'k>,
         note: Note<'k>,
+        queries: [Query<'k>; 2],
         (output, pair): (&RegTile<'k>, Pair),
         log_sum: RowPair<'k>,
     ) {
         let k = problem.k;
-        let first = note.first + wg.index * OWN + wg.row();
         let at = self.of_note(problem, note);
         // A row lies in the four threads of a quad: one of them writes its logarithm.
         let writes = (wg.lane & 3).equals(0) & at.wants_lse;
         let own = (four_of_sixteen(wg.lane) * 2).to_u64();
         let fours = output.fours(wg.lane, pair);
-        for row in 0..2 {
-            let place = first + 8 * row as u32;
-            let (token, inside) = canvas::token(&problem.grid, place, problem.q_len);
+        for (row, (token, inside)) in queries.into_iter().enumerate() {
             let lse = at.logarithm(token);
             k.where_(writes & inside, || k.store_global(lse, log_sum[row]));
             let address = at.rows.row(token) + own;
@@ -67,18 +64,19 @@ impl<'k> Results<'k> {
         }
     }
 
-    /// Stores zeros and logarithms for `queries` queries without any key. A whole warp.
+    /// Stores zeros and logarithms for as many queries without any key. A whole warp.
     pub(super) fn store_none(
         &self,
         problem: &Problem<'k>,
         note: Note<'k>,
-        [queries, head_dim]: [u32; 2],
+        (queries, query): (u32, impl Fn(Reg<'k, u32>) -> Query<'k>),
+        head_dim: u32,
         log_sum: Reg<'k, f32>,
     ) {
         let k = problem.k;
         let at = self.of_note(problem, note);
         k.for_(k.lane(), queries, 32, |i| {
-            let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
+            let (token, inside) = query(i);
             k.if_(inside & at.wants_lse, || {
                 k.store_global(at.logarithm(token), log_sum);
             });
@@ -87,7 +85,7 @@ impl<'k> Results<'k> {
         let chunk = k.lane() & (lanes.each - 1);
         let zero = k.var(0u32);
         k.for_(k.lane() / lanes.each, queries, lanes.rows, |i| {
-            let (token, inside) = canvas::token(&problem.grid, note.first + i, problem.q_len);
+            let (token, inside) = query(i);
             k.if_(inside, || {
                 k.store_globals(at.rows.chunk(token, chunk), [zero; 4]);
             });

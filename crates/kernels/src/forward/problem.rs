@@ -54,6 +54,9 @@ pub(super) struct Tile<'k> {
     pub(super) part: Part<'k>,
 }
 
+/// Which of a head's rows a query is, and whether it is a token at all.
+pub(super) type Query<'k> = (Reg<'k, u32>, Reg<'k, bool>);
+
 /// A part of a tile of queries: some of its list of keys.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'k> {
@@ -124,11 +127,16 @@ impl<'k> Problem<'k> {
         Tile {
             head,
             batch,
-            kv_head: head / self.group,
+            kv_head: self.kv_head(head),
             record: self.lists.record(head, batch),
             number,
             part,
         }
+    }
+
+    /// The head of k and v for one of q.
+    pub(super) fn kv_head(&self, head: Reg<'k, u32>) -> Reg<'k, u32> {
+        head / self.group
     }
 
     /// The mask's row that a tile of so many queries, of one block, is in, and its first query.
@@ -150,6 +158,11 @@ impl<'k> Problem<'k> {
             number.set(late / self.together);
         });
         (line, number)
+    }
+
+    /// A query by its number in its head, but for those of a video.
+    pub(super) fn query(&self, number: Reg<'k, u32>) -> Query<'k> {
+        (number, number.lt(self.q_len))
     }
 
     /// Keys of the block that starts at key `first`: the sequence's last may be short.

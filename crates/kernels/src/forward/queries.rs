@@ -8,12 +8,12 @@ use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Barriers, Place, Shared, SharedTile};
 
 use super::Config;
-use super::problem::{Part, Tile};
+use super::problem::{Part, Problem, Query, Tile};
 use crate::canvas::{Grid, Maps};
 
 /// In a note's count of tiles: there are no more queries.
 const END: u32 = u32::MAX;
-/// Bytes of a note.
+/// Bytes of a note; of a video's queries the spots of their pieces are behind it.
 const NOTE_BYTES: u32 = 16;
 /// Notes there are. A note's place is free when the tile before last has been given back, which is when
 /// the queries before it are done with: that is known when the last tile is filled.
@@ -30,12 +30,15 @@ pub(super) struct Queries<'k> {
     full: Barrier<'k>,
     /// Each consumer's warp needs the tile no longer.
     empty: Barrier<'k>,
+    /// Tokens of a video's pieces, and how many spots of them a note has; else none.
+    piece: u32,
+    spots: u32,
 }
 
 /// What consumers must know of a tile of queries.
 #[derive(Clone, Copy)]
 pub(super) struct Note<'k> {
-    /// First query.
+    /// First query; of a video nothing.
     pub(super) first: Reg<'k, u32>,
     /// Head of q, and batch above it.
     pub(super) place: Reg<'k, u32>,
@@ -68,12 +71,15 @@ pub(super) struct Using<'a, 'k> {
 impl<'k> Queries<'k> {
     pub(super) fn new(shared: &Shared<'k>, config: Config) -> Self {
         let shape = config.q_shape();
+        let spots = if config.canvas { config.q_pieces() } else { 0 };
         Self {
             tile: shared.tile(shape),
-            notes: shared.bytes(NOTES * NOTE_BYTES, NOTE_BYTES),
+            notes: shared.bytes(NOTES * (NOTE_BYTES + 4 * spots), NOTE_BYTES),
             noted: shared.barriers(2, 1),
             full: shared.barrier(1),
             empty: shared.barrier(shape.rows / 16),
+            piece: config.piece,
+            spots,
         }
     }
 
@@ -104,8 +110,33 @@ impl<'k> Queries<'k> {
 
     /// The place of the note after so many.
     fn note(&self, notes: Reg<'k, u32>) -> Address<'k, u32> {
-        self.notes.plus((notes & (NOTES - 1)) * NOTE_BYTES)
+        self.notes
+            .plus((notes & (NOTES - 1)) * (NOTE_BYTES + 4 * self.spots))
     }
+
+    /// The i-th query of the note after so many.
+    fn query(&self, problem: &Problem<'k>, notes: Reg<'k, u32>, i: Reg<'k, u32>) -> Query<'k> {
+        let k = problem.k;
+        match &problem.grid {
+            None => {
+                let first = k.load_shared_uniform(self.note(notes));
+                problem.query(first + i)
+            }
+            Some(grid) => query_of_box(grid, self.note(notes).at(NOTE_BYTES), self.piece, i),
+        }
+    }
+}
+
+/// The i-th query of a tile whose pieces' spots are at `spots`.
+pub(super) fn query_of_box<'k>(
+    grid: &Grid<'k>,
+    spots: Address<'k, u32>,
+    piece: u32,
+    i: Reg<'k, u32>,
+) -> Query<'k> {
+    let k = i.builder();
+    let spot = k.load_shared(spots.plus((i >> piece.ilog2()) * 4));
+    grid.token_of_box(spot, i & (piece - 1))
 }
 
 impl<'k> Filling<'_, 'k> {
@@ -119,6 +150,19 @@ impl<'k> Filling<'_, 'k> {
             queries.noted.in_turn(noted).arrive();
         });
         noted += 1;
+    }
+
+    /// As [`Filling::announce`], of a video, by a whole warp: the spots of the tile's pieces are at
+    /// `spots`, but where there are no more.
+    pub(super) fn announce_boxes(&self, note: Note<'k>, spots: Address<'k, u32>) {
+        let Self { k, queries, .. } = *self;
+        k.if_(k.lane().lt(queries.spots) & !note.is_end(), || {
+            let spot = k.load_shared::<u32>(spots.plus(k.lane() * 4));
+            let to = queries.note(self.noted).at(NOTE_BYTES);
+            k.store_shared(to.plus(k.lane() * 4), spot);
+        });
+        k.warp_sync();
+        self.announce(note);
     }
 
     /// Waits until the tile before is done with.
@@ -174,6 +218,16 @@ impl<'k> Using<'_, 'k> {
     /// The note before.
     pub(super) fn note_before(&self) -> Note<'k> {
         self.read(self.seen - 2)
+    }
+
+    /// The i-th query of the last note.
+    pub(super) fn query(&self, problem: &Problem<'k>, i: Reg<'k, u32>) -> Query<'k> {
+        self.queries.query(problem, self.seen - 1, i)
+    }
+
+    /// And of the note before.
+    pub(super) fn query_before(&self, problem: &Problem<'k>, i: Reg<'k, u32>) -> Query<'k> {
+        self.queries.query(problem, self.seen - 2, i)
     }
 
     fn read(&self, notes: Reg<'k, u32>) -> Note<'k> {

@@ -1,6 +1,7 @@
 //! What is different where tokens are a video's: the planner counts boxes, loaders copy them by the
 //! notes of [`super::walk`], and consumers hide what a box has beside the video.
 
+use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Phases, RegTile, Ring, Warpgroup};
 
@@ -9,7 +10,7 @@ use super::kernel::{Maps, Stores};
 use super::keys::Start;
 use super::output::Results;
 use super::problem::{Problem, Tile};
-use super::queries::Note;
+use super::queries::{Note, query_of_box};
 use super::walk::Notes;
 use super::work::{Job, Jobs, LATE};
 use crate::canvas::{Grid, Source};
@@ -26,29 +27,27 @@ pub(super) fn plan<'k>(
     let taken = jobs.taken(k);
     let queries = config.queries();
     problem.each_tile(|tile| {
-        let (row, first) = problem.row(tile, queries);
-        // Lane i has the spot of piece i of the queries: of tiles beside the video there is none.
-        let piece = k.lane().min(queries / config.piece - 1);
-        let spot = grid.spot(first + piece * config.piece);
-        k.if_(grid.is_inside(spot).any(), || {
+        let place = Note::place(tile);
+        let of_block = problem.q_block / queries;
+        let row = problem.lists.of_rank(tile.record, tile.number / of_block);
+        // Boxes with a token are put together: tiles at the video's borders have fewer than others.
+        let before = tile.number % of_block * config.q_pieces();
+        let found = gather(grid, config, row, before, jobs.spots());
+        k.if_(found.gt(before), || {
             let (boxes, blank, list, count) = totals(problem, grid, tile, row);
             let keys = boxes * config.piece;
             let tiles = (keys + (config.kv_tile - 1)) / config.kv_tile;
             let note = Note {
-                first,
-                place: Note::place(tile),
+                first: k.var(0u32),
+                place,
                 tiles,
                 columns: blank,
             };
             let some = || {
-                k.if_(k.lane().lt(config.q_pieces()), || {
-                    k.store_shared(jobs.spots().plus(k.lane() * 4), spot);
-                });
-                k.warp_sync();
                 let zero = k.var(0u32);
                 jobs.put(&Job {
                     note,
-                    kv_head: tile.kv_head,
+                    kv_head: problem.kv_head(note.head()),
                     // The walker starts at the list's end, with so many entries to come.
                     start: Start {
                         entry: list + count,
@@ -63,12 +62,46 @@ pub(super) fn plan<'k>(
             let none = || {
                 // Of padding each token has a score of 0; of none the logarithm is -inf.
                 let log_sum = blank.to_f32().log2() * std::f32::consts::LN_2;
-                results.store_none(problem, note, [queries, config.head_dim], log_sum);
+                let query = |i| query_of_box(grid, jobs.spots(), config.piece, i);
+                results.store_none(problem, note, (queries, query), config.head_dim, log_sum);
             };
             k.if_else(tiles.gt(0), some, none);
         });
     });
     jobs.put(&Job::none(k));
+}
+
+/// Leaves at `to` the spots of the pieces of a tile of queries: of the block's boxes that have a token
+/// those behind the first `before` of these, and nowhere where there are none left. Gives how many the
+/// block has. A whole warp, which must sync before its lanes read them.
+fn gather<'k>(
+    grid: &Grid<'k>,
+    config: Config,
+    block: Reg<'k, u32>,
+    before: Reg<'k, u32>,
+    to: Address<'k, u32>,
+) -> Reg<'k, u32> {
+    let k = block.builder();
+    let (corner, boxes) = (grid.corner(block), grid.boxes_of_tile());
+    let mut found = k.var(0u32);
+    k.if_(k.lane().lt(config.q_pieces()), || {
+        k.store_shared(to.plus(k.lane() * 4), grid.nowhere());
+    });
+    // Votes order what lanes store.
+    k.for_(0, boxes, 32, |first| {
+        let i = first + k.lane();
+        let spot = grid.nth_box(corner, i);
+        let there = i.lt(boxes) & grid.is_inside(spot);
+        let those = there.ballot();
+        let lanes_before = (k.var(1u32) << k.lane()) - 1;
+        // Of those before it is a large number.
+        let at = found + (those & lanes_before).count_ones() - before;
+        k.if_(there & at.lt(config.q_pieces()), || {
+            k.store_shared(to.plus(at * 4), spot);
+        });
+        found += those.count_ones();
+    });
+    found
 }
 
 /// Of a row of the mask: boxes of keys, padding that is attended, the list's first word, and its entries.
@@ -119,7 +152,7 @@ impl<'k> Loader<'_, 'k> {
         k.loop_(|leave| {
             filled.wait();
             let note = jobs.note(k);
-            queries.announce(note);
+            queries.announce_boxes(note, jobs.spots());
             leave.when(note.is_end());
             let line = [jobs.kv_head(k), note.batch()];
             let load = |turn| self.load(&stores.keys, maps.k, turn, line);

@@ -53,7 +53,8 @@ pub(super) fn plan<'k>(
             };
             let none = || {
                 let log_sum = k.var(f32::NEG_INFINITY);
-                results.store_none(problem, note, [queries, config.head_dim], log_sum);
+                let query = |i| problem.query(first + i);
+                results.store_none(problem, note, (queries, query), config.head_dim, log_sum);
             };
             k.if_else(tiles.gt(0), some, none);
         });

@@ -57,17 +57,7 @@ fn guarded(kernel: &Kernel) -> Vec<RegId> {
 
 /// Stores a thread's second row so many behind the first.
 fn second_row(s: &mut Setup, behind: u64) -> usize {
-    let rows = results(guarded(s.kernel()), Binary::Add);
-    let second = |op: &Op| {
-        rows(op)
-            && matches!(
-                op,
-                Op::Binary {
-                    b: Operand::Imm(8),
-                    ..
-                }
-            )
-    };
+    let second = of_rows(s, Binary::Add, 8);
     immediate(s.kernel_mut(), All, second, behind)
 }
 
