@@ -88,7 +88,11 @@ def select_cuda(
     mask: Tensor,
     workspace: Tensor,
 ) -> None: ...
-def backward_workspace(q_shape: tuple[int, ...], deterministic: bool) -> tuple[int, int]: ...
+def backward_workspace(
+    q_shape: tuple[int, ...],
+    deterministic: bool,
+    keys: tuple[tuple[int, ...], int, int, int] | None = None,
+) -> tuple[int, int]: ...
 def backward_cuda(
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor | None],

@@ -295,7 +295,8 @@ def _backward_cuda(
     else:
         if dlse is not None:
             dlse = dlse.contiguous()
-        counts = _native.backward_workspace(q.shape, deterministic)
+        keys = k.shape, q_block, kv_block, q.get_device()
+        counts = _native.backward_workspace(q.shape, deterministic, keys)
         rows, sums = (q.new_empty(count, dtype=torch.float32) for count in counts)
         _native.backward_cuda(
             (q, k, v, out, lse),

@@ -20,6 +20,8 @@ from benchmark.__main__ import main as benchmark
 from benchmark.clock import peak_mib, turn
 from flex_block_attn import (
     BlockMask,
+    _native,
+    create_block_mask,
     flex_block_attn,
     flex_block_attn_func,
     ops,
@@ -147,6 +149,55 @@ def test_deterministic_gradients_of_more_blocks_than_run_at_once():
         out = flex_block_attn(*inputs, mask.to("cuda"), deterministic=True)
         runs = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(4)]
         assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+SMALL_CALLS = {
+    "full": lambda n: BlockMask.full(n, n, 128, 128),
+    "random": lambda n: BlockMask.random(n, n, 128, 128, density=0.5, seed=4),
+    "small blocks": lambda n: BlockMask.random(n, n, 64, 64, density=0.4, seed=5),
+    "causal": lambda n: create_block_mask(lambda b, h, q, kv: q >= kv, None, None, n, n),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_CALLS)
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, head_dim, dtype",
+    [
+        (2000, 1, 1, 64, torch.bfloat16),
+        (3300, 2, 1, 128, torch.float16),
+        (5000, 1, 1, 128, torch.bfloat16),
+        (6000, 3, 3, 128, torch.bfloat16),
+    ],
+)
+def test_gradients_of_small_calls(kind, tokens, heads, kv_heads, head_dim, dtype):
+    """Those of keys and values are computed in parts: there are fewer tiles of keys than
+    multiprocessors, or in the last case a few more. They repeat to the last bit all the same."""
+    mask = SMALL_CALLS[kind](tokens).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    q, k, v, dout = (
+        tensor((1, h, tokens, head_dim), "tokens first", dtype, generator)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
+    keys = k.shape, mask.q_block_size, mask.kv_block_size, torch.cuda.current_device()
+    numbers = (_native.backward_workspace(q.shape, False, given) for given in (keys, None))
+    in_parts, whole = (sums for _, sums in numbers)
+    assert in_parts > whole
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = scaled_dot_product_attention(
+        exact[0],
+        *(x.repeat_interleave(heads // kv_heads, dim=1) for x in exact[1:]),
+        attn_mask=mask.to_dense(),
+    )
+    wanted = torch.autograd.grad(expected, exact, dout.double())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    for deterministic in (False, True):
+        out = flex_block_attn(*inputs, mask, deterministic=deterministic)
+        runs = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(2)]
+        for got, right in zip(runs[0], wanted, strict=True):
+            assert relative_error(got, right) < 1e-2
+        # Sums of the gradient of q are made in any order, unless told otherwise.
+        repeated = runs if deterministic else [run[1:] for run in runs]
+        assert all(torch.equal(a, b) for a, b in zip(*repeated, strict=True))
 
 
 def test_deterministic_gradients_of_outliers():

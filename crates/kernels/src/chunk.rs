@@ -75,6 +75,17 @@ impl<'k> Heads<'k> {
         }
     }
 
+    /// Those at an address, of which rows, heads and batches are so many bytes apart.
+    pub(crate) fn at(address: Reg<'k, u64>, bytes: [u64; 3]) -> Self {
+        let [row, head, batch] = bytes.map(|bytes| address.builder().var(bytes));
+        Self {
+            address,
+            row,
+            head,
+            batch,
+        }
+    }
+
     /// Those of `then` where `cond` holds, else these.
     pub(crate) fn or(self, cond: Reg<'k, bool>, then: Self) -> Self {
         let pick = |then: Reg<'k, u64>, otherwise: Reg<'k, u64>| cond.select(then, otherwise);
@@ -109,6 +120,14 @@ impl<'k> Rows<'k> {
     /// `cta_z`.
     pub(crate) fn new(k: &'k Builder, name: &str) -> Self {
         Heads::new(k, name).rows(k.cta_y(), k.cta_z())
+    }
+
+    /// Those of `then` where `cond` holds, else these.
+    pub(crate) fn or(self, cond: Reg<'k, bool>, then: Self) -> Self {
+        Self {
+            first: cond.select(then.first, self.first),
+            stride: cond.select(then.stride, self.stride),
+        }
     }
 
     /// Address of row `row`.
@@ -155,4 +174,9 @@ pub(crate) fn floats<'k>(words: [Reg<'k, u32>; 4], element: Element) -> [Reg<'k,
         _ => [word.low_bf16(), word.high_bf16()],
     });
     std::array::from_fn(|i| pairs[i / 2][i % 2])
+}
+
+/// A chunk of floats, rounded.
+pub(crate) fn packed<'k>(floats: [Reg<'k, f32>; 8], element: Element) -> [Reg<'k, u32>; 4] {
+    [0, 2, 4, 6].map(|i| floats[i].pack(floats[i + 1], pair(element)))
 }

@@ -9,7 +9,6 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
-use crate::gemm::pair;
 
 const THREADS: u32 = 256;
 /// Rows of a thread.
@@ -167,7 +166,7 @@ pub(crate) fn whole<'k>(
             *total = x.fma(weight * share, *total);
         }
     }
-    let words = [0, 2, 4, 6].map(|column| total[column].pack(total[column + 1], pair(element)));
+    let words = chunk::packed(total, element);
     (words, sum.log2().fma(std::f32::consts::LN_2, base))
 }
 

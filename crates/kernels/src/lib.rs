@@ -41,6 +41,11 @@ pub fn all() -> Vec<Kernel> {
             .map(|c| c.kernel()),
     );
     kernels.extend(
+        backward::join::Config::all()
+            .into_iter()
+            .map(|c| c.kernel()),
+    );
+    kernels.extend(
         backward::finish::Config::all()
             .into_iter()
             .map(|c| c.kernel()),

@@ -4,7 +4,7 @@
 
 use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
-    self, BackwardWorkspace, Mask, Order, Selection, Step, backward_steps, combine_step,
+    self, BackwardWorkspace, Keys, Mask, Order, Selection, Step, backward_steps, combine_step,
     forward_slots, forward_steps, plan_steps, select_steps, selection_numbers,
 };
 use flex_block_attn::select::{Choice, Scoring, tiles_in_place, video_tiles};
@@ -81,12 +81,13 @@ fn run(memory: &mut Memory, steps: impl IntoIterator<Item = (Step, Launch)>) {
     }
 }
 
-/// A random problem of so many keys or fewer; says whether some tiles are computed in parts.
-fn check(chance: &mut Chance, keys: usize) -> bool {
+/// Of at most so many queries and keys, on so many multiprocessors; says whether outputs were
+/// computed in parts, and gradients of k and v.
+fn check(chance: &mut Chance, longest: [usize; 2], multiprocessors: u32) -> [bool; 2] {
     let dim = chance.of(&[64, 64, 128]);
     let q_block = chance.of(&[16, 48, 64, 128, 256]);
     let kv_block = chance.of(&[16, 32, 64, 128, 192]);
-    let (q_len, kv_len) = (1 + chance.below(200), 1 + keys / 2 + chance.below(keys / 2));
+    let [q_len, kv_len] = longest.map(|longest| 1 + chance.below(longest));
     let batch = 1 + chance.below(2);
     let (heads, kv_heads) = chance.of(&[(1, 1), (2, 1), (2, 2), (4, 2)]);
     let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
@@ -103,7 +104,7 @@ fn check(chance: &mut Chance, keys: usize) -> bool {
     let rule = rule.map(|which: usize| match which {
         0 => causal(),
         1 => dilated_window(60),
-        _ => documents_with_prefix(keys, batch as u32, heads as u32),
+        _ => documents_with_prefix(longest[0].max(longest[1]), batch as u32, heads as u32),
     });
     let planned = Plan::new(&match &rule {
         None => BlockMask::from_matrix(extents, mask).unwrap(),
@@ -180,7 +181,6 @@ fn check(chance: &mut Chance, keys: usize) -> bool {
         [("q", &q), ("k", &k), ("v", &v)].map(|(name, x)| x.at(x.put(&mut memory, name)));
     let out_at = memory.alloc("out", 2 * out.len());
     let lse_at = memory.alloc("lse", 4 * count);
-    let multiprocessors = chance.of(&[3, 132]);
     let slots = match forward_slots(&q_at, &plan, &options, multiprocessors) {
         0 => None,
         bytes => Some(memory.alloc("slots", bytes)),
@@ -251,14 +251,26 @@ fn check(chance: &mut Chance, keys: usize) -> bool {
         dk: Some(written(places[1], DType::BF16, kv_shape)),
         dv: Some(written(places[2], DType::BF16, kv_shape)),
     };
-    let sizes = BackwardWorkspace::new(out_shape, options.deterministic);
+    let keys = Keys {
+        extents,
+        heads: kv_heads,
+        multiprocessors,
+    };
+    let sizes = BackwardWorkspace::new(out_shape, options.deterministic, Some(keys));
     let workspace = [
         memory.alloc("rows", 4 * sizes.rows),
         memory.alloc("sums", 4 * sizes.sums),
     ];
     let dlse_at = has_dlse.then(|| read(dlse_at, DType::F32, lse_shape));
     let steps = backward_steps(
-        &saved, dout_at, dlse_at, &plan, &options, &gradients, workspace,
+        &saved,
+        dout_at,
+        dlse_at,
+        &plan,
+        &options,
+        &gradients,
+        workspace,
+        multiprocessors,
     );
     let steps = steps.unwrap().expect("there are queries and keys");
     let (zeroed, count) = steps.zeroed;
@@ -267,7 +279,11 @@ fn check(chance: &mut Chance, keys: usize) -> bool {
     } else {
         assert_eq!(count, 0);
     }
-    run(&mut memory, steps.launches);
+    let launches = steps.launches;
+    let in_parts = launches
+        .iter()
+        .any(|(step, _)| matches!(step, Step::JoinGradients(_)));
+    run(&mut memory, launches);
     for (name, at, expected) in [
         ("dq", places[0], &dq),
         ("dk", places[1], &dk),
@@ -275,7 +291,7 @@ fn check(chance: &mut Chance, keys: usize) -> bool {
     ] {
         close(name, &memory, at, expected);
     }
-    slots.is_some()
+    [slots.is_some(), in_parts]
 }
 
 fn close(name: &str, memory: &Memory, at: u64, expected: &[bf16]) {
@@ -295,15 +311,25 @@ fn close(name: &str, memory: &Memory, at: u64, expected: &[bf16]) {
 fn calls_put_what_the_cpu_computes() {
     let mut chance = Chance(7);
     for _ in 0..24 {
-        check(&mut chance, 400);
+        check(&mut chance, [200, 400], 3);
     }
 }
 
+/// Of few queries and many keys a GPU has too few tiles of queries to be busy: they are computed in parts;
+/// of many queries and few keys likewise those of keys.
 #[test]
-fn few_queries_and_many_keys_are_computed_in_parts() {
-    let mut chance = Chance(5);
-    let in_parts = (0..16).filter(|_| check(&mut chance, 3000));
-    assert!(in_parts.count() > 2);
+fn small_calls_in_parts_put_what_the_cpu_computes() {
+    let mut chance = Chance(11);
+    let mut counts = [0; 2];
+    for longest in [[4000, 300], [200, 4000]] {
+        for _ in 0..10 {
+            let in_parts = check(&mut chance, longest, 50);
+            for (count, in_parts) in counts.iter_mut().zip(in_parts) {
+                *count += u32::from(in_parts);
+            }
+        }
+    }
+    assert!(counts.iter().all(|&count| count >= 3), "{counts:?}");
 }
 
 /// Output and lse on the CPU; blocks of 16 queries and 32 keys, kept by their numbers.

@@ -2,7 +2,7 @@
 //!
 //! Who calls has allocated what is written, but for what lasts no longer than a call. [`plan_shape`] says beforehand of what shape a plan is.
 
-use flex_block_attn::gpu::{self, BackwardWorkspace, Mask, Plan, Stream};
+use flex_block_attn::gpu::{self, BackwardWorkspace, Keys, Mask, Plan, Stream};
 use flex_block_attn::{Gradients, Options, PlanLayout, Saved, Video};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -174,7 +174,7 @@ pub fn forward_cuda(
     };
     let on = stream(py, &inputs.0)?;
     let counter = Counter::of(py, on)?;
-    let multiprocessors = on.multiprocessors().map_err(python)?;
+    let multiprocessors = gpu::multiprocessors(on.device).map_err(python)?;
     // SAFETY: all layouts were read from tensors, which `ops.py` has seen to be on the stream's device
     // or has allocated there, as has `direct`; the plan has as many words as its layout says; torch's
     // allocator keeps all until the stream has come past this call.
@@ -229,12 +229,27 @@ pub fn combine_cuda(py: Python<'_>, parts: Vec<(Raw, Raw)>, out: Raw, lse: Raw) 
     .map_err(python)
 }
 
-/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape, and whether
-/// its gradient is to repeat to the last bit.
+/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape, and
+/// whether its gradient is to repeat to the last bit; unless tokens are a video's, also for a k of the
+/// shape in `keys`, blocks of so many queries and keys, and the ordinal of a GPU.
 #[pyfunction]
-pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool) -> (usize, usize) {
-    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape, deterministic);
-    (rows, sums)
+#[pyo3(signature = (q_shape, deterministic, keys=None))]
+pub fn backward_workspace(
+    q_shape: [usize; 4],
+    deterministic: bool,
+    keys: Option<([usize; 4], usize, usize, u32)>,
+) -> PyResult<(usize, usize)> {
+    let keys = keys
+        .map(|([_, heads, kv_len, _], q_block, kv_block, device)| {
+            Ok::<_, PyErr>(Keys {
+                extents: extents((q_shape[2], kv_len, q_block, kv_block))?,
+                heads,
+                multiprocessors: gpu::multiprocessors(device).map_err(python)?,
+            })
+        })
+        .transpose()?;
+    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape, deterministic, keys);
+    Ok((rows, sums))
 }
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;

@@ -1,8 +1,12 @@
-//! The backward pass: arguments to three launches.
+//! The backward pass: arguments to three launches, up to five.
 
 use flex_block_attn_cuda as cuda;
 use flex_block_attn_kernels::Launch;
-use flex_block_attn_kernels::backward::{Args, Config, WINDOW, Workspace, bounds, finish, prepare};
+use flex_block_attn_kernels::backward::{
+    Args, Config, WINDOW, Workspace, bounds, cut, finish, join, prepare, slot_numbers,
+};
+use flex_block_attn_kernels::cut::Cut;
+use flex_block_attn_mask::Extents;
 
 use super::video::{canvas, in_lines, no_kernel, places};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
@@ -14,23 +18,42 @@ use crate::{Gradients, Options, Result, Saved, Tensor, check};
 pub struct BackwardWorkspace {
     /// Numbers of the first: two for each query, or three.
     pub rows: usize,
-    /// Numbers of the second: as many as q has, in whole units of 64 queries, and perhaps some for each
-    /// head.
+    /// Numbers of the second: as many as q has, in whole units of 64 queries, perhaps some for parts of
+    /// k's and v's gradients, and perhaps some for each head.
     pub sums: usize,
+}
+
+/// What says whether gradients of k and v are computed in parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keys {
+    /// Lengths and blocks.
+    pub extents: Extents,
+    /// Heads of k and v.
+    pub heads: usize,
+    /// Multiprocessors of the GPU.
+    pub multiprocessors: u32,
+}
+
+impl Keys {
+    /// Which of them are, for a q of this shape; none if they are too many to be counted.
+    fn cut(&self, [batch, heads, _, head_dim]: [usize; 4]) -> Option<Cut> {
+        let shape = [batch, heads, self.heads, head_dim];
+        cut(self.extents, shape, self.multiprocessors)
+    }
 }
 
 impl BackwardWorkspace {
     /// For a q of this shape, and whether its gradient is to repeat to the last bit; of a video's q, of
-    /// as many tokens as its tiles and text have places.
-    pub fn new(q_shape: [usize; 4], deterministic: bool) -> Self {
-        let [batch, heads, ..] = q_shape;
-        let (arrays, bounds) = match deterministic {
-            false => (2, 0),
-            true => (3, batch * heads * bounds::WORDS),
-        };
+    /// as many tokens as its tiles and text have places, and without `keys`: theirs are not computed in
+    /// parts.
+    pub fn new(q_shape: [usize; 4], deterministic: bool, keys: Option<Keys>) -> Self {
+        let arrays = if deterministic { 3 } else { 2 };
+        let cut = keys.and_then(|keys| keys.cut(q_shape));
         Self {
             rows: arrays * Self::numbers(q_shape),
-            sums: Self::bounds_at(q_shape) + bounds,
+            sums: Self::slots_at(q_shape)
+                + cut.map_or(0, |cut| slot_numbers(cut, q_shape[3]))
+                + Self::bounds(q_shape, deterministic),
         }
     }
 
@@ -39,9 +62,17 @@ impl BackwardWorkspace {
         batch * heads * Workspace::new(q_len).line
     }
 
-    /// Where in the second array the bounds lie, behind the sums.
-    fn bounds_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
+    /// Where in the second array lies what parts leave, behind the sums; the bounds lie behind that.
+    fn slots_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
         batch * heads * Workspace::new(q_len).units * 64 * head_dim
+    }
+
+    /// Numbers of the bounds.
+    fn bounds([batch, heads, ..]: [usize; 4], deterministic: bool) -> usize {
+        match deterministic {
+            false => 0,
+            true => batch * heads * bounds::WORDS,
+        }
     }
 }
 
@@ -54,11 +85,12 @@ pub struct BackwardSteps {
     pub launches: Vec<(Step, Launch)>,
 }
 
-/// The launches of [`backward`]; none if there are no queries or no keys. `workspace` are the addresses
-/// of the two arrays of [`BackwardWorkspace`].
+/// The launches of [`backward`], for a GPU of so many multiprocessors; none if there are no queries or no
+/// keys. `workspace` are the addresses of the two arrays of [`BackwardWorkspace`].
 ///
 /// # Errors
 /// Arguments that do not go together, or that the kernels do not take.
+#[allow(clippy::too_many_arguments)]
 pub fn backward_steps(
     saved: &Saved<'_>,
     dout: Tensor<'_>,
@@ -67,6 +99,7 @@ pub fn backward_steps(
     options: &Options,
     gradients: &Gradients<'_>,
     workspace: [u64; 2],
+    multiprocessors: u32,
 ) -> Result<Option<BackwardSteps>> {
     check::backward(saved, &dout, dlse.as_ref(), plan.mask(), options, gradients)?;
     let Saved { q, k, v, out, lse } = *saved;
@@ -108,11 +141,25 @@ pub fn backward_steps(
     let places = places(q.shape, options);
     let [batch, heads, q_len, _] = places.map(|extent| extent as u32);
     let kv_heads = k.shape[1] as u32;
-    let numbers = BackwardWorkspace::new(places, deterministic);
+    let keys = Keys {
+        extents: plan.layout.extents,
+        heads: k.shape[1],
+        // A video's keys are not computed in parts.
+        multiprocessors: options.video.as_ref().map_or(multiprocessors, |_| 0),
+    };
+    let too_many = || {
+        refused(
+            "k",
+            format!("{:?}", k.shape),
+            "of fewer than 2^32 tiles of 128 keys",
+        )
+    };
+    let cut = keys.cut(places).ok_or_else(too_many)?;
     let [rows, sums] = workspace;
     let [log2, delta, steps] =
         [0, 1, 2].map(|i| rows + i * 4 * BackwardWorkspace::numbers(places) as u64);
-    let bounds_at = sums + 4 * BackwardWorkspace::bounds_at(places) as u64;
+    let slots = sums + 4 * BackwardWorkspace::slots_at(places) as u64;
+    let bounds_at = slots + 4 * slot_numbers(cut, q.shape[3]) as u64;
     let (dout, keys, values) = (read("dout", dout)?, read("k", k)?, read("v", v)?);
     let bounding = bounds::Args {
         k: keys,
@@ -157,6 +204,8 @@ pub fn backward_steps(
         kv_heads,
         scale,
         tables,
+        cut,
+        slots,
         canvas,
     };
     let after = finish::Args {
@@ -195,22 +244,28 @@ pub fn backward_steps(
         (Step::Backward(config), config.launch(&main)),
         (Step::Finish(last), last.launch(&after)),
     ];
+    if cut.tiles > 0 {
+        let join = join::Config {
+            element,
+            head_dim,
+            parts: cut.parts,
+        };
+        launches.insert(2, (Step::JoinGradients(join), join.launch(&main)));
+    }
     if deterministic {
         let bounds = bounds::Config { element, head_dim };
         launches.insert(0, (Step::Bounds(bounds), bounds.launch(&bounding)));
     }
     Ok(Some(BackwardSteps {
-        zeroed: (
-            bounds_at,
-            numbers.sums - BackwardWorkspace::bounds_at(places),
-        ),
+        zeroed: (bounds_at, BackwardWorkspace::bounds(places, deterministic)),
         launches,
     }))
 }
 
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
-/// computed, and `lse` and `dlse` are contiguous. dq is a sum in float32, in any order, and repeats up
-/// to rounding. If [`Options::deterministic`] is asked for, it is a sum of 32-bit integers, and repeats:
+/// computed, and `lse` and `dlse` are contiguous. Of small calls dk and dv may be sums of a few parts,
+/// each rounded to 16 bits; they are added in float32 and rounded again, and repeat to the last bit. dq is
+/// a sum in float32, in any order, and repeats up to rounding. If [`Options::deterministic`] is asked for, it is a sum of 32-bit integers, and repeats:
 /// of a query's terms each is rounded to a 2^-29th, or less, of
 /// `(|dout| max |v| + |delta|) max |k| scale`, norms of the query and its head.
 ///
@@ -233,11 +288,20 @@ pub unsafe fn backward(
     workspace: [u64; 2],
     stream: Stream,
 ) -> Result<()> {
-    let steps = backward_steps(saved, dout, dlse, plan, options, gradients, workspace)?;
+    let device = cuda::Device::get(stream.device)?;
+    let steps = backward_steps(
+        saved,
+        dout,
+        dlse,
+        plan,
+        options,
+        gradients,
+        workspace,
+        device.multiprocessors(),
+    )?;
     let Some(BackwardSteps { zeroed, launches }) = steps else {
         return Ok(());
     };
-    let device = cuda::Device::get(stream.device)?;
     // SAFETY: the caller's word.
     unsafe {
         if zeroed.1 > 0 {

@@ -106,7 +106,7 @@ pub fn forward_steps(
     )?;
     let main = (Step::Forward(config), config.launch(&args));
     let join = config.join(&args);
-    let join = join.map(|(config, launch)| (Step::Join(config), launch));
+    let join = join.map(|(config, launch)| (Step::JoinOutputs(config), launch));
     Ok(std::iter::once(main).chain(join).collect())
 }
 

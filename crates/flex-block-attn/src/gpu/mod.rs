@@ -33,7 +33,7 @@ use flex_block_attn_mask::expression::Formula;
 
 pub use flex_block_attn_kernels::plan::Mask;
 
-pub use backward::{BackwardSteps, BackwardWorkspace, backward, backward_steps};
+pub use backward::{BackwardSteps, BackwardWorkspace, Keys, backward, backward_steps};
 pub use combine::{MOST_PARTS, combine, combine_step};
 pub use forward::{forward, forward_slots, forward_steps};
 pub use select::{MOST_SELECTED, Order, Selection, select, select_steps, selection_numbers};
@@ -61,14 +61,6 @@ impl Stream {
     pub unsafe fn identity(self) -> Result<Option<u64>> {
         // SAFETY: the caller's word.
         Ok(unsafe { Device::get(self.device)?.identity(cuda::Stream(self.handle))? })
-    }
-
-    /// Multiprocessors of its GPU.
-    ///
-    /// # Errors
-    /// No GPU; what the driver says.
-    pub fn multiprocessors(self) -> Result<u32> {
-        Ok(Device::get(self.device)?.multiprocessors())
     }
 
     /// Has a 32-bit word set to 0: a counter, before [`forward()`] takes it for the first time.
@@ -112,6 +104,14 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+/// Multiprocessors of the GPU with an ordinal, as torch counts them.
+///
+/// # Errors
+/// No GPU.
+pub fn multiprocessors(device: u32) -> Result<u32> {
+    Ok(Device::get(device)?.multiprocessors())
 }
 
 /// A plan in device memory.
@@ -185,13 +185,15 @@ pub enum Step {
     /// Attention forward.
     Forward(forward_kernels::Config),
     /// Tiles computed in parts, put together.
-    Join(forward_kernels::join::Config),
+    JoinOutputs(forward_kernels::join::Config),
     /// What bounds the gradient of q.
     Bounds(bounds::Config),
     /// What attention backward reads besides its inputs.
     Prepare(prepare::Config),
     /// Attention backward.
     Backward(backward_kernels::Config),
+    /// Parts of the gradients of k and v, put together.
+    JoinGradients(backward_kernels::join::Config),
     /// The gradient of q, rounded.
     Finish(finish::Config),
     /// Attention over parts of the keys, put together.
@@ -208,10 +210,11 @@ impl Step {
         match self {
             Self::Plan(config) => config.kernel(),
             Self::Forward(config) => config.kernel(),
-            Self::Join(config) => config.kernel(),
+            Self::JoinOutputs(config) => config.kernel(),
             Self::Bounds(config) => config.kernel(),
             Self::Prepare(config) => config.kernel(),
             Self::Backward(config) => config.kernel(),
+            Self::JoinGradients(config) => config.kernel(),
             Self::Finish(config) => config.kernel(),
             Self::Combine(config) => config.kernel(),
             Self::Pool(config) => config.kernel(),

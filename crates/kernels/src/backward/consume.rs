@@ -18,7 +18,8 @@ use flex_block_attn_tile::{
 };
 
 use super::kernel::{END, NEXT_PIECE, ROWS, Share, Stores, WANTS};
-use super::queries::{KeyTile, Problem};
+use super::queries::Problem;
+use super::tiles::KeyTile;
 use super::{Config, EIGHT_BYTES, KEYS, OWN, UNIT};
 use crate::canvas::{self, least_scale};
 use crate::exact::{Axis, Where};
@@ -39,7 +40,6 @@ pub(super) struct Consumer<'a, 'k> {
     pub(super) config: Config,
     problem: &'a Problem<'k>,
     stores: &'a Stores<'k>,
-    keys: KeyTile<'k>,
     /// The first of this thread's keys; the other is the eighth behind it.
     first: Reg<'k, u32>,
     pub(super) wg: Warpgroup<'k>,
@@ -108,13 +108,9 @@ impl<'k> Hidden<'k> {
 }
 
 impl<'a, 'k> Consumer<'a, 'k> {
-    pub(super) fn new(
-        config: Config,
-        problem: &'a Problem<'k>,
-        keys: KeyTile<'k>,
-        stores: &'a Stores<'k>,
-    ) -> Self {
+    pub(super) fn new(config: Config, problem: &'a Problem<'k>, stores: &'a Stores<'k>) -> Self {
         let k = problem.k;
+        let keys = stores.job.keys(k);
         let wg = Warpgroup::new(k, 1);
         let phases = Phases::new(k);
         let first = keys.first + wg.index * OWN + wg.row();
@@ -126,7 +122,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
             config,
             problem,
             stores,
-            keys,
             first,
             wg,
             keys_full: phases.waiter(stores.keys_full),
@@ -369,15 +364,13 @@ impl<'a, 'k> Consumer<'a, 'k> {
         for (i, &want) in (0..).zip(wants) {
             let partial = (want >> PARTIAL_WANTS) & hidden.warp;
             k.if_(partial.differs(0), || {
-                let Self {
-                    wg, keys, first, ..
-                } = *self;
+                let Self { wg, first, .. } = *self;
                 let note = self.stores.notes[stage];
                 let line = k.load_shared::<u32>(note);
                 exact.hide(
                     &self.scores.part(columns(i)),
                     &Where {
-                        batch: keys.batch,
+                        batch: self.stores.job.keys(k).batch,
                         head: line % self.problem.heads,
                         rows: Axis::Keys(first),
                         first_column: k.load_shared(note.at(ROWS + NEXT_PIECE * i)),
@@ -475,26 +468,35 @@ impl<'a, 'k> Consumer<'a, 'k> {
         self.give_dq(stage);
     }
 
-    /// Stores dk and dv, as far as there are such keys. (K's and V's places are not free for them: the
-    /// other consumer may still multiply by these.)
+    /// Stores dk and dv, as far as there are such keys; in the thread block's slot, if it has one. (K's
+    /// and V's places are not free for them: the other consumer may still multiply by these.)
     fn store(&self) {
         let Self {
             k,
             wg,
-            keys,
             first,
             problem,
+            stores,
             ..
         } = *self;
         for mut register in self.dk.registers().iter().copied() {
             register *= problem.scale;
         }
+        let (keys, (slot, in_slot)) = (stores.job.keys(k), stores.job.slot(k));
         let tokens = [0, 8].map(|row| canvas::token(&problem.grid, first + row, problem.kv_len));
         let own = (four_of_sixteen(wg.lane) * 2).to_u64();
-        for (gradient, heads) in [(&self.dv, problem.dv), (&self.dk, problem.dk)] {
+        for (which, gradient, heads) in [(1, &self.dv, problem.dv), (0, &self.dk, problem.dk)] {
             let rows = heads.rows(keys.head, keys.batch);
+            let rows = match &problem.tiles.cut {
+                None => rows,
+                Some(cut) => rows.or(in_slot, cut.slots.rows(slot, k.var(which))),
+            };
             let fours = gradient.fours(wg.lane, pair(self.config.element));
             for (row, (token, inside)) in tokens.into_iter().enumerate() {
+                let token = match problem.tiles.cut {
+                    None => token,
+                    Some(_) => in_slot.select(token - keys.first, token),
+                };
                 let address = rows.row(token) + own;
                 k.where_(inside, || {
                     for (i, four) in (0..).zip(&fours) {

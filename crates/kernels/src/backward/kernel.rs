@@ -7,11 +7,12 @@
 use flex_block_attn_ptx::builder::{Address, Leave, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
-    Barrier, Barriers, Phases, Place, Ring, Shape, Shared, SharedTile, Warpgroup,
+    Barrier, Barriers, Phases, Place, Ring, Shape, Shared, SharedTile, WARPGROUP, Warpgroup,
 };
 
 use super::consume::{Consumer, KEPT_BYTES};
 use super::queries::{Problem, WALK_BYTES, Walk};
+use super::tiles::{JOB_BYTES, Job};
 use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
 use crate::canvas::Source;
 use crate::merge::WARPS;
@@ -62,6 +63,8 @@ pub(super) struct Stores<'k> {
     /// whether the tile's pieces follow each other in the sequence; for each piece, at [`ROWS`], its
     /// first query, and at [`WANTS`] a bit for each warp whose keys it sees.
     pub(super) notes: Vec<Address<'k, u32>>,
+    /// What this thread block does.
+    pub(super) job: Job<'k>,
     /// Of a video: where the loader is.
     walk: Option<Address<'k, u32>>,
 }
@@ -183,6 +186,9 @@ impl Config {
             dq: outgoing(),
             keys_full: shared.barrier(1),
             values_full: shared.barrier(1),
+            job: Job {
+                words: shared.bytes(JOB_BYTES, 16),
+            },
             walk: self.canvas.then(|| shared.bytes(WALK_BYTES, 16)),
         };
         shared.finish();
@@ -212,8 +218,12 @@ impl Config {
             || {
                 Warpgroup::acquire_registers(k, consumer);
                 k.grid_wait();
+                // They have registers for it.
+                k.if_(k.tid().equals(WARPGROUP), || {
+                    stores.job.find(&problem.tiles)
+                });
                 k.sync_threads();
-                Consumer::new(self, &problem, problem.keys(), &stores).run();
+                Consumer::new(self, &problem, &stores).run();
             },
         );
     }
@@ -233,8 +243,8 @@ impl Config {
             }
         });
         k.grid_wait();
-        let keys = problem.keys();
         k.sync_threads();
+        let keys = stores.job.keys(k);
         let tiles = [
             (stores.keys, maps.k, stores.keys_full),
             (stores.values, maps.v, stores.values_full),
@@ -259,7 +269,7 @@ impl Config {
                 }
             });
         }
-        let walk = Walk::new(problem, self, keys, stores.walk);
+        let walk = Walk::new(problem, self, stores.job, stores.walk);
         // Tiles go into the stages in turn, whatever head they are of. Lane i has a tile's piece i.
         let copies = k.lane().lt(self.pieces());
         in_turn(k, |leave, stage| {
@@ -315,7 +325,7 @@ impl Config {
                 k.warp_sync();
                 // A lane's queries, `rows` of them.
                 let copy = |rows: u32, tile: &dyn Fn(Place)| {
-                    tile(Place::rows(row, walk.head(), keys.batch));
+                    tile(Place::rows(row, walk.head(), walk.keys().batch));
                     let number = walk.line().times_wide(problem.line) + row.to_u64();
                     for &(to, from) in numbers {
                         let to = to.plus(k.lane() * (4 * rows));
@@ -334,7 +344,7 @@ impl Config {
                         let part = tile.part(k.lane(), self.piece);
                         copy(self.piece, &|place| match (&problem.grid, spot) {
                             (Some(grid), Some(spot)) => {
-                                let line = [walk.head(), keys.batch];
+                                let line = [walk.head(), walk.keys().batch];
                                 grid.load(part, pieces.boxes(), spot, line, full);
                             }
                             _ => part.load_panels(pieces.rows(), place, full, options),

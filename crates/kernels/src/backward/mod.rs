@@ -1,38 +1,46 @@
 //! Attention backward: dq, dk and dv of the key blocks that a plan lists, from the forward's lse.
 //!
-//! Three launches, or four: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main kernel
-//! reads, and zeros to which it adds;
+//! Three launches, up to five: [`prepare`] makes of the lse and of `rowsum(dout * out)` what the main
+//! kernel reads, and zeros to which it adds;
 //! the main kernel keeps 128 keys, with their dk and dv in registers, and walks the queries that see
 //! them (FlashAttention-2, arXiv 2307.08691, algorithm 2, keys outermost), adding to dq in float32;
-//! [`finish`] rounds dq. The workspace is made of three arrays, or four, see [`Workspace`].
+//! [`finish`] rounds dq. The workspace is made of three arrays, up to five, see [`Workspace`].
+//!
+//! Of a launch of few tiles of keys some are computed in parts, a thread block for each: [`cut`] says
+//! which. A part walks a share of each list and leaves its dk and dv, rounded to 16 bits; [`join`] adds a
+//! tile's in float32 and rounds once more. Always in the same order: dk and dv repeat to the last bit.
 //!
 //! dq's sums are made in any order, and repeat but for rounding. Deterministic kernels add integers
 //! instead, whose sums have no order (fixed-point accumulation, as in S. Le Grand, A. W. Goetz, R. C.
 //! Walker, Computer Physics Communications 184 (2013) 374): [`bounds`] goes before, [`prepare`] makes of
 //! it how fine each query's integers can be.
 //!
-//! - [`bounds`], [`prepare`], [`finish`]: what comes before and after;
+//! - [`bounds`], [`prepare`], [`join`], [`finish`]: what comes before and after;
 //! - `kernel`: what is in the main kernel's shared memory, and its loader;
 //! - `consume`, `apart`, `reduce`: what its consumers do, where both want all tiles and where not, and
 //!   its reducers;
-//! - `queries`: the pieces of the lists of query blocks, one after the other;
+//! - `tiles`: which keys a thread block has, and which part of their lists;
+//! - `queries`: the pieces of these lists of query blocks, one after the other;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
 mod apart;
 pub mod bounds;
 mod consume;
 pub mod finish;
+pub mod join;
 mod kernel;
 pub mod prepare;
 mod queries;
 mod reduce;
+mod tiles;
 
-use flex_block_attn_mask::{PlanLayout, Side};
+use flex_block_attn_mask::{Extents, PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
 use crate::chunk;
+use crate::cut::Cut;
 use crate::exact::{Mask, Table};
 use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
@@ -76,7 +84,7 @@ pub struct Config {
 }
 
 /// The arrays between the launches: lse, deltas, perhaps steps, and dq's sums, each (batch, heads, ...),
-/// contiguous; float32, but for sums of integers.
+/// contiguous; float32, but for sums of integers. ([`slot_numbers`] says how large another is.)
 ///
 /// dq's sums lie in panels of 64 columns, and in them as the products leave them, see [`finish`]; the
 /// numbers of queries lie as the main kernel's threads have them.
@@ -97,6 +105,37 @@ impl Workspace {
             units,
         }
     }
+}
+
+/// Which tiles of keys are computed in parts, on so many multiprocessors; of a video none is. No answer
+/// for more tiles than 32 bits count.
+pub fn cut(
+    extents: Extents,
+    [batch, heads, kv_heads, head_dim]: [usize; 4],
+    multiprocessors: u32,
+) -> Option<Cut> {
+    let [kv_len, kv_block] = [extents.kv_len(), extents.kv_block()].map(|n| n as u32);
+    let lines = kv_heads.checked_mul(batch)?;
+    let tiles = (tiles::of_head(kv_len, kv_block) as usize).checked_mul(lines)?;
+    let tiles = u32::try_from(tiles).ok()?;
+    if !matches!(head_dim, 64 | 128) || kv_heads == 0 {
+        return Some(Cut::none(tiles));
+    }
+    let rows = u32::try_from(extents.q_blocks()).ok()?;
+    let walked = extents.q_len().div_ceil(queries(head_dim as u32) as usize);
+    let steps = u32::try_from(walked.checked_mul(heads / kv_heads)?).ok()?;
+    Some(Cut::choose(tiles, multiprocessors, rows, steps))
+}
+
+/// Numbers of 32 bits that the parts of a launch leave.
+pub fn slot_numbers(cut: Cut, head_dim: usize) -> usize {
+    // dk and dv, of 16 bits each.
+    cut.slots() as usize * KEYS as usize * head_dim
+}
+
+/// Queries of a tile: each consumer makes a unit of its dq.
+fn queries(head_dim: u32) -> u32 {
+    2 * UNIT * UNIT / head_dim
 }
 
 /// What a launch of the main kernel gives it.
@@ -140,6 +179,10 @@ pub struct Args<'a> {
     pub scale: f32,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
+    /// Which tiles of 128 keys are computed in parts: [`cut`]; none of a video.
+    pub cut: Cut,
+    /// Address of what the parts leave, [`slot_numbers`] of 32 bits; not used without any.
+    pub slots: u64,
     /// The video, as for the forward pass.
     pub canvas: Option<Canvas>,
 }
@@ -224,9 +267,9 @@ impl Config {
         })
     }
 
-    /// Queries of a tile: each consumer makes a unit of its dq.
+    /// Queries of a tile.
     fn queries(self) -> u32 {
-        2 * UNIT * UNIT / self.head_dim
+        queries(self.head_dim)
     }
 
     /// Pieces of a tile.
@@ -262,19 +305,13 @@ impl Config {
         );
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
-        // A tile of keys of one block comes when its list's length says; others as they lie.
-        let tiles = match call.kv_block.is_multiple_of(KEYS) {
-            true => call.kv_block / KEYS,
-            false => 0,
-        };
-        let key_tiles = match tiles {
-            0 => call.kv_len.div_ceil(KEYS),
-            tiles => layout.columns() as u32 * tiles,
-        };
+        let tiles = tiles::of_head(call.kv_len, call.kv_block) * call.kv_heads * call.batch;
+        assert_eq!(args.cut.whole + args.cut.tiles, tiles, "{args:?}");
+        assert!(args.cut.tiles == 0 || !self.canvas, "{args:?}");
         let rows = layout.rows() as u32;
         let window = (args.window / call.q_block).min(rows);
         // An empty list has as many entries as none that is spread.
-        let window = match tiles > 0 && rows >= FEWEST_SPREAD {
+        let window = match tiles::of_block(call.kv_block) > 0 && rows >= FEWEST_SPREAD {
             true => window,
             false => 0,
         };
@@ -303,19 +340,17 @@ impl Config {
         list.extend([args.dk, args.dv].map(chunk::args).concat());
         list.extend([
             Arg::F32(args.scale),
-            Arg::U32(tiles),
             Arg::U32(call.q_len),
             Arg::U32(call.kv_len),
             Arg::U32(call.q_block),
             Arg::U32(call.kv_block),
             Arg::U32(call.heads),
-            Arg::U32(call.heads / call.kv_heads),
             Arg::U32(workspace.line as u32),
-            Arg::U32(workspace.units as u32),
             Arg::U32(if window > 0 { rows } else { 0 }),
             Arg::U32(window),
         ]);
         list.extend(lists::args(args.plan, layout, Side::Columns));
+        list.extend(tiles::args(call, args));
         if let Some(canvas) = args.canvas {
             canvas.check(layout);
             let scale = args.scale.max(canvas::least_scale(true));
@@ -326,7 +361,7 @@ impl Config {
             list.push(Arg::U64(args.steps));
         }
         Launch {
-            grid: [key_tiles, call.kv_heads, call.batch],
+            grid: [args.cut.jobs(), 1, 1],
             args: list,
         }
     }
@@ -354,5 +389,41 @@ impl Config {
             name += "_canvas";
         }
         Builder::kernel(name, 3 * WARPGROUP, |k| self.body(k))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_of_few_heads_are_cut() {
+        let of = |len, block, [heads, kv_heads]: [usize; 2]| {
+            let extents = Extents::new(len, len, block, block).expect("multiples of 16");
+            cut(extents, [1, heads, kv_heads, 128], 132).expect("few tiles")
+        };
+        let parts = |whole, tiles, parts| Cut {
+            whole,
+            tiles,
+            parts,
+        };
+        assert_eq!(of(11_520, 128, [1, 1]), parts(0, 90, 7));
+        assert_eq!(of(19_200, 128, [1, 1]), parts(132, 18, 7));
+        // Heads of q that share keys have no tiles of their own, but lists.
+        assert_eq!(of(11_520, 128, [4, 1]), parts(0, 90, 7));
+        assert_eq!(of(15_360, 128, [24, 24]), Cut::none(2880));
+        // The last block is counted whole, unless tiles are of several.
+        assert_eq!(of(300, 256, [1, 1]), Cut::none(4));
+        assert_eq!(of(300, 64, [1, 1]), Cut::none(3));
+    }
+
+    #[test]
+    fn what_kernels_do_not_take_is_not_cut() {
+        let extents = Extents::new(5000, 5000, 128, 128).expect("multiples of 16");
+        let of = |shape, multiprocessors| cut(extents, shape, multiprocessors);
+        assert_eq!(of([1, 1, 1, 96], 132), Some(Cut::none(40)));
+        assert_eq!(of([1, 1, 1, 128], 0), Some(Cut::none(40)));
+        assert_eq!(of([1, 1, 0, 128], 132), Some(Cut::none(0)));
+        assert_eq!(of([1 << 20, 1, 1 << 20, 128], 132), None);
     }
 }

@@ -4,6 +4,7 @@
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 
+use super::tiles::{Job, KeyTile, Tiles};
 use super::{Config, KEYS, UNIT};
 use crate::canvas::{self, Grid};
 use crate::chunk::Heads;
@@ -23,19 +24,13 @@ pub(super) struct Problem<'k> {
     pub(super) dk: Heads<'k>,
     pub(super) dv: Heads<'k>,
     pub(super) scale: Reg<'k, f32>,
-    /// Tiles of keys of a column, if they are taken by the plan's order of columns; else 0.
-    tiles: Reg<'k, u32>,
     q_len: Reg<'k, u32>,
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) q_block: Reg<'k, u32>,
     kv_block: Reg<'k, u32>,
     pub(super) heads: Reg<'k, u32>,
-    /// Heads of q for each of k and v.
-    group: Reg<'k, u32>,
     /// Numbers of a head in the arrays of lse and delta.
     pub(super) line: Reg<'k, u32>,
-    /// Units of a head's panel of dq's sums.
-    units: Reg<'k, u32>,
     /// Where sums of integers are made: address of how many steps make 1, for each query.
     pub(super) steps: Option<Reg<'k, u64>>,
     /// Entries of a list that thread blocks start at different places of: of one that has all queries.
@@ -43,29 +38,18 @@ pub(super) struct Problem<'k> {
     spread: Reg<'k, u32>,
     /// How many of its first entries they start at.
     window: Reg<'k, u32>,
-    /// The plan's columns.
-    pub(super) lists: Lists<'k>,
+    pub(super) tiles: Tiles<'k>,
     /// What counts of partial blocks, if there may be any.
     pub(super) exact: Option<Exact<'k>>,
     /// The video whose tokens these are, if they are one's.
     pub(super) grid: Option<Grid<'k>>,
 }
 
-/// The keys of this thread block.
-#[derive(Clone, Copy)]
-pub(super) struct KeyTile<'k> {
-    /// First of them.
-    pub(super) first: Reg<'k, u32>,
-    /// Head of k and v, and batch.
-    pub(super) head: Reg<'k, u32>,
-    pub(super) batch: Reg<'k, u32>,
-}
-
 /// A walk through the lists of the heads that read the keys.
 pub(super) struct Walk<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
-    keys: KeyTile<'k>,
+    job: Job<'k>,
     /// Twice the head at hand, and one more in the second part of its lists.
     at: Reg<'k, u32>,
     lists: Merge<'k>,
@@ -112,19 +96,16 @@ impl<'k> Problem<'k> {
             dk: Heads::new(k, "dk"),
             dv: Heads::new(k, "dv"),
             scale: k.param("scale"),
-            tiles: k.param("tiles"),
             q_len: k.param("q_len"),
             kv_len: k.param("kv_len"),
             q_block: k.param("q_block"),
             kv_block: k.param("kv_block"),
             heads: k.param("heads"),
-            group: k.param("group"),
             line: k.param("line"),
-            units: k.param("units"),
             steps: None,
             spread: k.param("spread"),
             window: k.param("window"),
-            lists: Lists::new(k),
+            tiles: Tiles::new(k, Lists::new(k), config.canvas, config.head_dim),
             exact: None,
             grid: None,
         };
@@ -137,35 +118,21 @@ impl<'k> Problem<'k> {
 
     /// Queries of a head, in whole units.
     pub(super) fn padded(&self) -> Reg<'k, u32> {
-        self.units * UNIT
+        self.line - UNIT
     }
 
-    /// The keys of this thread block: of a head the longest lists come first, where a tile has one.
-    /// (Heads that share keys may have lists of their own; the first one's decide.)
-    pub(super) fn keys(&self) -> KeyTile<'k> {
-        let k = self.k;
-        let (head, batch) = (k.cta_y(), k.cta_z());
-        let first = k.var(k.cta_x() * KEYS);
-        k.if_(self.tiles.differs(0), || {
-            let rank = k.cta_x() / self.tiles;
-            let record = self.lists.record(head * self.group, batch);
-            let column = self.lists.of_rank(record, rank);
-            first.set((column * self.tiles + (k.cta_x() - rank * self.tiles)) * KEYS);
-        });
-        KeyTile { first, head, batch }
-    }
-
-    /// Where in a list of so many entries its walk starts; what lies before comes in the end. Of lists
-    /// with all queries each thread block starts somewhere else, or all would add to the same tile of
-    /// dq at the same time; but not far away, or what they read and add to would not stay in the L2
-    /// cache until the next one comes by. Other lists are walked as they lie.
-    fn start(&self, keys: KeyTile<'k>, count: Reg<'k, u32>) -> Reg<'k, u32> {
+    /// Where among `own` entries of a list of `count` the walk starts; what lies before comes in the end.
+    /// Of lists with all queries each thread block starts somewhere else, or all would add to the same
+    /// tile of dq at the same time; but not far away, or what they read and add to would not stay in the
+    /// L2 cache until the next one comes by. Other lists are walked as they lie.
+    fn start(&self, keys: KeyTile<'k>, count: Reg<'k, u32>, own: Reg<'k, u32>) -> Reg<'k, u32> {
         let k = self.k;
         let start = k.var(0u32);
         k.if_(count.equals(self.spread), || {
             // Multiples of the golden ratio, less their whole part, are spread evenly.
             let part = (keys.first >> KEYS.ilog2()) * GOLDEN;
-            start.set((part.times_wide(self.window) >> 32).to_u32());
+            let window = self.window.min(own);
+            start.set((part.times_wide(window) >> 32).to_u32());
         });
         start
     }
@@ -176,16 +143,17 @@ impl<'a, 'k> Walk<'a, 'k> {
     pub(super) fn new(
         problem: &'a Problem<'k>,
         config: Config,
-        keys: KeyTile<'k>,
+        job: Job<'k>,
         words: Option<Address<'k, u32>>,
     ) -> Self {
         let k = problem.k;
+        let keys = job.keys(k);
         Self {
             problem,
             config,
-            keys,
-            at: k.var(keys.head * problem.group * 2 - 1),
-            lists: Merge::new(k, problem.lists.plan, config.mask.is_some()),
+            job,
+            at: k.var(keys.head * problem.tiles.group * 2 - 1),
+            lists: Merge::new(k, problem.tiles.lists().plan, config.mask.is_some()),
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),
@@ -208,24 +176,30 @@ impl<'a, 'k> Walk<'a, 'k> {
             leave.when(some());
             // Compared as equal: before the first head stands -1. The last is not kept: the loader has
             // few registers.
-            let last = (self.keys.head + 1) * problem.group * 2 - 1;
+            let keys = self.keys();
+            let last = (keys.head + 1) * problem.tiles.group * 2 - 1;
             let Self { mut at, .. } = *self;
             leave.when(at.equals(last));
             at += 1;
-            let lists = &problem.lists;
-            let record = lists.record(self.head(), self.keys.batch);
-            self.lists.start(self.keys.first, problem.kv_len, |key| {
+            let lists = problem.tiles.lists();
+            let record = lists.record(self.head(), keys.batch);
+            self.lists.start(keys.first, problem.kv_len, |key| {
                 let column = key / problem.kv_block;
                 let (list, count) = (lists.list(record, column), lists.count(record, column));
                 let count = match &self.boxes {
                     None => count,
                     Some(boxes) => count * problem.k.load_shared::<u32>(boxes.tokens(problem.k)),
                 };
-                let start = problem.start(self.keys, count);
+                let (first, own) = match problem.tiles.cut {
+                    None => (problem.k.var(0u32), count),
+                    Some(_) => self.job.share(problem.k, count),
+                };
+                let start = problem.start(keys, count, own);
+                let list = list + first;
                 let second = (at & 1).equals(1);
                 (
                     second.select(list, list + start),
-                    second.select(start, count - start),
+                    second.select(start, own - start),
                 )
             });
         });
@@ -239,7 +213,12 @@ impl<'a, 'k> Walk<'a, 'k> {
 
     /// Which line of the workspace is the head's.
     pub(super) fn line(&self) -> Reg<'k, u32> {
-        self.keys.batch * self.problem.heads + self.head()
+        self.keys().batch * self.problem.heads + self.head()
+    }
+
+    /// The thread block's keys, anew.
+    pub(super) fn keys(&self) -> KeyTile<'k> {
+        self.job.keys(self.problem.k)
     }
 
     /// As [`Walk::next_piece`], of a video: of boxes that have a token. Where they are is told, too.

@@ -1,6 +1,6 @@
 //! Attention, against its definition in float64: [`Forward`] and [`Backward`].
 
-use flex_block_attn::{BlockMask, Plan, PlanLayout};
+use flex_block_attn::{BlockMask, Extents, Plan, PlanLayout};
 use flex_block_attn_emulator::Memory;
 use flex_block_attn_kernels::cut::Cut;
 use flex_block_attn_kernels::exact::Table;
@@ -57,6 +57,8 @@ pub struct Backward {
     pub scale: f64,
     /// Queries among which thread blocks start that walk all.
     pub window: u32,
+    /// Which tiles of keys are computed in parts, if any.
+    pub cut: Option<Cut>,
 }
 
 /// Who sees whom: batch, head, query and key.
@@ -240,7 +242,19 @@ impl Backward {
             rule: None,
             scale: 0.125,
             window: backward::WINDOW,
+            cut: None,
         }
+    }
+
+    /// The same as [`Backward::setup`], about the kernel that puts parts together.
+    ///
+    /// # Panics
+    /// If nothing is computed in parts.
+    pub fn joined(&self) -> Setup {
+        assert!(self.cut.is_some_and(|cut| cut.tiles > 0), "{self:?}");
+        let setup = self.setup();
+        let behind = setup.main + 1;
+        setup.about(behind)
     }
 
     /// The kernels with tensors; output and lse are those of the definition, rounded.
@@ -306,6 +320,8 @@ impl Backward {
             q_len,
             canvas: None,
         };
+        let cut = self.cut.unwrap_or(uncut(extents, sizes));
+        let slots = backward::slot_numbers(cut, sizes.head_dim);
         let args = backward::Args {
             q: like_q.put(&mut memory, "q", &q),
             k: bounding.k,
@@ -325,6 +341,11 @@ impl Backward {
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
             tables: &tables,
+            cut,
+            slots: match slots {
+                0 => 0,
+                _ => memory.alloc("slots", 4 * slots),
+            },
             canvas: None,
         };
         let after = backward::finish::Args {
@@ -355,10 +376,19 @@ impl Backward {
             Step::new(self.config.kernel(), self.config.launch(&args)),
             Step::new(last.kernel(), last.launch(&after)),
         ];
+        let mut main = 1;
+        if cut.tiles > 0 {
+            let join = backward::join::Config {
+                element,
+                head_dim,
+                parts: cut.parts,
+            };
+            steps.insert(2, Step::new(join.kernel(), join.launch(&args)));
+        }
         if deterministic {
             steps.insert(0, Step::new(bounds.kernel(), bounds.launch(&bounding)));
+            main += 1;
         }
-        let main = steps.len() - 2;
         let near = |name, tensor: forward::Tensor, values| {
             Expected::new(name, tensor.address, element, values, Close::Norm(5e-3))
         };
@@ -377,6 +407,12 @@ impl Backward {
         .with_scratch(args.dq)
         .with_scratch(bounding.bounds)
     }
+}
+
+/// That no tile of keys is computed in parts.
+pub(super) fn uncut(extents: Extents, sizes: Sizes) -> Cut {
+    let shape = [sizes.batch, sizes.q_heads, sizes.kv_heads, sizes.head_dim];
+    backward::cut(extents, shape, 0).expect("tiles are few")
 }
 
 /// Numbers of the arrays between the kernels of the backward pass.

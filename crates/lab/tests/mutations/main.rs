@@ -7,7 +7,7 @@
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
 //!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
-//!   tiles are chosen by; `videos`: a video's attention; `parts`: tiles in parts;
+//!   tiles are chosen by; `videos`: a video's attention; `parts`, `parts_of_keys`: tiles in parts;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
@@ -22,6 +22,7 @@ mod lists;
 mod needed;
 mod notes;
 mod parts;
+mod parts_of_keys;
 mod phases;
 mod places;
 mod results;
@@ -67,6 +68,10 @@ enum Base {
     Gradients,
     /// The same, deterministic: sums of integers.
     Integers,
+    /// Attention backward, with tiles of keys in parts.
+    PartsOfKeys,
+    /// The same: the kernel that puts these together.
+    Joined,
     /// Attention forward over a video.
     Video,
     /// Means of tiles.
@@ -77,7 +82,7 @@ enum Base {
     Masks,
 }
 
-const BASES: [Base; 11] = [
+const BASES: [Base; 13] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
@@ -85,6 +90,8 @@ const BASES: [Base; 11] = [
     Base::Parts,
     Base::Gradients,
     Base::Integers,
+    Base::PartsOfKeys,
+    Base::Joined,
     Base::Video,
     Base::Means,
     Base::Weights,
@@ -146,6 +153,8 @@ impl Base {
             }
             Self::Gradients => gradients(false),
             Self::Integers => gradients(true),
+            Self::PartsOfKeys => parts_of_keys::problem().setup(),
+            Self::Joined => parts_of_keys::problem().joined(),
             Self::Video => videos::forward(),
             Self::Means => choices::means(),
             Self::Weights => choices::weights(),
@@ -219,6 +228,7 @@ fn table() -> Vec<Mutation> {
         values::table(),
         results::table(),
         gradients::table(),
+        parts_of_keys::table(),
         choices::table(),
     ]
     .into_iter()

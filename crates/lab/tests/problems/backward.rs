@@ -6,6 +6,7 @@ use flex_block_attn::{BlockMask, Extents, builders};
 use flex_block_attn_emulator::{Allocation, Options};
 use flex_block_attn_kernels::Element;
 use flex_block_attn_kernels::backward::Config;
+use flex_block_attn_kernels::cut::Cut;
 use flex_block_attn_lab::problems::Backward;
 
 use crate::right_in_all_ways;
@@ -111,6 +112,116 @@ fn windows() {
             ..Backward::new(config(head_dim, 64), BlockMask::from_fn(extents, seen))
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+    }
+}
+
+/// So many tiles of keys whole, so many others in so many parts.
+fn cut(whole: u32, tiles: u32, parts: u32) -> Option<Cut> {
+    Some(Cut {
+        whole,
+        tiles,
+        parts,
+    })
+}
+
+/// All keys see all queries: parts start at different places, among few entries and among many.
+#[test]
+fn parts_of_full_lists() {
+    for (head_dim, q_len, window, cut) in [
+        (128, 1152, 1 << 20, cut(1, 2, 3)),
+        (64, 1152, 256, cut(0, 3, 8)),
+        (128, 200, 640, cut(2, 1, 2)),
+    ] {
+        let problem = Backward {
+            window,
+            cut,
+            ..Backward::new(
+                config(head_dim, 64),
+                builders::full(Extents::new(q_len, 384, 64, 128).unwrap()),
+            )
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1));
+    }
+}
+
+/// Lists of any length, of which some parts have nothing, or all parts; heads that share keys; tiles of
+/// keys that are cut short, or have none at all.
+#[test]
+fn parts_of_some_lists() {
+    for (element, head_dim, [q_block, kv_block], [q_len, kv_len], cut) in [
+        (Element::Bf16, 128, [64, 128], [300, 450], cut(3, 13, 4)),
+        (Element::F16, 64, [64, 128], [420, 300], cut(5, 7, 8)),
+        (Element::F16, 128, [32, 384], [200, 500], cut(0, 24, 5)),
+        (Element::Bf16, 64, [16, 256], [150, 400], cut(1, 15, 7)),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let mask = builders::random(extents, 2, 4, 0.4, 5).unwrap();
+        let piece = u32::try_from(q_block).unwrap();
+        let problem = Backward {
+            batch: 2,
+            heads: 4,
+            kv_heads: 2,
+            cut,
+            ..Backward::new(
+                Config {
+                    element,
+                    ..config(head_dim, piece)
+                },
+                mask,
+            )
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+    }
+}
+
+/// Each block of a tile of keys has a list of its own, and a part a share of each.
+#[test]
+fn parts_of_several_lists() {
+    for (head_dim, piece, [q_block, kv_block], cut) in [
+        (128, 64, [64, 64], cut(1, 5, 3)),
+        (64, 32, [96, 48], cut(0, 6, 6)),
+        (128, 16, [16, 192], cut(4, 2, 7)),
+    ] {
+        let extents = Extents::new(250, 300, q_block, kv_block).unwrap();
+        for deterministic in [false, true] {
+            let config = Config {
+                deterministic,
+                apart: true,
+                ..config(head_dim, piece)
+            };
+            let problem = Backward {
+                heads: 2,
+                kv_heads: 2,
+                cut,
+                ..Backward::new(config, builders::random(extents, 1, 2, 0.5, 6).unwrap())
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..3]);
+        }
+    }
+}
+
+/// With sums of integers all gradients repeat, whatever the order.
+#[test]
+fn parts_with_sums_of_integers() {
+    for (head_dim, piece, [q_block, kv_block], [q_len, kv_len], cut) in [
+        (128, 64, [64, 128], [330, 500], cut(3, 5, 3)),
+        (64, 32, [96, 256], [250, 300], cut(0, 8, 2)),
+    ] {
+        let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
+        let problem = Backward {
+            batch: 2,
+            heads: 2,
+            kv_heads: 1,
+            cut,
+            ..Backward::new(
+                Config {
+                    deterministic: true,
+                    ..config(head_dim, piece)
+                },
+                builders::random(extents, 2, 2, 0.6, 3).unwrap(),
+            )
+        };
+        right_in_all_ways(&problem.setup(), &crowded(1));
     }
 }
 

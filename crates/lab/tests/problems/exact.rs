@@ -2,6 +2,7 @@
 
 use flex_block_attn::{BlockMask, Extents};
 use flex_block_attn_emulator::Options;
+use flex_block_attn_kernels::cut::Cut;
 use flex_block_attn_kernels::{Element, backward, forward};
 use flex_block_attn_lab::problems::{Backward, Forward, Rule};
 use flex_block_attn_lab::rules::{causal, dilated_window, documents_with_prefix, neighbourhood};
@@ -107,13 +108,22 @@ fn tables_of_tokens_and_of_heads() {
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
         let config = backward::Config::choose(Element::F16, head_dim, block, block, with, false);
-        let problem = Backward {
-            batch,
-            heads,
-            kv_heads: 2,
-            rule: Some(rule.clone()),
-            ..Backward::new(config.unwrap(), mask)
+        // All twelve tiles of keys whole, or most in parts.
+        let cut = Cut {
+            whole: 5,
+            tiles: 7,
+            parts: 3,
         };
-        right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
+        for cut in [None, Some(cut)] {
+            let problem = Backward {
+                batch,
+                heads,
+                kv_heads: 2,
+                rule: Some(rule.clone()),
+                cut,
+                ..Backward::new(config.unwrap(), mask.clone())
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1)[1..2]);
+        }
     }
 }

@@ -2,7 +2,9 @@
 //! blocks that start here and there.
 
 use flex_block_attn::{Extents, Plan, builders};
-use flex_block_attn_kernels::backward::{self, Config, WINDOW, Workspace, bounds, finish, prepare};
+use flex_block_attn_kernels::backward::{
+    self, Config, WINDOW, Workspace, bounds, finish, join, prepare,
+};
 use flex_block_attn_kernels::{Element, Strides, forward};
 use flex_block_attn_lab::gpu::Gpu;
 
@@ -58,6 +60,9 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let sums = heads as usize * workspace.units * 64 * head_dim as usize;
     let bound_words = heads as usize * bounds::WORDS;
     let q_len = tokens as u32;
+    let shape = [1, heads as usize, heads as usize, head_dim as usize];
+    let cut = |multiprocessors| backward::cut(extents, shape, multiprocessors).ok_or(unsupported);
+    let (whole, cut) = (cut(0)?, cut(gpu.device().multiprocessors())?);
     let bounding = bounds::Args {
         k: before.k,
         v: before.v,
@@ -101,8 +106,11 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         kv_heads: heads,
         scale,
         tables: &[],
+        cut: whole,
+        slots: gpu.alloc(4 * backward::slot_numbers(cut, head_dim as usize).max(1))?,
         canvas: None,
     };
+    let in_parts = backward::Args { cut, ..main };
     let last = finish::Args {
         sums: main.dq,
         steps: first.steps,
@@ -135,9 +143,17 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         };
         let mut all = vec![
             (gpu.load(&prepare.kernel())?, prepare.launch(&first)),
-            (gpu.load(&chosen.kernel())?, chosen.launch(&main)),
+            (gpu.load(&chosen.kernel())?, chosen.launch(&in_parts)),
             (gpu.load(&finish.kernel())?, finish.launch(&last)),
         ];
+        if cut.tiles > 0 {
+            let join = join::Config {
+                element,
+                head_dim,
+                parts: cut.parts,
+            };
+            all.insert(2, (gpu.load(&join.kernel())?, join.launch(&in_parts)));
+        }
         if deterministic {
             all.insert(0, (gpu.load(&bounds.kernel())?, bounds.launch(&bounding)));
         }
@@ -170,7 +186,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         for (name, all) in &passes {
             let times = gpu.time(1, 10, || {
                 // Bounds are made by a launch of their own.
-                if all.len() > 3 {
+                if *name == "deterministic" {
                     gpu.zero_words(bounding.bounds, bound_words)?;
                 }
                 let mut each = all.iter();
