@@ -325,7 +325,8 @@ impl Config {
                 k.warp_sync();
                 // A lane's queries, `rows` of them.
                 let copy = |rows: u32, tile: &dyn Fn(Place)| {
-                    tile(Place::rows(row, walk.head(), walk.keys().batch));
+                    let [head, batch] = walk.place();
+                    tile(Place::rows(row, head, batch));
                     let number = walk.line().times_wide(problem.line) + row.to_u64();
                     for &(to, from) in numbers {
                         let to = to.plus(k.lane() * (4 * rows));
@@ -344,8 +345,7 @@ impl Config {
                         let part = tile.part(k.lane(), self.piece);
                         copy(self.piece, &|place| match (&problem.grid, spot) {
                             (Some(grid), Some(spot)) => {
-                                let line = [walk.head(), walk.keys().batch];
-                                grid.load(part, pieces.boxes(), spot, line, full);
+                                grid.load(part, pieces.boxes(), spot, walk.place(), full);
                             }
                             _ => part.load_panels(pieces.rows(), place, full, options),
                         });

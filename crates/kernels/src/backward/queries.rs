@@ -50,6 +50,8 @@ pub(super) struct Walk<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
     job: Job<'k>,
+    /// The batch: what is read between a place's release and the copies into it lies in a register.
+    batch: Reg<'k, u32>,
     /// Twice the head at hand, and one more in the second part of its lists.
     at: Reg<'k, u32>,
     lists: Merge<'k>,
@@ -152,6 +154,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             problem,
             config,
             job,
+            batch: keys.batch,
             at: k.var(keys.head * problem.tiles.group * 2 - 1),
             lists: Merge::new(k, problem.tiles.lists().plan, config.mask.is_some()),
             query: k.var(0u32),
@@ -176,7 +179,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             leave.when(some());
             // Compared as equal: before the first head stands -1. The last is not kept: the loader has
             // few registers.
-            let keys = self.keys();
+            let keys = self.job.keys(problem.k);
             let last = (keys.head + 1) * problem.tiles.group * 2 - 1;
             let Self { mut at, .. } = *self;
             leave.when(at.equals(last));
@@ -213,12 +216,12 @@ impl<'a, 'k> Walk<'a, 'k> {
 
     /// Which line of the workspace is the head's.
     pub(super) fn line(&self) -> Reg<'k, u32> {
-        self.keys().batch * self.problem.heads + self.head()
+        self.batch * self.problem.heads + self.head()
     }
 
-    /// The thread block's keys, anew.
-    pub(super) fn keys(&self) -> KeyTile<'k> {
-        self.job.keys(self.problem.k)
+    /// Head and batch at hand.
+    pub(super) fn place(&self) -> [Reg<'k, u32>; 2] {
+        [self.head(), self.batch]
     }
 
     /// As [`Walk::next_piece`], of a video: of boxes that have a token. Where they are is told, too.
