@@ -274,13 +274,8 @@ impl Config {
         let copies = k.lane().lt(self.pieces());
         in_turn(k, |leave, stage| {
             let some = walk.seek();
-            let (tile, full) = queries.wait(stage);
-            let note = stores.notes[stage];
-            k.if_(leader & !some, || {
-                k.store_shared(note, k.var(END));
-                full.arrive();
-            });
-            leave.when(!some);
+            // All that can be known is found out before the stage is free: the consumer that is ahead
+            // waits for the tile as soon as the other has given its place back.
             let (row, want) = (k.var(0u32), k.var(0u32));
             let spot = problem.grid.as_ref().map(|_| k.var(0u32));
             for i in 0..self.pieces() {
@@ -296,13 +291,20 @@ impl Config {
                 row.set(own.select(next.0, row));
                 want.set(own.select(next.1, want));
             }
-            let (line, own) = (walk.line(), note.plus(k.lane() * NEXT_PIECE));
             let whole = (self.pieces() > 1).then(|| {
                 let first = row.from_lane(0);
                 let follows = row.equals(first + k.lane() * self.piece) | !copies;
                 let inside = (first + (self.queries() - self.piece)).lt(problem.padded());
                 follows.all() & inside
             });
+            let (tile, full) = queries.wait(stage);
+            let note = stores.notes[stage];
+            k.if_(leader & !some, || {
+                k.store_shared(note, k.var(END));
+                full.arrive();
+            });
+            leave.when(!some);
+            let (line, own) = (walk.line(), note.plus(k.lane() * NEXT_PIECE));
             k.where_(leader, || k.store_shared(note, line));
             if let Some(whole) = whole {
                 let word = whole.select(k.var(1u32), k.var(0u32));
@@ -318,11 +320,16 @@ impl Config {
                         full: Barrier<'k>,
                         (pieces, all): (Source<'k>, Option<Reg<'k, u64>>),
                         numbers: &[Numbers<'k>]| {
-                // Behind the notes, and before the copies that it expects.
-                k.warp_sync();
+                // Behind the notes, and before the copies that it expects: of other lanes, too.
+                let sync = || {
+                    if self.pieces() > 1 {
+                        k.warp_sync();
+                    }
+                };
+                sync();
                 let bytes = tile.shape.bytes() + numbers.len() as u32 * self.numbers_bytes();
                 k.if_(leader, || full.arrive_expect(bytes));
-                k.warp_sync();
+                sync();
                 // A lane's queries, `rows` of them.
                 let copy = |rows: u32, tile: &dyn Fn(Place)| {
                     let [head, batch] = walk.place();
