@@ -297,6 +297,8 @@ impl Config {
                 let inside = (first + (self.queries() - self.piece)).lt(problem.padded());
                 follows.all() & inside
             });
+            let line = walk.line();
+            let number = line.times_wide(problem.line) + row.to_u64();
             let (tile, full) = queries.wait(stage);
             let note = stores.notes[stage];
             k.if_(leader & !some, || {
@@ -304,7 +306,7 @@ impl Config {
                 full.arrive();
             });
             leave.when(!some);
-            let (line, own) = (walk.line(), note.plus(k.lane() * NEXT_PIECE));
+            let own = note.plus(k.lane() * NEXT_PIECE);
             k.where_(leader, || k.store_shared(note, line));
             if let Some(whole) = whole {
                 let word = whole.select(k.var(1u32), k.var(0u32));
@@ -334,7 +336,6 @@ impl Config {
                 let copy = |rows: u32, tile: &dyn Fn(Place)| {
                     let [head, batch] = walk.place();
                     tile(Place::rows(row, head, batch));
-                    let number = walk.line().times_wide(problem.line) + row.to_u64();
                     for &(to, from) in numbers {
                         let to = to.plus(k.lane() * (4 * rows));
                         full.load_bytes(to, from + (number << 2), 4 * rows);
