@@ -22,7 +22,9 @@ def turn(call: Call, milliseconds: float, device: torch.device) -> float:
     if device.type != "cuda":
         return _turn_on_host(call, milliseconds)
     first = _between_events(call)
-    # Of long calls, before which the GPU waits for no host, one is enough behind the first.
+    if first >= milliseconds:
+        # Before long calls the GPU waits for no host: one is enough behind the first.
+        return _between_events(call)
     count = max(2, min(300, math.ceil(milliseconds / first)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()

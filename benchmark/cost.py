@@ -64,6 +64,7 @@ def seconds(
     for name in ("ours", *names):
         if has(name, case, backward, device):
             compiling = COMPILES.get(name, 0.0) if device == "cuda" else 0.0
-            in_turns = rounds * (call + max(2 * call, turn / 1e3))
+            counted = call if 1e3 * call >= turn else max(2 * call, turn / 1e3)
+            in_turns = rounds * (call + counted)
             total += READY + compiling + OTHER_CALLS * call + in_turns
     return total
