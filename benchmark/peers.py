@@ -137,6 +137,7 @@ def sdpa(problem: Problem) -> Attention:
 
 def flex(problem: Problem) -> Attention:
     """FlexAttention, compiled: a list of blocks that are all whole, or a compiled rule."""
+    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     case = problem.case
@@ -144,6 +145,9 @@ def flex(problem: Problem) -> Attention:
     heads_of_mask = None if problem.blocks is None else problem.blocks.shape[1]
     _compile_for((problem.rule or case.mask == "ssta", *shape, heads_of_mask))
     compiled = torch.compile(flex_attention, dynamic=False)
+    # Compiled code would write gradients into what a backward pass needs that is called again.
+    if hasattr(functorch, "donated_buffer"):
+        functorch.donated_buffer = False
     if problem.is_dense:
         return Attention(lambda q, k, v, _: compiled(q, k, v))
 

@@ -431,6 +431,22 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
     assert list(measured.figures) == ["ours"]
 
 
+def test_who_fails_while_timed_is_told_and_others_go_on(monkeypatch):
+    calls = []
+
+    def run(q, k, v, _):
+        calls.append(q)
+        if len(calls) > 4:
+            raise RuntimeError("called too often")
+        return scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setitem(peers.PEERS, "SDPA", lambda problem: Attention(run))
+    measured = measure(Problem.of(SMOKE["dense s200"], CPU), ["SDPA"], False, 3, 0.1)
+    assert measured.failed == {"SDPA": "fails: RuntimeError: called too often"}
+    assert len(measured.figures["ours"].turns) == 3
+    assert list(measured.figures) == ["ours"]
+
+
 def test_a_failure_that_ends_the_process_is_kept(tmp_path, monkeypatch, capsys):
     def breaks(problem):
         raise RuntimeError("an illegal\nmemory access")
