@@ -1,4 +1,4 @@
-//! Puts together what parts of tiles of queries have left ([`super::parts`]): the launch behind the
+//! Puts together what parts of tiles of queries have left (`parts`): the launch behind the
 //! main one.
 //!
 //! Parts are rounded to the output's element, and so is what is made of them: an output in parts has the
