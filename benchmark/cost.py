@@ -11,9 +11,9 @@ from math import prod
 from .suites import Case
 
 # Operations a second of an implementation among others.
-SPEED = {"cuda": 450e12, "cpu": 5e10}
+SPEED = {"cuda": 500e12, "cpu": 5e10}
 # Seconds to make an implementation ready: to load, to allocate, to compare results.
-READY = 0.6
+READY = 0.2
 # Seconds of who compiles for each shape of tensors, on a GPU.
 COMPILES = {"Flex": 20.0}
 # Calls besides those in turns: the first, one for the results, one for memory, one to warm up.

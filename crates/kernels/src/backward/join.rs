@@ -82,7 +82,7 @@ impl Config {
             head_dim,
             parts,
         } = self;
-        let name = format!("join_{element:?}_d{head_dim}_{parts}").to_lowercase();
+        let name = format!("join_gradients_{element:?}_d{head_dim}_{parts}").to_lowercase();
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 

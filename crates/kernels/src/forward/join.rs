@@ -83,7 +83,8 @@ impl Config {
             queries,
             parts,
         } = self;
-        let name = format!("join_{element:?}_d{head_dim}_q{queries}_{parts}").to_lowercase();
+        let name =
+            format!("join_outputs_{element:?}_d{head_dim}_q{queries}_{parts}").to_lowercase();
         Builder::kernel(name, THREADS, |k| self.body(k))
     }
 
