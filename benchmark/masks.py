@@ -5,7 +5,9 @@ In: nothing (options below). Out: a table of milliseconds and megabytes. Run as
 
 The functions are the same objects for both. Each measurement runs in a process of its own: peak
 memory is that process's, less what it had before the mask was made; on a GPU the peak of the GPU's
-allocations is told too. Times are of the second and later masks, with all work on the GPU done.
+allocations is told too. Times are medians of the second and later masks, with all work on the GPU
+done: of at least ``--repeats``, and of as many as take a quarter of a second, since the first dozen
+of a process take longer.
 What does not fit in memory, or takes longer than ``--patience`` seconds, is told as such.
 """
 
@@ -47,6 +49,8 @@ def window(tokens: int, device: str) -> Function:
 
 
 FUNCTIONS = {"causal": causal, "document": document, "3-D window": window}
+# That masks are made for, at least.
+LEAST_SECONDS = 0.25
 # Ours made anew, and found again among those that are kept.
 LIBRARIES = ("ours", "ours, kept", "torch", "torch compiled")
 
@@ -87,8 +91,8 @@ def _measure(library: str, name: str, tokens: int, device: str, repeats: int, pi
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
             allocated = torch.cuda.memory_allocated()
-        taken = []
-        for _ in range(repeats + 1):
+        taken, end = [], time.perf_counter() + LEAST_SECONDS
+        while len(taken) <= repeats or time.perf_counter() < end:
             start = time.perf_counter()
             mask = make()
             wait()

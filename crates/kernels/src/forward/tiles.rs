@@ -87,7 +87,8 @@ fn gather<'k>(
     k.if_(k.lane().lt(config.q_pieces()), || {
         k.store_shared(to.plus(k.lane() * 4), grid.nowhere());
     });
-    // Votes order what lanes store.
+    // Other lanes may write there next.
+    k.warp_sync();
     k.for_(0, boxes, 32, |first| {
         let i = first + k.lane();
         let spot = grid.nth_box(corner, i);

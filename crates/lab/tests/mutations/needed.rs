@@ -23,10 +23,11 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (WIDE, "bar.warp.sync", 1),
     (VIDEO, "setmaxnreg.inc.sync.aligned.u32", 1),
     (VIDEO, "wgmma.fence.sync.aligned", 1),
-    // Likewise. Spots of queries are read when all tiles of keys are computed. And of the two syncs in a
-    // tile's load either is enough; what the walker has read of a job, it tells of by the notes that loaders
-    // wait for before they give the job back.
-    (VIDEO, "bar.warp.sync", 9),
+    // Likewise. Of queries each lane writes the same spot twice where no box is left out; spots are read
+    // when all tiles of keys are computed. And of the two syncs in a tile's load either is enough; what the
+    // walker has read of a job, it tells of by the notes that loaders wait for before they give the job
+    // back.
+    (VIDEO, "bar.warp.sync", 10),
     (INTEGERS, "setmaxnreg.inc.sync.aligned.u32", 1),
     // A stage of dout is empty when q's is; a note is there when the dq before it is; whose gradients of
     // scores are wanted has passed its turn on since, but for the last; the first of all that is stored
