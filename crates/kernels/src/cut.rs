@@ -1,6 +1,6 @@
-//! [`Cut`]: which tiles of a launch are computed in parts. A launch of few tiles leaves multiprocessors
-//! idle, at its end or all along; the last tiles' lists are divided then, so that all have work. What the
-//! parts make is put together by a launch that follows.
+//! [`Cut`]: which tiles of a launch are computed in parts; [`InParts`]: and where these leave what they
+//! make. A launch of few tiles leaves multiprocessors idle, at its end or all along; the last tiles' lists
+//! are divided then, so that all have work. What the parts make is put together by a launch that follows.
 //!
 //! Called by launches of both passes; the same arithmetic is in their kernels.
 
@@ -16,6 +16,16 @@ pub struct Cut {
     pub tiles: u32,
     /// Parts of each of them: from 2 to [`combine::MOST`]; without any such tile 1.
     pub parts: u32,
+}
+
+/// A cut with tiles in parts, and memory for what the parts make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InParts {
+    /// Which.
+    pub cut: Cut,
+    /// Address of a slot for each part, a multiple of 16: as large as the pass says. What is there before
+    /// does not matter.
+    pub slots: u64,
 }
 
 /// What parts cost, in steps of a list's walk (some 2 us): to put them together, and to begin with each.
@@ -85,6 +95,16 @@ impl Cut {
         let share = f64::from(entries.div_ceil(self.parts)) / f64::from(entries);
         let cost = (JOIN + BEGIN * of_parts) / (DENSITY * f64::from(steps));
         whole + of_parts * share + cost
+    }
+
+    /// That of a launch of so many tiles.
+    ///
+    /// # Panics
+    /// If it is of another number of tiles.
+    pub(crate) fn of(in_parts: Option<InParts>, tiles: u32) -> Self {
+        let cut = in_parts.map_or(Self::none(tiles), |of| of.cut);
+        assert_eq!(cut.whole + cut.tiles, tiles, "tiles of {cut:?}");
+        cut
     }
 
     /// Parts of all tiles.

@@ -3,9 +3,9 @@
 use flex_block_attn_cuda as cuda;
 use flex_block_attn_kernels::Launch;
 use flex_block_attn_kernels::backward::{
-    Args, Config, WINDOW, Workspace, bounds, cut, finish, join, prepare, slot_numbers,
+    Args, Config, WINDOW, Workspace, bounds, cut, finish, prepare, slot_numbers,
 };
-use flex_block_attn_kernels::cut::Cut;
+use flex_block_attn_kernels::cut::{Cut, InParts};
 use flex_block_attn_mask::Extents;
 
 use super::video::{canvas, in_lines, no_kernel, places};
@@ -159,6 +159,7 @@ pub fn backward_steps(
     let [log2, delta, steps] =
         [0, 1, 2].map(|i| rows + i * 4 * BackwardWorkspace::numbers(places) as u64);
     let slots = sums + 4 * BackwardWorkspace::slots_at(places) as u64;
+    let in_parts = (cut.tiles > 0).then_some(InParts { cut, slots });
     let bounds_at = slots + 4 * slot_numbers(cut, q.shape[3]) as u64;
     let (dout, keys, values) = (read("dout", dout)?, read("k", k)?, read("v", v)?);
     let bounding = bounds::Args {
@@ -204,8 +205,7 @@ pub fn backward_steps(
         kv_heads,
         scale,
         tables,
-        cut,
-        slots,
+        in_parts,
         canvas,
     };
     let after = finish::Args {
@@ -244,13 +244,8 @@ pub fn backward_steps(
         (Step::Backward(config), config.launch(&main)),
         (Step::Finish(last), last.launch(&after)),
     ];
-    if cut.tiles > 0 {
-        let join = join::Config {
-            element,
-            head_dim,
-            parts: cut.parts,
-        };
-        launches.insert(2, (Step::JoinGradients(join), join.launch(&main)));
+    if let Some((join, launch)) = config.join(&main) {
+        launches.insert(2, (Step::JoinGradients(join), launch));
     }
     if deterministic {
         let bounds = bounds::Config { element, head_dim };
@@ -263,11 +258,13 @@ pub fn backward_steps(
 }
 
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
-/// computed, and `lse` and `dlse` are contiguous. Of small calls dk and dv may be sums of a few parts,
-/// each rounded to 16 bits; they are added in float32 and rounded again, and repeat to the last bit. dq is
-/// a sum in float32, in any order, and repeats up to rounding. If [`Options::deterministic`] is asked for, it is a sum of 32-bit integers, and repeats:
-/// of a query's terms each is rounded to a 2^-29th, or less, of
-/// `(|dout| max |v| + |delta|) max |k| scale`, norms of the query and its head.
+/// computed, and `lse` and `dlse` are contiguous.
+///
+/// Of small calls dk and dv may be sums of a few parts, each rounded to 16 bits; they are added in float32
+/// and rounded again, and repeat to the last bit. dq is a sum in float32, in any order, and repeats up to
+/// rounding. If [`Options::deterministic`] is asked for, it is a sum of 32-bit integers, and repeats: of a
+/// query's terms each is rounded to a 2^-29th, or less, of `(|dout| max |v| + |delta|) max |k| scale`, norms
+/// of the query and its head.
 ///
 /// # Errors
 /// Arguments that do not go together or that the kernels do not take; no GPU. Nothing has been put on

@@ -2,8 +2,8 @@
 
 use flex_block_attn_cuda::Device;
 use flex_block_attn_kernels::Launch;
-use flex_block_attn_kernels::cut::Cut;
-use flex_block_attn_kernels::forward::{Args, Config, InParts};
+use flex_block_attn_kernels::cut::{Cut, InParts};
+use flex_block_attn_kernels::forward::{Args, Config};
 
 use super::video::{canvas, in_lines, no_kernel};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put};

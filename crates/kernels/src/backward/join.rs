@@ -51,15 +51,10 @@ impl Config {
         THREADS / 32 * DEPTH * Lanes::new(self.head_dim).rows
     }
 
-    /// The launch behind one of the main kernel's.
-    ///
-    /// # Panics
-    /// If no tile is computed in parts, or not in as many; or as the main kernel's launch.
-    pub fn launch(self, args: &Args<'_>) -> Launch {
-        assert!(
-            args.cut.tiles > 0 && args.cut.parts == self.parts,
-            "{args:?}"
-        );
+    /// The launch behind the main kernel's with these arguments, whose tiles are in as many parts.
+    pub(super) fn launch(self, args: &Args<'_>) -> Launch {
+        let cut = args.in_parts.expect("some tiles in parts").cut;
+        assert!(cut.tiles > 0 && cut.parts == self.parts, "{args:?}");
         let call = Call::new(
             args.layout,
             [args.batch, args.heads, args.kv_heads, self.head_dim],
@@ -67,10 +62,10 @@ impl Config {
         let mut list = [args.dk, args.dv].map(chunk::args).concat();
         list.push(Arg::U32(call.kv_len));
         list.extend(lists::args(args.plan, args.layout, Side::Columns));
-        list.extend(tiles::args(call, args));
+        list.extend(tiles::args(call, cut, args));
         Launch {
             // For dk, then for dv.
-            grid: [KEYS / self.rows(), args.cut.tiles, 2],
+            grid: [KEYS / self.rows(), cut.tiles, 2],
             args: list,
         }
     }

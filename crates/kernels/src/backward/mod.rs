@@ -40,7 +40,7 @@ use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
 use crate::chunk;
-use crate::cut::Cut;
+use crate::cut::{Cut, InParts};
 use crate::exact::{Mask, Table};
 use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
@@ -179,10 +179,10 @@ pub struct Args<'a> {
     pub scale: f32,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
-    /// Which tiles of 128 keys are computed in parts: [`cut`]; none of a video.
-    pub cut: Cut,
-    /// Address of what the parts leave, [`slot_numbers`] of 32 bits; not used without any.
-    pub slots: u64,
+    /// Tiles of 128 keys that are computed in parts, by [`cut`] or another cut of as many tiles, in slots of
+    /// [`slot_numbers`] of 32 bits; none of a video, or if there are none. [`join`] is launched behind it,
+    /// then.
+    pub in_parts: Option<InParts>,
     /// The video, as for the forward pass.
     pub canvas: Option<Canvas>,
 }
@@ -306,8 +306,8 @@ impl Config {
         let workspace = Workspace::new(layout.extents.q_len());
         let (of_q, of_kv) = (call.of_q(), call.of_kv());
         let tiles = tiles::of_head(call.kv_len, call.kv_block) * call.kv_heads * call.batch;
-        assert_eq!(args.cut.whole + args.cut.tiles, tiles, "{args:?}");
-        assert!(args.cut.tiles == 0 || !self.canvas, "{args:?}");
+        let cut = Cut::of(args.in_parts, tiles);
+        assert!(cut.tiles == 0 || !self.canvas, "{args:?}");
         let rows = layout.rows() as u32;
         let window = (args.window / call.q_block).min(rows);
         // An empty list has as many entries as none that is spread.
@@ -350,7 +350,7 @@ impl Config {
             Arg::U32(window),
         ]);
         list.extend(lists::args(args.plan, layout, Side::Columns));
-        list.extend(tiles::args(call, args));
+        list.extend(tiles::args(call, cut, args));
         if let Some(canvas) = args.canvas {
             canvas.check(layout);
             let scale = args.scale.max(canvas::least_scale(true));
@@ -361,9 +361,19 @@ impl Config {
             list.push(Arg::U64(args.steps));
         }
         Launch {
-            grid: [args.cut.jobs(), 1, 1],
+            grid: [cut.jobs(), 1, 1],
             args: list,
         }
+    }
+
+    /// The launch that follows where tiles are computed in parts.
+    pub fn join(self, args: &Args<'_>) -> Option<(join::Config, Launch)> {
+        let config = join::Config {
+            element: self.element,
+            head_dim: self.head_dim,
+            parts: args.in_parts?.cut.parts,
+        };
+        Some((config, config.launch(args)))
     }
 
     /// The main kernel.

@@ -10,6 +10,7 @@ use flex_block_attn_ptx::{Arg, Builder, Reg};
 
 use super::{Args, KEYS};
 use crate::chunk::{Heads, Rows};
+use crate::cut::Cut;
 use crate::lists::{Call, Lists};
 
 /// Bytes of a [`Job`].
@@ -33,11 +34,11 @@ pub(super) struct Tiles<'k> {
     kv_heads: Reg<'k, u32>,
     pub(super) group: Reg<'k, u32>,
     /// Which are computed in parts, if any may be.
-    pub(super) cut: Option<InParts<'k>>,
+    pub(super) cut: Option<CutTiles<'k>>,
 }
 
-/// The tiles that are computed in parts, as [`Cut`](crate::cut::Cut) has them.
-pub(super) struct InParts<'k> {
+/// The tiles that are computed in parts, as [`Cut`] has them.
+pub(super) struct CutTiles<'k> {
     /// Tiles before them, which are computed whole.
     pub(super) whole: Reg<'k, u32>,
     pub(super) tiles: Reg<'k, u32>,
@@ -72,7 +73,7 @@ pub(super) fn of_head(kv_len: u32, kv_block: u32) -> u32 {
 }
 
 /// The arguments for [`Tiles::new`], but for those of its lists.
-pub(super) fn args(call: Call, args: &Args<'_>) -> Vec<Arg> {
+pub(super) fn args(call: Call, cut: Cut, args: &Args<'_>) -> Vec<Arg> {
     let tiles = [
         of_head(call.kv_len, call.kv_block),
         of_block(call.kv_block),
@@ -81,9 +82,8 @@ pub(super) fn args(call: Call, args: &Args<'_>) -> Vec<Arg> {
     ];
     let mut list = Vec::from(tiles.map(Arg::U32));
     if args.canvas.is_none() {
-        let cut = args.cut;
         list.extend([cut.whole, cut.tiles, cut.parts].map(Arg::U32));
-        list.push(Arg::U64(args.slots));
+        list.push(Arg::U64(args.in_parts.map_or(0, |of| of.slots)));
     }
     list
 }
@@ -99,7 +99,7 @@ impl<'k> Tiles<'k> {
             of_column: k.param("tiles_of_column"),
             kv_heads: k.param("kv_heads"),
             group: k.param("group"),
-            cut: (!canvas).then(|| InParts {
+            cut: (!canvas).then(|| CutTiles {
                 whole: k.param("whole"),
                 tiles: k.param("cut"),
                 parts: k.param("parts"),

@@ -9,9 +9,10 @@ use flex_block_attn_ptx::{Builder, Element, Kernel, Launch, Reg};
 
 use super::output::{self, Results};
 use super::problem::{Part, Problem};
-use super::{Args, Config as Main, InParts, Rows};
+use super::{Args, Config as Main, Rows};
 use crate::chunk::Lanes;
 use crate::combine;
+use crate::cut::InParts;
 
 const THREADS: u32 = 256;
 /// Rows of a thread.

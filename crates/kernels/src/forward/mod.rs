@@ -52,7 +52,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
 use crate::canvas::{self, Canvas};
-use crate::cut::Cut;
+use crate::cut::{Cut, InParts};
 use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
 
@@ -96,16 +96,6 @@ pub struct Tensor {
     pub strides: Strides,
 }
 
-/// Tiles that are computed in parts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InParts {
-    /// Which.
-    pub cut: Cut,
-    /// Address of memory for what parts make, [`Config::slot_bytes`], a multiple of 16. What is there
-    /// before does not matter.
-    pub slots: u64,
-}
-
 /// What a launch gives it.
 #[derive(Debug, Clone, Copy)]
 pub struct Args<'a> {
@@ -138,8 +128,8 @@ pub struct Args<'a> {
     pub counter: u64,
     /// Thread blocks at most: the device's multiprocessors.
     pub blocks: u32,
-    /// Tiles that are computed in parts, by [`Config::cut`] or another of as many tiles; none if there
-    /// are none. [`Config::join`] is launched behind it, then.
+    /// Tiles that are computed in parts, by [`Config::cut`] or another cut of as many tiles, in slots of
+    /// [`Config::slot_bytes`]; none if there are none. [`Config::join`] is launched behind it, then.
     pub in_parts: Option<InParts>,
     /// The tables that the mask looks up.
     pub tables: &'a [Table],
@@ -294,11 +284,8 @@ impl Config {
 
     fn cut_of(self, args: &Args<'_>) -> Cut {
         let tiles = args.batch * args.heads * self.row_tiles(args.layout);
-        let cut = args.in_parts.map_or(Cut::none(tiles), |of| of.cut);
-        assert!(
-            cut.whole + cut.tiles == tiles && (cut.tiles == 0 || self.has_parts()),
-            "{cut:?} of {tiles} tiles for {self:?}"
-        );
+        let cut = Cut::of(args.in_parts, tiles);
+        assert!(cut.tiles == 0 || self.has_parts(), "{cut:?} for {self:?}");
         cut
     }
 

@@ -47,7 +47,7 @@ impl Config {
         2 * self.head_dim
     }
 
-    /// Bytes of the slots, see [`super::InParts`].
+    /// Bytes of the slots, see [`InParts`](crate::cut::InParts).
     pub fn slot_bytes(self, cut: Cut) -> usize {
         let row = self.row_bytes_of_out() as usize + size_of::<f32>();
         cut.slots() as usize * self.queries() as usize * row

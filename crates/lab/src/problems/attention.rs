@@ -1,8 +1,8 @@
 //! Attention, against its definition in float64: [`Forward`] and [`Backward`].
 
-use flex_block_attn::{BlockMask, Extents, Plan, PlanLayout};
+use flex_block_attn::{BlockMask, Plan, PlanLayout};
 use flex_block_attn_emulator::Memory;
-use flex_block_attn_kernels::cut::Cut;
+use flex_block_attn_kernels::cut::{Cut, InParts};
 use flex_block_attn_kernels::exact::Table;
 use flex_block_attn_kernels::{backward, forward};
 use flex_block_attn_ptx::Element;
@@ -207,7 +207,7 @@ impl Forward {
                 parts,
             };
             let slots = memory.alloc("slots", self.config.slot_bytes(cut));
-            forward::InParts { cut, slots }
+            InParts { cut, slots }
         });
         forward::Args {
             q: like_q.put(memory, "q", problem.q),
@@ -320,8 +320,10 @@ impl Backward {
             q_len,
             canvas: None,
         };
-        let cut = self.cut.unwrap_or(uncut(extents, sizes));
-        let slots = backward::slot_numbers(cut, sizes.head_dim);
+        let in_parts = self.cut.map(|cut| InParts {
+            cut,
+            slots: memory.alloc("slots", 4 * backward::slot_numbers(cut, sizes.head_dim)),
+        });
         let args = backward::Args {
             q: like_q.put(&mut memory, "q", &q),
             k: bounding.k,
@@ -341,11 +343,7 @@ impl Backward {
             kv_heads: self.kv_heads as u32,
             scale: self.scale as f32,
             tables: &tables,
-            cut,
-            slots: match slots {
-                0 => 0,
-                _ => memory.alloc("slots", 4 * slots),
-            },
+            in_parts,
             canvas: None,
         };
         let after = backward::finish::Args {
@@ -377,13 +375,8 @@ impl Backward {
             Step::new(last.kernel(), last.launch(&after)),
         ];
         let mut main = 1;
-        if cut.tiles > 0 {
-            let join = backward::join::Config {
-                element,
-                head_dim,
-                parts: cut.parts,
-            };
-            steps.insert(2, Step::new(join.kernel(), join.launch(&args)));
+        if let Some((join, launch)) = self.config.join(&args) {
+            steps.insert(2, Step::new(join.kernel(), launch));
         }
         if deterministic {
             steps.insert(0, Step::new(bounds.kernel(), bounds.launch(&bounding)));
@@ -407,12 +400,6 @@ impl Backward {
         .with_scratch(args.dq)
         .with_scratch(bounding.bounds)
     }
-}
-
-/// That no tile of keys is computed in parts.
-pub(super) fn uncut(extents: Extents, sizes: Sizes) -> Cut {
-    let shape = [sizes.batch, sizes.q_heads, sizes.kv_heads, sizes.head_dim];
-    backward::cut(extents, shape, 0).expect("tiles are few")
 }
 
 /// Numbers of the arrays between the kernels of the backward pass.

@@ -9,7 +9,7 @@ use flex_block_attn_kernels::canvas::{Canvas, Padding};
 use flex_block_attn_kernels::{backward, forward};
 use flex_block_attn_ptx::Element;
 
-use super::attention::{Workspace, layout, uncut};
+use super::attention::{Workspace, layout};
 use super::tensor::{Layout, Tensor};
 use super::{Close, Expected, Setup, Step};
 use crate::reference::{Problem, Sizes};
@@ -328,8 +328,7 @@ impl Video {
             kv_heads: args.kv_heads,
             scale: args.scale,
             tables: &[],
-            cut: uncut(args.layout.extents, sizes),
-            slots: 0,
+            in_parts: None,
             canvas: Some(canvas),
         };
         let after = backward::finish::Args {

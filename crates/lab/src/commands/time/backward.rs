@@ -2,9 +2,8 @@
 //! blocks that start here and there.
 
 use flex_block_attn::{Extents, Plan, builders};
-use flex_block_attn_kernels::backward::{
-    self, Config, WINDOW, Workspace, bounds, finish, join, prepare,
-};
+use flex_block_attn_kernels::backward::{self, Config, WINDOW, Workspace, bounds, finish, prepare};
+use flex_block_attn_kernels::cut::InParts;
 use flex_block_attn_kernels::{Element, Strides, forward};
 use flex_block_attn_lab::gpu::Gpu;
 
@@ -61,8 +60,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
     let bound_words = heads as usize * bounds::WORDS;
     let q_len = tokens as u32;
     let shape = [1, heads as usize, heads as usize, head_dim as usize];
-    let cut = |multiprocessors| backward::cut(extents, shape, multiprocessors).ok_or(unsupported);
-    let (whole, cut) = (cut(0)?, cut(gpu.device().multiprocessors())?);
+    let cut = backward::cut(extents, shape, gpu.device().multiprocessors()).ok_or(unsupported)?;
     let bounding = bounds::Args {
         k: before.k,
         v: before.v,
@@ -106,11 +104,14 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         kv_heads: heads,
         scale,
         tables: &[],
-        cut: whole,
-        slots: gpu.alloc(4 * backward::slot_numbers(cut, head_dim as usize).max(1))?,
+        in_parts: None,
         canvas: None,
     };
-    let in_parts = backward::Args { cut, ..main };
+    let slots = gpu.alloc(4 * backward::slot_numbers(cut, head_dim as usize).max(1))?;
+    let whole_pass = backward::Args {
+        in_parts: (cut.tiles > 0).then_some(InParts { cut, slots }),
+        ..main
+    };
     let last = finish::Args {
         sums: main.dq,
         steps: first.steps,
@@ -143,16 +144,11 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         };
         let mut all = vec![
             (gpu.load(&prepare.kernel())?, prepare.launch(&first)),
-            (gpu.load(&chosen.kernel())?, chosen.launch(&in_parts)),
+            (gpu.load(&chosen.kernel())?, chosen.launch(&whole_pass)),
             (gpu.load(&finish.kernel())?, finish.launch(&last)),
         ];
-        if cut.tiles > 0 {
-            let join = join::Config {
-                element,
-                head_dim,
-                parts: cut.parts,
-            };
-            all.insert(2, (gpu.load(&join.kernel())?, join.launch(&in_parts)));
+        if let Some((join, launch)) = chosen.join(&whole_pass) {
+            all.insert(2, (gpu.load(&join.kernel())?, launch));
         }
         if deterministic {
             all.insert(0, (gpu.load(&bounds.kernel())?, bounds.launch(&bounding)));
