@@ -106,7 +106,7 @@ def _ratios(device: Device) -> Plot:
                 groups.append([suite, bars])
         if groups:
             rows.append([passed, groups])
-    longest = max(sum(0.8 + len(bars) for _, bars in groups) for _, groups in rows)
+    longest = max(sum(0.8 + _room(bars) for _, bars in groups) for _, groups in rows)
     return Plot(
         "speed-up.png",
         f"{device.name}: how much faster ours is than each peer",
@@ -114,6 +114,11 @@ def _ratios(device: Device) -> Plot:
         _draw_ratios,
         (max(5.4, 1.5 + 0.28 * longest), 2.6 * len(rows) + 0.7),
     )
+
+
+def _room(bars: dict[str, Any]) -> int:
+    """Places of a suite's bars: at least as many as its name takes."""
+    return max(2, len(bars))
 
 
 def _draw_ratios(figure: "Figure", rows: Any) -> None:
@@ -124,14 +129,14 @@ def _draw_ratios(figure: "Figure", rows: Any) -> None:
     for (axes,), (passed, groups) in zip(grid, rows, strict=True):
         at, ticks = 0.0, []
         for suite, bars in groups:
-            start = at
+            start, at = at, at + (_room(bars) - len(bars)) / 2
             for name, (middle, least, most) in bars.items():
                 names[name] = axes.bar(at, middle - 1, 0.8, bottom=1, color=_colour(name))
                 axes.plot([at, at], [least, most], color="black", linewidth=1)
                 axes.annotate(f"{middle:.2f}", (at, most), ha="center", va="bottom", fontsize=6)
                 at += 1
-            ticks.append(((start + at - 1) / 2, suite))
-            at += 0.8
+            ticks.append((start + (_room(bars) - 1) / 2, suite))
+            at = start + _room(bars) + 0.8
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(FixedLocator(RATIOS))

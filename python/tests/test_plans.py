@@ -122,11 +122,13 @@ def test_other_keys_than_queries_are_divided_apart():
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def computed(plan, rank, kv_heads):
+def computed(plan, rank, kv_heads, backward=False):
     """How often a rank computes each block, by its masks; and how often it has each column, bool
     (heads, columns)."""
     layout = plan.layout
     own = plan.of_rank(rank, CPU, kv_heads)
+    own = own.backward if backward else own
+    long = own.rows.blocks[layout.shared[layout.q_owners == rank]] if own.pieces else None
     heads = plan.blocks.shape[1]
     times = torch.zeros(plan.blocks.shape, dtype=torch.int)
     has = torch.zeros(heads, len(layout.kv_owners), dtype=torch.int)
@@ -153,7 +155,13 @@ def computed(plan, rank, kv_heads):
                 cells = mask.blocks[:, head].int()
                 assert not cells[..., ~some].any()
                 rows = own.rows.blocks
-                times[:, head, rows[:, None], columns[head][some]] += cells[..., some]
+                more = cells.shape[1] - len(rows)
+                if more:
+                    # Pieces of long rows come before all rows.
+                    assert long is not None
+                    rows = torch.cat([*[long] * (more // len(long)), rows])
+                for row, cell in zip(rows, cells.unbind(1), strict=True):
+                    times[:, head, row, columns[head][some]] += cell[:, some]
     return times, has
 
 
@@ -180,12 +188,13 @@ def test_ranks_compute_each_block_once(data):
         DynamicPlan(mask.blocks, layout, chunks=chunks, exchange="all"),
     ):
         for kv_heads in {1, shape[1]}:
-            total = torch.zeros(blocks.shape, dtype=torch.int)
-            for rank in range(ranks):
-                times, has = computed(plan, rank, kv_heads)
-                total += times
-                assert has.max() <= 1
-            assert torch.equal(total, blocks.int())
+            for backward in (False, True):
+                total = torch.zeros(blocks.shape, dtype=torch.int)
+                for rank in range(ranks):
+                    times, has = computed(plan, rank, kv_heads, backward)
+                    total += times
+                    assert has.max() <= 1
+                assert torch.equal(total, blocks.int())
 
 
 def test_what_one_sends_the_other_receives():
