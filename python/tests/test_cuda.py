@@ -13,6 +13,7 @@ import torch
 from gpu import NEEDS_HOPPER, tensor
 from reference import attention, relative_error, token_mask
 from ssta_choices import compare_masks, near_ties_of_settings, random_tokens
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
 
@@ -68,9 +69,8 @@ class Random:
         return attention(q, k, v, self.blocks, self.q_block, self.kv_block, self.scale)
 
 
-@pytest.mark.parametrize("seed", range(320))
-def test_random_problems(seed: int):
-    x = Random(seed, 1500)
+def right_forward(x: Random) -> Tensor:
+    """The output, which is that of float64, as is the lse."""
     with torch.no_grad():
         out, lse = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale, return_lse=True)
     expected, expected_lse = x.reference(x.q, x.k, x.v)
@@ -79,22 +79,22 @@ def test_random_problems(seed: int):
     assert torch.equal(lse.isinf(), empty)
     assert (out[empty] == 0).all()
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(320))
+def test_random_problems(seed: int):
+    right_forward(Random(seed, 1500))
 
 
 @pytest.mark.parametrize("seed", range(3000, 3040))
 def test_few_queries_and_many_keys(seed: int):
     """Tiles are computed in parts, most of them."""
     x = Random(seed, 700, 9000)
+    out = right_forward(x)
     with torch.no_grad():
-        out, lse = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale, return_lse=True)
         again = flex_block_attn(x.q, x.k, x.v, x.mask, scale=x.scale)
     assert torch.equal(out, again)
-    expected, expected_lse = x.reference(x.q, x.k, x.v)
-    assert relative_error(out, expected) < 5e-3
-    empty = expected_lse.isinf()
-    assert torch.equal(lse.isinf(), empty)
-    assert (out[empty] == 0).all()
-    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("seed", [*range(1000, 1320), *range(3000, 3040)])

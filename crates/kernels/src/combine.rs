@@ -10,7 +10,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 use crate::chunk::{self, Lanes, Rows};
 use crate::forward::Tensor;
 
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 /// Rows of a thread.
 const DEPTH: u32 = 2;
 /// The most parts.
@@ -69,11 +69,6 @@ impl Config {
         all
     }
 
-    /// Rows of a thread block.
-    fn rows(self) -> u32 {
-        THREADS / 32 * DEPTH * Lanes::new(self.head_dim).rows
-    }
-
     /// The launch for some tensors.
     ///
     /// # Panics
@@ -92,7 +87,11 @@ impl Config {
         }
         list.push(Arg::U32(args.len));
         Launch {
-            grid: [args.len.div_ceil(self.rows()), args.heads, args.batch],
+            grid: [
+                args.len.div_ceil(rows_of_block(self.head_dim)),
+                args.heads,
+                args.batch,
+            ],
             args: list,
         }
     }
@@ -115,12 +114,10 @@ impl Config {
         let whole = InMemory::new(k, "whole");
         let len = k.param::<u32>("len");
 
-        let lanes = Lanes::new(self.head_dim);
-        let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);
-        let first = k.cta_x() * self.rows() + (k.tid() >> 5) * (DEPTH * lanes.rows) + own;
-        let loaded: Vec<Vec<_>> = (0..DEPTH)
-            .map(|i| {
-                let row = first + i * lanes.rows;
+        let (rows, chunk) = own_rows(k, self.head_dim);
+        let loaded: Vec<Vec<_>> = rows
+            .iter()
+            .map(|&row| {
                 let inside = row.lt(len);
                 let load = |part: &InMemory<'_>| {
                     let [lse] = k.load_constants_where::<f32, 1>(inside, part.number(row));
@@ -131,8 +128,7 @@ impl Config {
                 parts.iter().map(load).collect()
             })
             .collect();
-        for (i, parts) in (0u32..).zip(&loaded) {
-            let row = first + i * lanes.rows;
+        for (&row, parts) in rows.iter().zip(&loaded) {
             let (words, lse) = self::whole(parts, self.element);
             k.if_(row.lt(len), || {
                 k.store_globals(whole.out.chunk(row, chunk), words);
@@ -140,6 +136,21 @@ impl Config {
             });
         }
     }
+}
+
+/// Rows of a thread block, of as many columns; here, and where tiles in parts are put together.
+pub(crate) fn rows_of_block(head_dim: u32) -> u32 {
+    THREADS / 32 * DEPTH * Lanes::new(head_dim).rows
+}
+
+/// This thread's rows, counted by thread blocks along x, and its chunk of them.
+pub(crate) fn own_rows(k: &Builder, head_dim: u32) -> (Vec<Reg<'_, u32>>, Reg<'_, u32>) {
+    let lanes = Lanes::new(head_dim);
+    let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);
+    let of_warps = k.cta_x() * rows_of_block(head_dim) + (k.tid() >> 5) * (DEPTH * lanes.rows);
+    let first = of_warps + own;
+    let rows = (0..DEPTH).map(|i| first + i * lanes.rows).collect();
+    (rows, chunk)
 }
 
 /// A chunk of the output and the lse of a row, from those of its parts.

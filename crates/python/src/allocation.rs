@@ -1,5 +1,6 @@
 //! [`Allocation`]: memory of a GPU that torch allocates for the library, on its current stream, without
-//! Python code of ours asking for it.
+//! Python code of ours asking for it. In: a GPU and how many words. Out: their address, for as long as the
+//! value lives. Called by `counter`, and by `gpu` for what a call computes in.
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

@@ -3,7 +3,7 @@
 //!
 //! Launched behind the main kernel, for the tiles that it has computed in parts; it may start before that
 //! one is over, and so may [`finish`](super::finish) behind it, which has waited for the main kernel's sums
-//! when it has waited for this one. Bound by memory, as [`combine`](crate::combine): lanes of a row have a
+//! when it has waited for this one. Bound by memory, as [`combine`]: lanes of a row have a
 //! chunk of 16 bytes each, of all parts; a thread has several rows, whose loads are under way together.
 
 use flex_block_attn_mask::Side;
@@ -11,13 +11,9 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch, Reg};
 
 use super::tiles::{self, Tiles};
 use super::{Args, KEYS};
-use crate::chunk::{self, Heads, Lanes};
-use crate::combine::MOST;
+use crate::chunk::{self, Heads};
+use crate::combine::{self, MOST};
 use crate::lists::{self, Call, Lists};
-
-const THREADS: u32 = 256;
-/// Rows of a thread.
-const DEPTH: u32 = 2;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,11 +42,6 @@ impl Config {
         all
     }
 
-    /// Rows of a thread block.
-    fn rows(self) -> u32 {
-        THREADS / 32 * DEPTH * Lanes::new(self.head_dim).rows
-    }
-
     /// The launch behind the main kernel's with these arguments, whose tiles are in as many parts.
     pub(super) fn launch(self, args: &Args<'_>) -> Launch {
         let cut = args.in_parts.expect("some tiles in parts").cut;
@@ -65,7 +56,7 @@ impl Config {
         list.extend(tiles::args(call, cut, args));
         Launch {
             // For dk, then for dv.
-            grid: [KEYS / self.rows(), cut.tiles, 2],
+            grid: [KEYS / combine::rows_of_block(self.head_dim), cut.tiles, 2],
             args: list,
         }
     }
@@ -78,7 +69,7 @@ impl Config {
             parts,
         } = self;
         let name = format!("join_gradients_{element:?}_d{head_dim}_{parts}").to_lowercase();
-        Builder::kernel(name, THREADS, |k| self.body(k))
+        Builder::kernel(name, combine::THREADS, |k| self.body(k))
     }
 
     fn body(self, k: &Builder) {
@@ -93,15 +84,11 @@ impl Config {
         k.grid_wait();
         let (tile, which) = (k.cta_y(), k.cta_z());
         let keys = tiles.keys(cut.whole + tile);
-        let lanes = Lanes::new(self.head_dim);
-        let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);
-        let first = k.cta_x() * self.rows() + (k.tid() >> 5) * (DEPTH * lanes.rows) + own;
-        let rows = (0..DEPTH).map(|i| {
-            let row = first + i * lanes.rows;
-            (row, (keys.first + row).lt(kv_len))
-        });
+        let (rows, chunk) = combine::own_rows(k, self.head_dim);
         let loaded: Vec<_> = rows
-            .map(|(row, inside)| {
+            .into_iter()
+            .map(|row| {
+                let inside = (keys.first + row).lt(kv_len);
                 let parts: Vec<[Reg<'_, u32>; 4]> = (0..self.parts)
                     .map(|part| {
                         let part = cut.slots.rows(cut.tiles * part + tile, which);

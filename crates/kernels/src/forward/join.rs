@@ -10,13 +10,8 @@ use flex_block_attn_ptx::{Builder, Element, Kernel, Launch, Reg};
 use super::output::{self, Results};
 use super::problem::{Part, Problem};
 use super::{Args, Config as Main, Rows};
-use crate::chunk::Lanes;
 use crate::combine;
 use crate::cut::InParts;
-
-const THREADS: u32 = 256;
-/// Rows of a thread.
-const DEPTH: u32 = 2;
 
 /// What the kernel is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,17 +56,17 @@ impl Config {
         }
     }
 
-    /// Rows of a thread block, of which a tile has several.
-    fn rows(self) -> u32 {
-        THREADS / 32 * DEPTH * Lanes::new(self.head_dim).rows
-    }
-
     /// The launch behind the main one with these arguments, whose tiles are in as many parts.
     pub(super) fn launch(self, args: &Args<'_>, in_parts: InParts) -> Launch {
         let mut list: Vec<_> = output::args(args).collect();
         list.extend(self.main().numbers(args));
         Launch {
-            grid: [self.queries / self.rows(), in_parts.cut.tiles, 1],
+            // Thread blocks have so many rows of a tile.
+            grid: [
+                self.queries / combine::rows_of_block(self.head_dim),
+                in_parts.cut.tiles,
+                1,
+            ],
             args: list,
         }
     }
@@ -86,24 +81,21 @@ impl Config {
         } = self;
         let name =
             format!("join_outputs_{element:?}_d{head_dim}_q{queries}_{parts}").to_lowercase();
-        Builder::kernel(name, THREADS, |k| self.body(k))
+        Builder::kernel(name, combine::THREADS, |k| self.body(k))
     }
 
     fn body(self, k: &Builder) {
         let results = Results::new(k);
         let problem = Problem::new(k, self.main());
         let parts = problem.parts.as_ref().expect("a main kernel of parts");
-        let lanes = Lanes::new(self.head_dim);
-        let (own, chunk) = (k.lane() / lanes.each, k.lane() % lanes.each);
-        let first_row = k.cta_x() * self.rows() + (k.tid() >> 5) * (DEPTH * lanes.rows) + own;
+        let (rows, chunk) = combine::own_rows(k, self.head_dim);
 
         // Started early, to wait here for the parts.
         k.grid_wait();
         let tile = problem.tile(parts.whole + k.cta_y(), Part::whole(k));
         let (_, first) = problem.row(tile, self.queries);
         let place = results.of_head(&problem, tile.head, tile.batch);
-        let rows = (0..DEPTH).map(|i| {
-            let row = first_row + i * lanes.rows;
+        let rows = rows.into_iter().map(|row| {
             let inside = (first + row).lt(problem.q_len);
             let load = |part| {
                 let (rows, lse) = parts.of_part(k.cta_y(), part);

@@ -102,10 +102,7 @@ impl<'k> Results<'k> {
         let is_part = note.slot().differs(0);
         let (rows, lse) = parts.of_note(note);
         Place {
-            rows: Rows {
-                first: is_part.select(rows.first, whole.rows.first),
-                stride: is_part.select(rows.stride, whole.rows.stride),
-            },
+            rows: whole.rows.or(is_part, rows),
             lse: is_part.select(lse, whole.lse),
             wants_lse: whole.wants_lse | is_part,
         }
