@@ -209,7 +209,8 @@ impl Machine<'_> {
                 Ok(Bytes::Shared(here.rank, range))
             }
             Space::Cluster => {
-                let (rank, address) = self.remote(here, address as u32)?;
+                let address = address as u32;
+                let rank = self.remote(here, address)?;
                 Ok(Bytes::Shared(
                     rank,
                     blocks[rank].shared.data(address, len, len as u32)?,
@@ -230,16 +231,16 @@ impl Machine<'_> {
         }
     }
 
-    /// The block that a shared::cluster address names, which must not have left, and the address.
-    pub(crate) fn remote(&self, here: Here, address: u32) -> Done<(usize, u32)> {
+    /// The rank of the block that a shared::cluster address names, which must not have left.
+    pub(crate) fn remote(&self, here: Here, address: u32) -> Done<usize> {
         let cluster = &self.clusters[here.cluster];
-        let (rank, address) = cluster.resolve(here.rank, address);
+        let rank = cluster.resolve(here.rank, address);
         if rank != here.rank && cluster.blocks[rank].running == 0 {
             let index = cluster.blocks[rank].index;
             let problem = format!("block {index:?}, which this accesses, is at its end");
             return Err(Kind::ClusterBarrier { problem }.into());
         }
-        Ok((rank, address))
+        Ok(rank)
     }
 
     /// Enters an access in the shadow.
@@ -430,7 +431,8 @@ impl Machine<'_> {
                     Space::Global => self.memory.place(pair[1]),
                     _ => {
                         let cluster = &self.clusters[here.cluster];
-                        let (rank, address) = cluster.resolve(here.rank, pair[1] as u32);
+                        let address = pair[1] as u32;
+                        let rank = cluster.resolve(here.rank, address);
                         cluster.blocks[rank].shared.place(address)
                     }
                 };

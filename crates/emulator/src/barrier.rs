@@ -268,9 +268,10 @@ impl Machine<'_> {
         let bytes = bytes.map_or([0; 32], |bytes| warp.words(self.program, *bytes));
         for lane in lanes_of(lanes) {
             let mut one = || {
-                let (rank, address) = match remote {
-                    true => self.remote(here, addresses[lane])?,
-                    false => (here.rank, addresses[lane]),
+                let address = addresses[lane];
+                let rank = match remote {
+                    true => self.remote(here, address)?,
+                    false => here.rank,
                 };
                 let clock = &warp.clocks[lane];
                 let barrier = self.mbarrier(here, clock, rank, address)?;

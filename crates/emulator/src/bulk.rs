@@ -19,7 +19,7 @@ use crate::machine::{Here, Machine};
 use crate::memory::Memory;
 use crate::program::Decoded;
 use crate::shadow::Access;
-use crate::shared::Shared;
+use crate::shared::{Shared, at_rank};
 use crate::tile::{self, Coordinates, Row, map_token};
 use crate::warp::Warp;
 
@@ -293,29 +293,26 @@ impl Machine<'_> {
         source: Outside,
         ([dst, barrier], ranks, align): ([u32; 2], Option<u32>, u32),
     ) -> Done {
+        let bytes = source.bytes();
         let mut places = Vec::with_capacity(2);
         match ranks {
-            None => {
-                let (rank, dst) = self.remote(here, dst)?;
-                let (other, barrier) = self.remote(here, barrier)?;
-                if other != rank {
-                    return Err(problem(
-                        "tile and mbarrier are in different blocks".to_owned(),
-                    ));
-                }
-                places.push((rank, dst, barrier));
-            }
+            // Of this block only: what the hardware makes of another's addresses is not known.
+            None => places.push((here.rank, dst, barrier)),
             Some(ranks) => {
-                let blocks = self.clusters[here.cluster].blocks.len();
-                if ranks == 0 || ranks >> blocks != 0 {
-                    let what = format!("multicast to {ranks:#x} in a cluster of {blocks}");
+                let blocks = &self.clusters[here.cluster].blocks;
+                if ranks == 0 || ranks >> blocks.len() != 0 {
+                    let count = blocks.len();
+                    let what = format!("multicast to {ranks:#x} in a cluster of {count}");
                     return Err(problem(what));
                 }
-                let (dst, barrier) = (self.remote(here, dst)?.1, self.remote(here, barrier)?.1);
-                places.extend(lanes_of(ranks).map(|rank| (rank, dst, barrier)));
+                let own = &blocks[here.rank].shared;
+                own.range(barrier, 8)?;
+                own.range(dst, bytes as usize)?;
+                // The same offsets in each block.
+                let at = |rank| (rank, at_rank(dst, rank), at_rank(barrier, rank));
+                places.extend(lanes_of(ranks).map(at));
             }
         }
-        let bytes = source.bytes();
         let threads = self.clusters[here.cluster].ordinary();
         let mut targets = Vec::with_capacity(places.len());
         for (rank, address, barrier) in places {

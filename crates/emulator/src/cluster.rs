@@ -75,7 +75,9 @@ impl Cluster {
                 let y = number / along_x % launch.grid[1];
                 let z = number / along_x / launch.grid[1];
                 let index = [x, y, z];
-                let shared = Shared::new(index, kernel.shared_bytes as usize, program.shared_cell);
+                let bytes = kernel.shared_bytes as usize;
+                let of = (rank, kernel.cluster);
+                let shared = Shared::new(index, of, bytes, program.shared_cell);
                 Block {
                     index,
                     number: (z * launch.grid[1] + y) * launch.grid[0] + x,
@@ -169,14 +171,12 @@ impl Cluster {
         }
     }
 
-    /// The block that a shared::cluster address names, seen from `rank`, and the address there.
-    pub(crate) fn resolve(&self, rank: usize, address: u32) -> (usize, u32) {
-        let local = address & ((1 << RANK_SHIFT) - 1);
+    /// The rank of the block that a shared::cluster address names, seen from `rank`.
+    pub(crate) fn resolve(&self, rank: usize, address: u32) -> usize {
         match (address >> RANK_SHIFT) as usize {
-            0 => (rank, local),
-            other if other <= self.blocks.len() => (other - 1, local),
+            other if other < self.blocks.len() => other,
             // No such block: out of bounds anywhere.
-            _ => (rank, address),
+            _ => rank,
         }
     }
 

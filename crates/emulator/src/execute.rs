@@ -16,7 +16,7 @@ use crate::alu;
 use crate::fault::{Done, Kind};
 use crate::machine::{Here, Machine};
 use crate::program::{Decoded, Program};
-use crate::shared::{BASE, RANK_SHIFT};
+use crate::shared::{RANK_SHIFT, at_rank};
 use crate::tile::map_token;
 use crate::warp::{FULL, State, Warp, Wides, Words};
 
@@ -146,7 +146,10 @@ impl Machine<'_> {
             Op::ParamAddress { dst, param } => {
                 warp.set_wide(p, *dst, lanes, &[map_token(*param); 32]);
             }
-            Op::SharedBase { dst } => warp.set(p, *dst, lanes, &[BASE; 32]),
+            Op::SharedBase { dst } => {
+                let block = &self.clusters[here.cluster].blocks[here.rank];
+                warp.set(p, *dst, lanes, &[block.shared.base; 32]);
+            }
             Op::Unary { op, ty, dst, a } => {
                 let a = warp.values(p, ty.class(), *a);
                 let values = map(lanes, [a], |[a]| alu::unary(*op, *ty, a))?;
@@ -462,11 +465,11 @@ impl Machine<'_> {
                 let rank = warp.values(p, b32, *rank);
                 let ranks = self.clusters[here.cluster].blocks.len() as u64;
                 let values = map(lanes, [address, rank], |[address, rank]| {
-                    if address >> RANK_SHIFT != 0 || rank >= ranks {
+                    if address >> RANK_SHIFT != here.rank as u64 || rank >= ranks {
                         let problem = format!("mapa of address {address:#x} to rank {rank}");
                         return Err(Kind::ClusterBarrier { problem }.into());
                     }
-                    Ok(address | (rank + 1) << RANK_SHIFT)
+                    Ok(at_rank(address as u32, rank as usize).into())
                 })?;
                 warp.put(p, *dst, lanes, &values);
             }

@@ -11,16 +11,23 @@ use crate::mbarrier::Mbarrier;
 use crate::shadow::Shadow;
 
 /// Where shared memory starts: not at zero, so that an address without its base is noticed.
-pub(crate) const BASE: u32 = 1024;
-/// Bits of an address within a block; above them stands the block's rank in its cluster plus one,
-/// or zero for one's own.
+const BASE: u32 = 1024;
+/// Bits of an address within a block. Above them stands the block's rank in its cluster, as on the
+/// hardware: in shared::cta addresses, too.
 pub(crate) const RANK_SHIFT: u32 = 24;
+
+/// Where the block of a rank has what another block has at `address`.
+pub(crate) fn at_rank(address: u32, rank: usize) -> u32 {
+    address & ((1 << RANK_SHIFT) - 1) | (rank as u32) << RANK_SHIFT
+}
 
 /// The shared memory of one thread block.
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
     /// Whose it is, for reports.
     pub(crate) name: String,
+    /// Where it starts, the block's rank included.
+    pub(crate) base: u32,
     pub(crate) bytes: Vec<u8>,
     /// 1 for each byte that was written.
     known: Vec<u8>,
@@ -34,10 +41,21 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Uninitialised shared memory of so many bytes.
-    pub(crate) fn new(block: [u32; 3], bytes: usize, cell: u32) -> Self {
+    /// Uninitialised shared memory of so many bytes, of the block of `rank` in a cluster of `cluster`.
+    pub(crate) fn new(
+        block: [u32; 3],
+        (rank, cluster): (u32, u32),
+        bytes: usize,
+        cell: u32,
+    ) -> Self {
+        let mut name = format!("shared memory of block {block:?}");
+        if cluster > 1 {
+            // Reports show addresses, of which the rank is a part.
+            name += &format!(" (rank {rank} of its cluster)");
+        }
         Self {
-            name: format!("shared memory of block {block:?}"),
+            name,
+            base: at_rank(BASE, rank as usize),
             bytes: vec![0xcd; bytes],
             known: vec![0; bytes],
             shadow: Shadow::new(bytes.div_ceil(1 << cell)),
@@ -47,24 +65,29 @@ impl Shared {
         }
     }
 
+    /// The address that a matrix descriptor means, which has no room for the rank.
+    pub(crate) fn described(&self, address: u32) -> u32 {
+        at_rank(address, (self.base >> RANK_SHIFT) as usize)
+    }
+
     /// The name of an address.
     pub(crate) fn place(&self, address: u32) -> Place {
         Place {
             region: self.name.clone(),
-            offset: i64::from(address) - i64::from(BASE),
+            offset: i64::from(address) - i64::from(self.base),
             address: u64::from(address),
         }
     }
 
     /// The name of a shadow cell.
     pub(crate) fn place_of_cell(&self, cell: usize) -> Place {
-        self.place(BASE + ((cell as u32) << self.cell))
+        self.place(self.base + ((cell as u32) << self.cell))
     }
 
-    /// The bytes `len` from `address`.
+    /// The bytes `len` from `address`. Addresses of other blocks, by their ranks, are out of bounds.
     pub(crate) fn range(&self, address: u32, len: usize) -> Done<Range<usize>> {
-        let start = address.wrapping_sub(BASE) as usize;
-        if address < BASE || start + len > self.bytes.len() {
+        let start = address.wrapping_sub(self.base) as usize;
+        if address < self.base || start + len > self.bytes.len() {
             let place = self.place(address);
             return Err(Kind::OutOfBounds {
                 place,
@@ -92,7 +115,7 @@ impl Shared {
                 .iter()
                 .position(|&barrier| barrier != 0)
             {
-                let place = self.place(BASE + 8 * (start + at) as u32);
+                let place = self.place(self.base + 8 * (start + at) as u32);
                 return Err(Kind::LiveMbarrier { place }.into());
             }
         }
@@ -110,7 +133,7 @@ impl Shared {
             let at = self.known[bytes.clone()]
                 .iter()
                 .position(|&known| known == 0);
-            let place = self.place(BASE + (bytes.start + at.unwrap_or(0)) as u32);
+            let place = self.place(self.base + (bytes.start + at.unwrap_or(0)) as u32);
             return Err(Kind::UninitialisedMemory { place }.into());
         }
         Ok(&self.bytes[bytes])
@@ -150,7 +173,7 @@ impl Shared {
     /// Makes plain bytes of an mbarrier.
     pub(crate) fn remove_barrier(&mut self, address: u32) -> Done {
         let index = self.barrier(address)?;
-        self.barrier_at[(address - BASE) as usize / 8] = 0;
+        self.barrier_at[(address - self.base) as usize / 8] = 0;
         self.barriers[index].invalid = true;
         Ok(())
     }

@@ -251,7 +251,7 @@ impl Machine<'_> {
             .chain([(b_matrix, *n)])
         {
             matrix.chunks(0, count, |chunk| {
-                let range = shared.data(chunk.address, 16, 16)?;
+                let range = shared.data(shared.described(chunk.address), 16, 16)?;
                 let cells = shared.cells(&range);
                 if conflict.is_none() {
                     conflict = shared.shadow.read(&access, cells).err();
@@ -315,7 +315,8 @@ impl Machine<'_> {
         let first = 16 * (here.warp as u32 % 4);
         if let Some(matrix) = issued.a {
             matrix.chunks(first, 16, |chunk| {
-                let bytes = &shared.bytes[shared.range(chunk.address, 16)?];
+                let range = shared.range(shared.described(chunk.address), 16)?;
+                let bytes = &shared.bytes[range];
                 matrix.elements(chunk, bytes, |row, k, value| {
                     left[(row - first) as usize][k as usize] = value;
                 });
@@ -336,7 +337,8 @@ impl Machine<'_> {
             }
         }
         issued.b.chunks(0, *n, |chunk| {
-            let bytes = &shared.bytes[shared.range(chunk.address, 16)?];
+            let range = shared.range(shared.described(chunk.address), 16)?;
+            let bytes = &shared.bytes[range];
             issued.b.elements(chunk, bytes, |column, k, value| {
                 right[k as usize][column as usize] = value;
             });

@@ -152,7 +152,8 @@ pub enum Op {
     Param { ty: Ty, dst: RegId, param: u32 },
     /// `mov.b64 dst, param; cvta.param.u64 dst, dst`: the generic address of a tensor map.
     ParamAddress { dst: RegId, param: u32 },
-    /// `mov.u32 dst, smem`: where dynamic shared memory starts.
+    /// `mov.u32 dst, smem`: where dynamic shared memory starts, the block's rank in its cluster in the
+    /// top byte.
     SharedBase { dst: RegId },
     /// `op.ty dst, a`
     Unary { op: Unary, ty: Ty, dst: RegId, a: Operand },
@@ -445,7 +446,7 @@ pub enum Space {
     Global,
     /// Shared memory of this thread block; addresses of 32 bits.
     Shared,
-    /// Shared memory of the cluster, at addresses made by [`Op::MapShared`].
+    /// Shared memory of the cluster, at addresses made by [`Op::MapShared`] or at one's own.
     Cluster,
 }
 

@@ -15,6 +15,8 @@ use crate::{Barrier, Barriers, Place, Shape};
 const ATOM: u32 = 8 * PANEL_ROW;
 /// Shared memory of a thread block on Hopper, at most.
 const MOST_BYTES: u32 = 227 * 1024;
+/// Bits of an address that descriptors have room for.
+const DESCRIBED: u32 = (1 << 18) - 1;
 
 /// The shared memory that is still to be given out. Whoever has taken what it needs calls
 /// [`Shared::finish`].
@@ -22,8 +24,10 @@ const MOST_BYTES: u32 = 227 * 1024;
 pub struct Shared<'k> {
     k: &'k Builder,
     base: Reg<'k, u32>,
-    /// `base >> 4`, what descriptors are made from.
+    /// `base >> 4` without the rank in a cluster, what descriptors are made from.
     base16: Reg<'k, u32>,
+    /// Thread blocks of the cluster that `base16` is made for.
+    cluster: u32,
     used: Cell<u32>,
 }
 
@@ -35,7 +39,7 @@ pub struct SharedTile<'k> {
     pub shape: Shape,
     /// Where shared memory starts.
     base: Reg<'k, u32>,
-    /// `base >> 4`.
+    /// `base >> 4`, without the rank in a cluster.
     base16: Reg<'k, u32>,
     /// Bytes behind that, plus those of the view's first row and panel.
     offset: u32,
@@ -46,14 +50,21 @@ pub struct SharedTile<'k> {
 }
 
 impl<'k> Shared<'k> {
-    /// All of it.
+    /// All of it. A kernel in clusters says so before, by [`Builder::set_cluster`].
     #[track_caller]
     pub fn new(k: &'k Builder) -> Self {
-        let base = k.shared_base();
+        let (base, cluster) = (k.shared_base(), k.cluster());
+        // In a cluster the address has the block's rank in its top byte, which would end up in the
+        // descriptors' leading stride.
+        let base16 = match cluster {
+            1 => base >> 4,
+            _ => (base & DESCRIBED) >> 4,
+        };
         Self {
             k,
             base,
-            base16: base >> 4,
+            base16,
+            cluster,
             used: Cell::new(0),
         }
     }
@@ -92,8 +103,10 @@ impl<'k> Shared<'k> {
     /// Says how much the kernel needs.
     ///
     /// # Panics
-    /// If that is more than a thread block can have.
+    /// If that is more than a thread block can have, or the kernel was put in clusters after
+    /// [`Shared::new`].
     pub fn finish(self) {
+        assert_eq!(self.k.cluster(), self.cluster, "blocks of the cluster");
         let used = self.used.get();
         assert!(
             used <= MOST_BYTES,
@@ -365,4 +378,19 @@ pub struct RowAddress<'k> {
     start: Reg<'k, u32>,
     pattern: Reg<'k, u32>,
     chunk: Reg<'k, u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "blocks of the cluster")]
+    fn clusters_are_known_before_shared_memory_is_given_out() {
+        Builder::kernel("late", 128, |k| {
+            let shared = Shared::new(k);
+            k.set_cluster(2);
+            shared.finish();
+        });
+    }
 }

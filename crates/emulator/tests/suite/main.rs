@@ -2,6 +2,7 @@
 //! completion modes and under several schedules: right ones must agree, wrong ones must be caught.
 
 mod barriers;
+mod clusters;
 mod copies;
 mod memory;
 mod pipeline;

@@ -34,19 +34,21 @@ enum Mistake {
     UninitialisedAccumulator,
     OneWarpLess,
     WrongDescriptor,
+    /// What descriptors are made from has the block's rank in its cluster in it.
+    RankInDescriptor,
     /// Each warp overwrites its rows of A behind its wait: at once, or (no mistake) when all warps
     /// have waited.
     ReuseA,
     ReuseASynced,
 }
 
-/// A product of one block: 128 threads, A at 0, B at 8192 (panels of 64 columns if transposed), the
-/// mbarrier behind them. D goes to global memory row by row.
+/// A product in each block: 128 threads, B at 0 (panels of 64 columns if transposed), A behind it,
+/// then the mbarrier. D goes to global memory row by row.
 fn product(shape: Shape, mistake: Mistake) -> Kernel {
     let Shape { n, .. } = shape;
     Builder::kernel("product", 128, |k| {
         let b_bytes = n * 128;
-        let barrier = 8192 + b_bytes;
+        let barrier = b_bytes + 8192;
         k.set_shared_bytes(barrier + 8);
         let (a, b) = (k.tensor_map("a"), k.tensor_map("b"));
         let out = k.param::<u64>("out");
@@ -58,23 +60,18 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
         });
         k.sync_threads();
         k.if_(tid.equals(0), || {
-            k.mbarrier_arrive_expect(smem.at(barrier), 8192 + b_bytes);
+            k.mbarrier_arrive_expect(smem.at(barrier), b_bytes + 8192);
             let zero = [Operand::Imm(0), Operand::Imm(0)];
-            k.tma_load(smem, a, &zero, smem.at(barrier), Default::default());
+            let dst = smem.at(b_bytes);
+            k.tma_load(dst, a, &zero, smem.at(barrier), Default::default());
             if shape.b_transposed {
                 for panel in 0..n / 64 {
                     let at = [Operand::Imm(u64::from(64 * panel)), Operand::Imm(0)];
-                    let dst = smem.at(8192 + 8192 * panel);
+                    let dst = smem.at(8192 * panel);
                     k.tma_load(dst, b, &at, smem.at(barrier), Default::default());
                 }
             } else {
-                k.tma_load(
-                    smem.at(8192),
-                    b,
-                    &zero,
-                    smem.at(barrier),
-                    Default::default(),
-                );
+                k.tma_load(smem, b, &zero, smem.at(barrier), Default::default());
             }
         });
         if mistake != Mistake::WaitForCopy {
@@ -86,7 +83,10 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
                 _ => k.var(1.0),
             })
             .collect();
-        let low = smem >> 4;
+        let low = match mistake {
+            Mistake::RankInDescriptor => smem >> 4,
+            _ => (smem & 0x3_ffff) >> 4,
+        };
         let (lane, warp) = (tid & 31, tid >> 5);
         let mut fragments = Vec::new();
         if shape.a_in_registers {
@@ -94,7 +94,7 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
                 // Rows 16 w + lane % 16, chunk 2 step + lane / 16, swizzled.
                 let row = (warp << 4) + (lane & 15);
                 let chunk = ((lane >> 4) + 2 * step) ^ (row & 7);
-                let address = smem + (row << 7) + (chunk << 4);
+                let address = (smem + (row << 7) + (chunk << 4)).at(b_bytes);
                 fragments.push(k.load_matrices::<4>(address, false));
             }
         }
@@ -113,12 +113,12 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
             } else {
                 0
             };
-            let b = (low + (512 + b_step + shift)) + b_lead;
+            let b = (low + (b_step + shift)) + b_lead;
             let a = if shape.a_in_registers {
                 A::Registers(fragments[step as usize])
             } else {
                 let a_step = if shape.a_transposed { 128 } else { 2 } * step;
-                let bits = (low + (a_step + (1 << 16))).join(HIGH);
+                let bits = (low + ((b_bytes >> 4) + a_step + (1 << 16))).join(HIGH);
                 A::Shared {
                     descriptor: bits,
                     transposed: shape.a_transposed,
@@ -158,9 +158,9 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
             k.sync_threads();
         }
         if matches!(mistake, Mistake::ReuseA | Mistake::ReuseASynced) {
-            k.store_shared(smem + (tid << 6), tid);
+            k.store_shared((smem + (tid << 6)).at(b_bytes), tid);
         }
-        let row = (warp << 4) + (lane >> 2);
+        let row = (k.cta_x() << 6) + (warp << 4) + (lane >> 2);
         let start = out + (row * n + ((lane & 3) << 1)).times_wide(4);
         for (i, acc) in acc.iter().enumerate() {
             let i = i as u32;
@@ -295,6 +295,32 @@ fn mistakes_around_products_are_caught() {
         &memory,
         |kind| matches!(kind, Kind::OutOfBounds { .. }),
     );
+}
+
+/// Panels of columns lie a leading offset apart: a rank in it moves all of them but the first.
+#[test]
+fn descriptors_do_without_the_rank() {
+    let shape = shape(128, true, false, true);
+    let (mut memory, mut launch, _, expected) = problem(shape);
+    let out = memory.alloc("out of both blocks", 2 * 64 * 128 * 4);
+    launch.grid[0] = 2;
+    launch.args[2] = Arg::U64(out);
+    let run = |mistake| {
+        let mut kernel = product(shape, mistake);
+        kernel.cluster = 2;
+        let got = results(&kernel, &launch, &memory, |m| {
+            m.read::<f32>(out, 2 * expected.len())
+        });
+        let (first, second) = got.split_at(expected.len());
+        assert_eq!(first, expected, "{mistake:?}");
+        second.to_vec()
+    };
+    assert_eq!(run(Mistake::None), expected);
+    let wrong = run(Mistake::RankInDescriptor);
+    for (wrong, right) in wrong.chunks(128).zip(expected.chunks(128)) {
+        assert_eq!(wrong[..64], right[..64]);
+        assert_ne!(wrong[64..], right[64..]);
+    }
 }
 
 /// PTX does not say which warp's part of a product reads which rows of A.

@@ -158,6 +158,11 @@ impl Builder {
         self.state.borrow_mut().kernel.cluster = blocks;
     }
 
+    /// Thread blocks of a cluster, as far as they are set.
+    pub fn cluster(&self) -> u32 {
+        self.state.borrow().kernel.cluster
+    }
+
     /// Has ptxas choose registers so that `blocks` thread blocks fit on a multiprocessor.
     pub fn set_min_blocks(&self, blocks: u32) {
         self.state.borrow_mut().kernel.min_blocks = blocks;
@@ -341,7 +346,7 @@ impl Builder {
         self.write(|dst| Op::Special { dst, which })
     }
 
-    /// Where the thread block's shared memory starts.
+    /// Where the thread block's shared memory starts. In a cluster the top byte is the block's rank.
     #[track_caller]
     pub fn shared_base(&self) -> Reg<'_, u32> {
         self.write(|dst| Op::SharedBase { dst })
