@@ -450,6 +450,8 @@ impl Machine<'_> {
                 warp.next_epoch(&self.clusters[here.cluster], here, FULL);
             }
 
+            Op::Mma { element, acc, a, b } => self.mma(warp, *element, (acc, a, b)),
+
             Op::BarrierSync { id, threads } => {
                 let (id, threads) = self.barrier_operands(warp, *id, *threads)?;
                 return self.barrier_sync(here, warp, id, threads);

@@ -248,6 +248,7 @@ fn together(op: &Op) -> bool {
             | Op::WarpReduce { .. }
             | Op::Elect { .. }
             | Op::WarpSync
+            | Op::Mma { .. }
             | Op::BarrierSync { .. }
             | Op::BarrierArrive { .. }
             | Op::ClusterArrive

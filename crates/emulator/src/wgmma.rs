@@ -1,10 +1,10 @@
-//! The matrix unit: wgmma, its fences, groups and waits.
+//! The matrix unit: wgmma, its fences, groups and waits, and `mma`, one warp's own.
 //!
 //! In: wgmmas as warps issue them. Out: products in accumulator registers, when they are issued or
 //! at the wait that covers them. Each warp computes its own 16 of the 64 rows; that the four warps
 //! of a warpgroup do the same is checked by a log. Products are exact and summed in float32, k by k,
 //! each sum rounded to nearest: the hardware sums in another order and truncates, so results agree
-//! up to rounding.
+//! up to rounding. What a single warp asks for is performed at once.
 
 use std::collections::VecDeque;
 
@@ -62,6 +62,65 @@ pub(crate) struct Scratch {
     out: Vec<[f32; 256]>,
 }
 
+impl Scratch {
+    /// Takes 16 rows along k from registers: register r of four holds row + 8 (r & 1), and the second
+    /// half along k for r >= 2.
+    fn load_a(&mut self, program: &Program, warp: &Warp, element: Element, a: &[RegId]) {
+        let depth = (32 / element.bytes()) as usize;
+        for (r, register) in a.iter().enumerate() {
+            for (lane, word) in warp.row(program, *register).iter().enumerate() {
+                let row = lane / 4 + 8 * (r & 1);
+                let k = depth / 8 * (lane % 4) + depth / 2 * (r >> 1);
+                for (i, value) in numbers(element, &word.to_le_bytes()).enumerate() {
+                    self.a[row][k + i] = value;
+                }
+            }
+        }
+    }
+
+    /// Starts with zeros.
+    fn clear(&mut self, columns: usize) {
+        for row in &mut self.out {
+            row[..columns].fill(0.0);
+        }
+    }
+
+    /// Starts with what accumulators hold.
+    fn load_sums(&mut self, program: &Program, warp: &Warp, acc: &[RegId]) {
+        for (i, register) in acc.iter().enumerate() {
+            for (lane, word) in warp.row(program, *register).iter().enumerate() {
+                let (row, column) = place(lane, i);
+                self.out[row][column] = f32::from_bits(*word);
+            }
+        }
+    }
+
+    /// Adds the product.
+    fn multiply(&mut self, columns: usize, depth: usize) {
+        for (row, left) in self.out.iter_mut().zip(&self.a) {
+            let row = &mut row[..columns];
+            for (factor, right) in left[..depth].iter().zip(&self.b) {
+                // PERF: products of 8- and 16-bit floats are exact in float32, so this is a fused
+                // multiply-add, which most builds would call a library for.
+                for (sum, value) in row.iter_mut().zip(&right[..columns]) {
+                    *sum += factor * value;
+                }
+            }
+        }
+    }
+
+    /// Writes the sums to accumulators.
+    fn store_sums(&self, program: &Program, warp: &mut Warp, acc: &[RegId]) {
+        for (i, register) in acc.iter().enumerate() {
+            let words = warp.row_mut(program, *register);
+            for lane in lanes_of(FULL) {
+                let (row, column) = place(lane, i);
+                words[lane] = self.out[row][column].to_bits();
+            }
+        }
+    }
+}
+
 impl Default for Scratch {
     fn default() -> Self {
         Self {
@@ -78,6 +137,13 @@ fn place(lane: usize, i: usize) -> (usize, usize) {
         lane / 4 + 8 * (i >> 1 & 1),
         8 * (i >> 2) + 2 * (lane % 4) + (i & 1),
     )
+}
+
+/// The elements of a word.
+fn numbers(element: Element, bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes
+        .chunks_exact(element.bytes() as usize)
+        .map(move |bytes| number(element, bytes))
 }
 
 /// The value that all lanes hold, if they do.
@@ -306,11 +372,7 @@ impl Machine<'_> {
         let columns = *n as usize;
         let depth = (32 / element.bytes()) as usize;
         let shared = &self.clusters[here.cluster].blocks[here.rank].shared;
-        let Scratch {
-            a: left,
-            b: right,
-            out,
-        } = &mut self.scratch;
+        let scratch = &mut self.scratch;
 
         let first = 16 * (here.warp as u32 % 4);
         if let Some(matrix) = issued.a {
@@ -318,62 +380,51 @@ impl Machine<'_> {
                 let range = shared.range(shared.described(chunk.address), 16)?;
                 let bytes = &shared.bytes[range];
                 matrix.elements(chunk, bytes, |row, k, value| {
-                    left[(row - first) as usize][k as usize] = value;
+                    scratch.a[(row - first) as usize][k as usize] = value;
                 });
                 Ok(())
             })?;
         }
-        // Register r of four holds row + 8 (r & 1), and the second half along k for r >= 2.
-        let per_word = depth / 8;
-        for (r, register) in a_registers(a).iter().enumerate() {
-            for (lane, word) in warp.row(p, *register).iter().enumerate() {
-                let row = lane / 4 + 8 * (r & 1);
-                let k = per_word * (lane % 4) + depth / 2 * (r >> 1);
-                let bytes = word.to_le_bytes();
-                let each = bytes.chunks_exact(element.bytes() as usize);
-                for (i, bytes) in each.enumerate() {
-                    left[row][k + i] = number(*element, bytes);
-                }
-            }
-        }
+        scratch.load_a(p, warp, *element, a_registers(a));
         issued.b.chunks(0, *n, |chunk| {
             let range = shared.range(shared.described(chunk.address), 16)?;
             let bytes = &shared.bytes[range];
             issued.b.elements(chunk, bytes, |column, k, value| {
-                right[k as usize][column as usize] = value;
+                scratch.b[k as usize][column as usize] = value;
             });
             Ok(())
         })?;
 
-        for row in out.iter_mut() {
-            row[..columns].fill(0.0);
-        }
         if issued.accumulate {
-            for (i, register) in acc.iter().enumerate() {
-                for (lane, word) in warp.row(p, *register).iter().enumerate() {
-                    let (row, column) = place(lane, i);
-                    out[row][column] = f32::from_bits(*word);
-                }
-            }
+            scratch.load_sums(p, warp, acc);
+        } else {
+            scratch.clear(columns);
         }
-        for (row, left) in out.iter_mut().zip(left.iter()) {
-            let row = &mut row[..columns];
-            for (factor, right) in left[..depth].iter().zip(right.iter()) {
-                // PERF: products of 8- and 16-bit floats are exact in float32, so this is a fused
-                // multiply-add, which most builds would call a library for.
-                for (sum, value) in row.iter_mut().zip(&right[..columns]) {
-                    *sum += factor * value;
-                }
-            }
-        }
-        for (i, register) in acc.iter().enumerate() {
-            let words = warp.row_mut(p, *register);
-            for lane in lanes_of(FULL) {
-                let (row, column) = place(lane, i);
-                words[lane] = out[row][column].to_bits();
-            }
-        }
+        scratch.multiply(columns, depth);
+        scratch.store_sums(p, warp, acc);
         Ok(())
+    }
+
+    /// `mma`: its registers were checked as those of any instruction.
+    pub(crate) fn mma(
+        &mut self,
+        warp: &mut Warp,
+        element: Element,
+        (acc, a, b): (&[RegId], &[RegId], &[RegId]),
+    ) {
+        let (p, scratch) = (self.program, &mut self.scratch);
+        scratch.load_a(p, warp, element, a);
+        for (half, register) in b.iter().enumerate() {
+            for (lane, word) in warp.row(p, *register).iter().enumerate() {
+                let k = 8 * half + 2 * (lane % 4);
+                for (i, value) in numbers(element, &word.to_le_bytes()).enumerate() {
+                    scratch.b[k + i][lane / 4] = value;
+                }
+            }
+        }
+        scratch.load_sums(p, warp, acc);
+        scratch.multiply(8, 16);
+        scratch.store_sums(p, warp, acc);
     }
 }
 

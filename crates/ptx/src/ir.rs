@@ -224,6 +224,16 @@ pub enum Op {
     Elect { dst: RegId },
     /// `bar.warp.sync -1`
     WarpSync,
+    /// `mma.sync.aligned.m16n8k16.row.col.f32.element.element.f32 {acc}, {a}, {b}, {acc}`: `a` of 16
+    /// rows by `b` of 8 columns is added to the accumulators.
+    Mma {
+        /// Type of a and b.
+        element: Element,
+        /// float32 accumulators.
+        acc: [RegId; 4],
+        a: [RegId; 4],
+        b: [RegId; 2],
+    },
 
     // ---- barriers ----------------------------------------------------------------------------
     /// `bar.sync id, threads`: the named barrier `id` for so many threads.

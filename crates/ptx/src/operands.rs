@@ -307,6 +307,12 @@ impl Op {
                 v.write(integer(ty), dst);
             }
             Self::Elect { dst } => v.write(Ty::Pred, dst),
+            Self::Mma { acc, a, b, .. } => {
+                v.read_all(Ty::U32, a.map(Operand::Reg));
+                v.read_all(Ty::U32, b.map(Operand::Reg));
+                v.read_all(Ty::F32, acc.map(Operand::Reg));
+                v.write_all(Ty::F32, &acc);
+            }
             Self::BarrierSync { id, threads } | Self::BarrierArrive { id, threads } => {
                 v.read_all(Ty::U32, [id, threads]);
             }

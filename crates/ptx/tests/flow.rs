@@ -96,6 +96,14 @@ fn products_read_their_accumulators() {
     assert_passes(vec![product(imm(0)), product(imm(1))]);
     assert_unassigned(f(0), vec![product(imm(1))]);
     assert_unassigned(f(0), vec![set_pred(0), product(reg(p(0)))]);
+    let of_warp = one(Op::Mma {
+        element: Element::Bf16,
+        acc: [0, 1, 2, 3].map(f),
+        a: [r(0); 4],
+        b: [r(0); 2],
+    });
+    assert_passes(vec![set(0), product(imm(0)), of_warp.clone()]);
+    assert_unassigned(f(0), vec![set(0), of_warp]);
 }
 
 #[test]

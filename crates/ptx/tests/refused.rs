@@ -535,6 +535,12 @@ fn products() {
         descriptor: reg(d(0)),
         transposed,
     };
+    let of_warp = |element, last| Op::Mma {
+        element,
+        acc: [f(0), f(1), f(2), last],
+        a: [0, 1, 2, 3].map(r),
+        b: [4, 5].map(r),
+    };
     expect(
         "products",
         &words([
@@ -551,6 +557,9 @@ fn products() {
                 MatrixA::Registers([r(0), r(1), r(2), r(300)]),
                 false,
             ),
+            of_warp(Element::F32, f(3)),
+            of_warp(Element::E4m3, f(3)),
+            of_warp(Element::Bf16, r(6)),
         ]),
     );
 }

@@ -1,4 +1,5 @@
-//! Matrix products of a warpgroup: `acc += a b` for operands in shared memory or registers.
+//! Matrix products of a warpgroup: `acc += a b` for operands in shared memory or registers; and a
+//! single warp's part of one.
 //!
 //! In: tiles. Out: one wgmma for each 32 bytes of the inner dimension, with descriptors made here
 //! and nowhere else (PTX ISA, "Asynchronous warpgroup level matrix instructions": matrix
@@ -10,7 +11,7 @@ use flex_block_attn_ptx::builder::A;
 use flex_block_attn_ptx::{Builder, Element, Reg};
 
 use crate::shape::PANEL_ROW;
-use crate::{Fragments, RegTile, SharedTile};
+use crate::{Fragments, RegTile, Shape, SharedTile};
 
 /// High word: groups of 8 rows are 1024 bytes apart; 128-byte swizzle.
 const HIGH: u32 = ((8 * PANEL_ROW) >> 4) | 1 << 30;
@@ -162,5 +163,56 @@ pub(crate) fn issue<'k>(
             b_transposed,
             accumulate,
         );
+    }
+}
+
+/// `acc = left right^T`, the warp's 16 rows of it, by the warp alone and at once, see
+/// [`crate::Warpgroup::product_of_warp`].
+///
+/// # Panics
+/// If shapes do not fit.
+#[track_caller]
+pub(crate) fn of_warp<'k>(
+    k: &'k Builder,
+    acc: &RegTile<'k>,
+    left: SharedTile<'k>,
+    right: SharedTile<'k>,
+    (warp, lane): (Reg<'k, u32>, Reg<'k, u32>),
+) {
+    let Shape {
+        columns, element, ..
+    } = left.shape;
+    assert!(
+        matches!(element, Element::Bf16 | Element::F16),
+        "a warp multiplies 16-bit tiles only"
+    );
+    assert_eq!(left.rows(), 64, "rows of a left operand");
+    assert_eq!(
+        (right.shape.columns, right.shape.element),
+        (columns, element),
+        "columns and elements of the right operand"
+    );
+    assert_eq!(acc.columns(), right.rows(), "columns of the product");
+    assert!(
+        right.rows().is_multiple_of(16),
+        "{} rows of a right operand",
+        right.rows()
+    );
+    let a_rows = left.matrix_rows(warp, lane);
+    let b_rows = right.matrix_rows(k.var(0u32), lane);
+    acc.fill(0.0);
+    for step in (0..columns).step_by(16) {
+        let a = k.load_matrices::<4>(left.chunk(a_rows, step), false);
+        // Rows of the right operand are 16 on for each 8 accumulators; its swizzle repeats by then.
+        let mut chunk = right.chunk(b_rows, step);
+        for sixteen in acc.registers().chunks_exact(8) {
+            let b = k.load_matrices::<4>(chunk, false);
+            // The first 8 rows, the second 8, and both again of the second half of the step.
+            for (eight, acc) in sixteen.chunks_exact(4).enumerate() {
+                let acc = std::array::from_fn(|i| acc[i]);
+                k.mma(element, acc, a, [b[eight], b[eight + 2]]);
+            }
+            chunk = chunk.at(16 * PANEL_ROW);
+        }
     }
 }

@@ -82,6 +82,18 @@ impl<'k> Warpgroup<'k> {
         self.k.wgmma_commit();
     }
 
+    /// `acc = left right^T`, of which this warp computes its own 16 rows, alone and at once: no other
+    /// warp need do the same, and nothing is left to wait for. Right has the inner dimension along its
+    /// columns, as in [`Right::Transposed`]. Slower than [`Warpgroup::product`], and its sums may be
+    /// rounded otherwise.
+    ///
+    /// # Panics
+    /// If shapes do not fit, or elements do not have 16 bits.
+    #[track_caller]
+    pub fn product_of_warp(self, acc: &RegTile<'k>, left: SharedTile<'k>, right: SharedTile<'k>) {
+        mma::of_warp(self.k, acc, left, right, (self.warp, self.lane));
+    }
+
     /// Orders what was written to registers before the products that follow.
     #[track_caller]
     pub fn fence(self) {

@@ -1,4 +1,5 @@
-//! wgmma: layouts, operands from registers, accumulation, and the rules of its registers.
+//! wgmma: layouts, operands from registers, accumulation, and the rules of its registers; mma, which
+//! a warp performs alone.
 
 use flex_block_attn_emulator::{Kind, Memory};
 use flex_block_attn_ptx::builder::{A, Pair};
@@ -30,6 +31,8 @@ enum Mistake {
     Commit,
     WaitForCopy,
     ReadEarly,
+    /// A warp's own product adds to accumulators before the wait.
+    MultiplyEarly,
     OverwriteA,
     UninitialisedAccumulator,
     OneWarpLess,
@@ -151,6 +154,10 @@ fn product(shape: Shape, mistake: Mistake) -> Kernel {
         if mistake == Mistake::ReadEarly {
             let _ = acc[5] + 1.0;
         }
+        if mistake == Mistake::MultiplyEarly {
+            let sums = [acc[4], acc[5], acc[6], acc[7]];
+            k.mma(Element::Bf16, sums, [tid; 4], [tid; 2]);
+        }
         if mistake != Mistake::Wait {
             k.wgmma_wait(0);
         }
@@ -258,7 +265,7 @@ fn mistakes_around_products_are_caught() {
     let shape = shape(64, true, false, false);
     let (memory, launch, _, _) = problem(shape);
     type Expected = fn(&Kind) -> bool;
-    let mistakes: [(Mistake, Expected); 8] = [
+    let mistakes: [(Mistake, Expected); 9] = [
         (Mistake::Fence, |kind| {
             matches!(kind, Kind::MissingWgmmaFence { .. })
         }),
@@ -273,6 +280,9 @@ fn mistakes_around_products_are_caught() {
             matches!(kind, Kind::Race { .. } | Kind::UninitialisedMemory { .. })
         }),
         (Mistake::ReadEarly, |kind| {
+            matches!(kind, Kind::AccumulatorInFlight { .. })
+        }),
+        (Mistake::MultiplyEarly, |kind| {
             matches!(kind, Kind::AccumulatorInFlight { .. })
         }),
         (Mistake::OverwriteA, |kind| {
@@ -357,4 +367,106 @@ fn accumulators_become_operands() {
         assert_eq!(f32::from_bits(pair << 16), lane as f32);
         assert_eq!(f32::from_bits(pair & 0xffff_0000), lane as f32 + 0.5);
     }
+}
+
+/// What is wrong with a warp's own product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flaw {
+    None,
+    /// A register of this operand holds nothing.
+    UninitialisedSum,
+    UninitialisedA,
+    UninitialisedB,
+    MissingLane,
+}
+
+/// A 16 x 8 x 16 product by one warp: a row by row, b column by column, c and the result row by row.
+fn product_of_warp(element: Element, flaw: Flaw) -> Kernel {
+    Builder::kernel("product_of_warp", 32, |k| {
+        let [a, b, c, out] = ["a", "b", "c", "out"].map(|name| k.param::<u64>(name));
+        let lane = k.lane();
+        let (group, column) = (lane >> 2, (lane & 3) * 2);
+        // Pairs along k, of rows of a and of columns of b.
+        let [a, b] = [a, b].map(|start| start + (group * 16 + column).times_wide(2));
+        let mut a = [0, 256, 16, 256 + 16].map(|bytes| k.load_global::<u32>(a.at(bytes)));
+        let mut b = [0, 16].map(|bytes| k.load_global::<u32>(b.at(bytes)));
+        let place = (group * 8 + column).times_wide(4);
+        let places = [0, 4, 256, 256 + 4];
+        let mut sums = places.map(|bytes| k.load_global::<f32>((c + place).at(bytes)));
+        match flaw {
+            Flaw::UninitialisedSum => sums[2] = k.uninit(),
+            Flaw::UninitialisedA => a[3] = k.uninit(),
+            Flaw::UninitialisedB => b[1] = k.uninit(),
+            Flaw::None | Flaw::MissingLane => {}
+        }
+        let multiply = || k.mma(element, sums, a, b);
+        match flaw {
+            Flaw::MissingLane => k.if_(lane.differs(7), multiply),
+            _ => multiply(),
+        }
+        for (bytes, sum) in places.into_iter().zip(sums) {
+            k.store_global((out + place).at(bytes), sum);
+        }
+    })
+}
+
+/// Memory, launch, output address, expected output.
+fn problem_of_warp(element: Element) -> (Memory, Launch, u64, Vec<f32>) {
+    let [a, b, c] = [(256, 1), (128, 2), (128, 3)].map(|(count, seed)| numbers(count, seed));
+    let bits = |values: &[f32]| match element {
+        Element::F16 => values
+            .iter()
+            .map(|x| half::f16::from_f32(*x).to_bits())
+            .collect(),
+        _ => to_bf16(values),
+    };
+    let mut memory = Memory::new();
+    let addresses = [
+        memory.alloc_with("a", &bits(&a)),
+        memory.alloc_with("b", &bits(&b)),
+        memory.alloc_with("c", &c),
+        memory.alloc("out", 128 * 4),
+    ];
+    let mut expected = c;
+    for (i, sum) in expected.iter_mut().enumerate() {
+        let (row, column) = (i / 8, i % 8);
+        for k in 0..16 {
+            *sum += a[16 * row + k] * b[16 * column + k];
+        }
+    }
+    let launch = launch(1, &addresses.map(Arg::U64));
+    (memory, launch, addresses[3], expected)
+}
+
+#[test]
+fn a_warp_multiplies_alone() {
+    for element in [Element::Bf16, Element::F16] {
+        let (memory, launch, out, expected) = problem_of_warp(element);
+        let kernel = product_of_warp(element, Flaw::None);
+        let got = results(&kernel, &launch, &memory, |m| m.read::<f32>(out, 128));
+        assert_eq!(got, expected, "{element:?}");
+    }
+}
+
+#[test]
+fn flaws_of_a_warps_product_are_caught() {
+    let (memory, launch, _, _) = problem_of_warp(Element::Bf16);
+    let check = |flaw, expected: fn(&Kind) -> bool| {
+        let kernel = product_of_warp(Element::Bf16, flaw);
+        let fault = caught(&kernel, &launch, &memory, expected);
+        assert!(fault.instruction.contains("mma.sync"), "{flaw:?}: {fault}");
+    };
+    for flaw in [
+        Flaw::UninitialisedSum,
+        Flaw::UninitialisedA,
+        Flaw::UninitialisedB,
+    ] {
+        check(flaw, |kind| {
+            matches!(kind, Kind::UninitialisedRegister { .. })
+        });
+    }
+    check(
+        Flaw::MissingLane,
+        |kind| matches!(kind, Kind::Divergence { active } if *active == !(1 << 7)),
+    );
 }

@@ -1,4 +1,4 @@
-//! Warpgroup matrix products. Descriptors come from `tile`.
+//! Matrix products, of warpgroups and of single warps. Descriptors come from `tile`.
 
 use super::{Builder, Reg, Value};
 use crate::Element;
@@ -67,6 +67,26 @@ impl Builder {
     #[track_caller]
     pub fn wgmma_wait(&self, pending: u32) {
         self.emit(Op::WgmmaWait { pending });
+    }
+
+    /// `acc += a b`, by a warp alone and at once: 16 rows, 8 columns, 16 of the inner dimension, of
+    /// which `a` has the rows and `b` the columns, as [`Builder::load_matrices`] loads them: the
+    /// matrices of `a` are its first 8 rows, its last 8, and those of the second half of the inner
+    /// dimension; those of `b` its two halves.
+    #[track_caller]
+    pub fn mma(
+        &self,
+        element: Element,
+        acc: [Reg<'_, f32>; 4],
+        a: [Reg<'_, u32>; 4],
+        b: [Reg<'_, u32>; 2],
+    ) {
+        self.emit(Op::Mma {
+            element,
+            acc: acc.map(Reg::id),
+            a: a.map(Reg::id),
+            b: b.map(Reg::id),
+        });
     }
 
     /// Gives up or asks for registers, for the whole warpgroup.

@@ -280,6 +280,10 @@ pub(super) fn arguments(op: &Op, names: &Names<'_>) -> Vec<String> {
         Op::WarpReduce { ty, dst, src, .. } => vec![reg(dst), value(ty, src), "-1".into()],
         Op::Elect { dst } => vec![format!("_|{}", reg(dst)), "-1".into()],
         Op::WarpSync => vec!["-1".into()],
+        Op::Mma { acc, a, b, .. } => {
+            let sum = names.registers(&acc);
+            vec![sum.clone(), names.registers(&a), names.registers(&b), sum]
+        }
 
         Op::BarrierSync { id, threads } | Op::BarrierArrive { id, threads } => {
             vec![value(Ty::U32, id), value(Ty::U32, threads)]

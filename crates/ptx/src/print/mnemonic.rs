@@ -103,6 +103,10 @@ impl Op {
             Self::WarpReduce { op, ty, .. } => format!("redux.sync.{}", plain(*op, *ty)),
             Self::Elect { .. } => "elect.sync".into(),
             Self::WarpSync => "bar.warp.sync".into(),
+            Self::Mma { element, .. } => {
+                let name = self::element(*element);
+                format!("mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32")
+            }
 
             Self::BarrierSync { .. } => "bar.sync".into(),
             Self::BarrierArrive { .. } => "bar.arrive".into(),

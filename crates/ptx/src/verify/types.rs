@@ -83,6 +83,12 @@ pub(super) fn check(op: &Op) -> Result<(), Fault> {
             b_transposed,
             ..
         } => product(*element, a, *b_transposed),
+        Op::Mma { element, .. } => require(
+            matches!(element, Element::Bf16 | Element::F16),
+            "the element of a warp's product",
+            format!("{element:?}"),
+            "Bf16, F16",
+        ),
         _ => Ok(()),
     }?;
     constants(op)

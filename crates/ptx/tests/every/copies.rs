@@ -1,4 +1,4 @@
-//! Bulk copies and products of warpgroups.
+//! Bulk copies and products, of warpgroups and of warps.
 
 use super::*;
 
@@ -9,6 +9,7 @@ pub fn cases() -> Vec<(&'static str, Vec<Op>)> {
         ("products_of_shared", products(true)),
         ("products_of_registers", products(false)),
         ("widths", widths()),
+        ("products_of_warps", products_of_warps()),
     ]
 }
 
@@ -176,4 +177,14 @@ fn widths() -> Vec<Op> {
         ]);
     }
     ops
+}
+
+fn products_of_warps() -> Vec<Op> {
+    let product = |element| Op::Mma {
+        element,
+        acc: [0, 1, 2, 3].map(f),
+        a: [0, 1, 2, 3].map(r),
+        b: [4, 5].map(r),
+    };
+    [Element::Bf16, Element::F16].map(product).into()
 }
