@@ -198,21 +198,26 @@ pub(crate) fn of_warp<'k>(
         "{} rows of a right operand",
         right.rows()
     );
-    let a_rows = left.matrix_rows(warp, lane);
-    let b_rows = right.matrix_rows(k.var(0u32), lane);
+    let a_rows = left.matrix_rows(warp, lane).first();
+    // A step's halves of 8 rows come one after the other: ptxas wants them in neighbouring registers.
+    let b_rows = right.transposed_rows(k.var(0u32), lane).first();
     acc.fill(0.0);
-    for step in (0..columns).step_by(16) {
-        let a = k.load_matrices::<4>(left.chunk(a_rows, step), false);
+    // Who does this has few registers, and seldom does it: ptxas would unroll the loop, and load ahead, if
+    // it knew the number of steps.
+    let steps = k.var(columns / 16).uniform();
+    k.for_(0, steps, 1, |step| {
+        let a = k.load_matrices::<4>(left.chunks_of_step(a_rows, step), false);
         // Rows of the right operand are 16 on for each 8 accumulators; its swizzle repeats by then.
-        let mut chunk = right.chunk(b_rows, step);
+        let mut chunks = right.chunks_of_step(b_rows, step);
         for sixteen in acc.registers().chunks_exact(8) {
-            let b = k.load_matrices::<4>(chunk, false);
-            // The first 8 rows, the second 8, and both again of the second half of the step.
-            for (eight, acc) in sixteen.chunks_exact(4).enumerate() {
+            let b = k.load_matrices::<4>(chunks, false);
+            for (acc, b) in sixteen.chunks_exact(4).zip(b.chunks_exact(2)) {
                 let acc = std::array::from_fn(|i| acc[i]);
-                k.mma(element, acc, a, [b[eight], b[eight + 2]]);
+                k.mma(element, acc, a, [b[0], b[1]]);
             }
-            chunk = chunk.at(16 * PANEL_ROW);
+            chunks = chunks.at(16 * PANEL_ROW);
         }
-    }
+    });
+    // One lane gives the tile back for all.
+    k.warp_sync();
 }

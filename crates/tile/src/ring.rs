@@ -79,6 +79,16 @@ impl<'k> Ring<'k> {
         tile.following(stage)
     }
 
+    /// The tile whose turn it is, which must have been waited for.
+    ///
+    /// # Panics
+    /// If there are not a power of two of stages.
+    #[track_caller]
+    pub fn tile(&self, turn: Reg<'k, u32>) -> SharedTile<'k> {
+        let (stage, _) = self.of_turn(turn);
+        self.stages[0].tile.following(stage)
+    }
+
     /// Waits until the place of the tile whose turn it is is empty, see [`Producer::wait`].
     ///
     /// # Panics

@@ -326,6 +326,21 @@ impl<'k> SharedTile<'k> {
         (row.start + (swizzled << 4)).at(self.offset + panel * self.shape.panel_bytes())
     }
 
+    /// As [`SharedTile::chunk`], for a step of two chunks that is known at run time; `first` is what
+    /// [`RowAddress::first`] gives.
+    #[track_caller]
+    pub(crate) fn chunks_of_step(
+        self,
+        first: Reg<'k, u32>,
+        step: Reg<'k, u32>,
+    ) -> Address<'k, u32> {
+        // Rows start at multiples of a panel's row, so steps and the swizzle change the same bits.
+        let steps = PANEL_ROW / 32;
+        let inside = first ^ ((step & (steps - 1)) << 5);
+        let panel = (step >> steps.ilog2()) * self.shape.panel_bytes();
+        (inside + panel).at(self.offset)
+    }
+
     /// What [`SharedTile::chunk`] needs of a lane's row: made once, used for all columns. Lane
     /// `l` of warp `warp` has row `16 warp + l % 16` and the even (`l < 16`) or odd chunks, as
     /// `ldmatrix` and `stmatrix` of 16 x 16 elements want it.
@@ -378,6 +393,14 @@ pub struct RowAddress<'k> {
     start: Reg<'k, u32>,
     pattern: Reg<'k, u32>,
     chunk: Reg<'k, u32>,
+}
+
+impl<'k> RowAddress<'k> {
+    /// Where the row's first chunk is, or its second, in a tile at the start of shared memory.
+    #[track_caller]
+    pub(crate) fn first(self) -> Reg<'k, u32> {
+        self.start + ((self.chunk ^ self.pattern) << 4)
+    }
 }
 
 #[cfg(test)]

@@ -245,20 +245,32 @@ impl Config {
             wg.fence();
             wg.add_product(&output, Left::Fragments(&weights), Right::Tile(v_tile));
         };
-        let hide = |turn: Reg<'k, u32>| {
-            match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
-                None => self.hide(problem, stores, &queries, wg, &scores, turn),
-                Some((grid, notes)) => {
-                    self.hide_blank(grid, notes, turn, wg, &scores);
-                    keys.release(turn, wg.leader);
-                }
-            };
+        // Whether any score was hidden.
+        let hide = |turn: Reg<'k, u32>| match problem.grid.as_ref().zip(stores.boxes.as_ref()) {
+            None => self.hide(problem, stores, &queries, wg, &scores, turn),
+            Some((grid, notes)) => self.hide_blank(grid, notes, turn, wg, &scores),
         };
         let step = || {
             match self.mask {
                 None => softmax.step(&scores),
                 Some(_) => softmax.step_of_some(&scores),
             };
+        };
+        // The weights of a tile that is not a row's first. Scores can be computed again, should weights
+        // become too large: that is seldom, and each warp's own matter. Not those that were changed,
+        // and not a row's last: the queries have been given back.
+        let weigh = |turn: Reg<'k, u32>, is_last: Reg<'k, bool>| {
+            let look = k.var(hide(turn) | is_last);
+            if self.mask.is_some() {
+                look.set(look | softmax.is_without_base());
+            }
+            k.if_not(look, || {
+                k.if_not(softmax.stay(&scores), || {
+                    wg.product_of_warp(&scores, q, keys.tile(turn));
+                    look.set(k.var(true));
+                });
+            });
+            k.if_(look, step);
         };
 
         let finish = || {
@@ -267,7 +279,7 @@ impl Config {
                 let zeros = note.columns;
                 k.if_(zeros.gt(0), || {
                     softmax.see_zeros(zeros.to_f32());
-                    output.scale_rows(softmax.factor);
+                    softmax.rescale(&output);
                 });
             }
             let (inverse, log_sum) = softmax.finish();
@@ -298,6 +310,7 @@ impl Config {
                 wg.wait(0);
                 k.if_(left.equals(0), || queries.release());
                 hide(turn);
+                keys.release(turn, wg.leader);
                 if !self.canvas {
                     let columns = note.first_columns();
                     k.if_(columns.lt(self.kv_tile), || {
@@ -313,21 +326,21 @@ impl Config {
                     left -= 1;
                     wait_for_turn();
                     multiply_keys(turn + 1);
-                    // Under the product with k: the output is rescaled for the maximum found last.
-                    output.scale_rows(softmax.factor);
+                    // Under the product with k.
+                    softmax.rescale(&output);
                     multiply_values(turn);
                     pass_turn();
                     wg.wait(1);
                     k.if_(left.equals(0), || queries.release());
-                    hide(turn + 1);
-                    step();
+                    weigh(turn + 1, left.equals(0));
+                    keys.release(turn + 1, wg.leader);
                     wg.wait(0);
                     values.release(turn, wg.leader);
                     scores.round_to(&weights, pair);
                     turn += 1;
                 });
 
-                output.scale_rows(softmax.factor);
+                softmax.rescale(&output);
                 queries.next();
                 // ptxas keeps products in flight only if all ways that meet have the same: the last
                 // output has a way of its own.
@@ -352,8 +365,8 @@ impl Config {
         });
     }
 
-    /// Hides, of a tile of scores, what the mask's expression hides in partial blocks. Gives the tile of
-    /// keys back when its notes have been read.
+    /// Hides, of a tile of scores, what the mask's expression hides in partial blocks. Says whether there
+    /// are any.
     fn hide<'k>(
         self,
         problem: &Problem<'k>,
@@ -362,12 +375,10 @@ impl Config {
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
         turn: Reg<'k, u32>,
-    ) {
+    ) -> Reg<'k, bool> {
         let k = problem.k;
-        let release = || stores.keys.release(turn, wg.leader);
         let Some(exact) = &problem.exact else {
-            release();
-            return;
+            return k.var(false);
         };
         let rows = self.rows_of(stores, turn);
         let hide = |i: u32, word: Reg<'k, u32>| {
@@ -386,17 +397,11 @@ impl Config {
             });
         };
         let word = |i: u32| k.load_shared_uniform(rows.at(4 * i));
-        if self.pieces() == 1 {
-            let word = word(0);
-            release();
-            hide(0, word);
-        } else {
-            // Most tiles have no partial block. There are no registers to keep all words in.
-            let any = k.load_shared_uniform_any(rows, self.pieces());
-            k.if_(any.ge(PARTIAL), || {
-                (0..self.pieces()).for_each(|i| hide(i, word(i)));
-            });
-            release();
-        }
+        // Most tiles have no partial block. There are no registers to keep all words in.
+        let any = k.load_shared_uniform_any(rows, self.pieces()).ge(PARTIAL);
+        k.if_(any, || {
+            (0..self.pieces()).for_each(|i| hide(i, word(i)));
+        });
+        any
     }
 }

@@ -213,12 +213,7 @@ impl Config {
             wg.product(&scores, Left::Tile(q), Right::Transposed(keys));
         };
         let multiply_values = || {
-            // Most tiles change no maximum. Without the branch ptxas would put the multiplications
-            // between the steps of the product with k.
-            let changed = softmax.factor.map(|factor| factor.differs(1.0));
-            k.if_((changed[0] | changed[1]).any(), || {
-                output.scale_rows(softmax.factor);
-            });
+            softmax.rescale(&output);
             let values = self.v_part(wanted.held_tile());
             wg.fence();
             wg.add_product(&output, Left::Fragments(&weights), Right::Tile(values));

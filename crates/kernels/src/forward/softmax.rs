@@ -5,22 +5,32 @@ use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 
 /// The running softmax of a thread's two rows (Milakov and Gimelshein, arXiv 1805.02867), in
 /// units of log2.
+///
+/// Weights are relative to a score, which need not be the largest so far: the quotient at the end is
+/// the same, and numbers with an exponent of their own are as exact, as long as none overflows. So it
+/// is the first tile's largest, and stays until weights have become large: most tiles are summed up
+/// without a look for their largest score, and what was summed before is not multiplied anew.
 pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
-    /// The largest score so far, scaled.
-    max: RowPair<'k>,
-    /// This thread's part of the sum of weights relative to it.
+    /// What weights are relative to: a score, scaled; -inf while all were.
+    base: RowPair<'k>,
+    /// This thread's part of the sum of weights.
     sum: RowPair<'k>,
     /// What the output so far must be multiplied by, after the last step.
     pub(super) factor: RowPair<'k>,
 }
+
+/// A largest score that lies at most so far above the base does not move it: weights are up to 256.
+const NEAR: f32 = 8.0;
+/// What a thread's weights of a row of a tile may add up to: each is a float16 then.
+const MOST: f32 = 32768.0;
 
 impl<'k> Softmax<'k> {
     pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>) -> Self {
         let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
-            max: pair(),
+            base: pair(),
             sum: pair(),
             factor: pair(),
         }
@@ -29,13 +39,14 @@ impl<'k> Softmax<'k> {
     /// Starts anew: no keys yet.
     pub(super) fn reset(&self) {
         for row in 0..2 {
-            self.max[row].set(f32::NEG_INFINITY);
+            self.base[row].set(f32::NEG_INFINITY);
             self.sum[row].set(0.0);
             self.factor[row].set(1.0);
         }
     }
 
-    /// Turns a tile of scores into weights, in place. Each row has a score that is not -inf.
+    /// Turns a tile of scores into weights, in place, and moves the base where it must. Each row has a
+    /// score that is not -inf.
     pub(super) fn step(&self, scores: &RegTile<'k>) {
         self.step_by(scores, |max| max);
     }
@@ -46,13 +57,44 @@ impl<'k> Softmax<'k> {
         self.step_by(scores, |max| max.equals(f32::NEG_INFINITY).select(0.0, max));
     }
 
+    /// Turns a tile of scores into weights, in place, by the base as it is: no row's is -inf. Says
+    /// whether that went well, for all of the warp; if some became too large the scores must be computed
+    /// again, and [`Softmax::step`] turns them into weights.
+    pub(super) fn stay(&self, scores: &RegTile<'k>) -> Reg<'k, bool> {
+        scores.exp2_scaled(self.scale, self.base);
+        let own = scores.row_sum_own();
+        // A NaN is not fine.
+        let fine = (own[0].le(MOST) & own[1].le(MOST)).all();
+        for (row, own) in own.into_iter().enumerate() {
+            self.factor[row].set(1.0);
+            self.sum[row].set(self.sum[row] + fine.select(own, 0.0));
+        }
+        fine
+    }
+
+    /// Whether a row of this warp's has no base.
+    pub(super) fn is_without_base(&self) -> Reg<'k, bool> {
+        let [a, b] = self.base.map(|base| base.equals(f32::NEG_INFINITY));
+        (a | b).any()
+    }
+
+    /// Multiplies what was summed up so far by what the last step says, if that is anything but 1.
+    pub(super) fn rescale(&self, output: &RegTile<'k>) {
+        let k = self.scale.builder();
+        let [a, b] = self.factor.map(|factor| factor.differs(1.0));
+        k.if_((a | b).any(), || output.scale_rows(self.factor));
+    }
+
     fn step_by(&self, scores: &RegTile<'k>, offset: impl Fn(Reg<'k, f32>) -> Reg<'k, f32>) {
         let found = scores.row_max();
         let offsets = [0, 1].map(|row| {
-            let max = (found[row] * self.scale).max(self.max[row]);
-            let offset = offset(max);
-            self.factor[row].set((self.max[row] - offset).exp2());
-            self.max[row].set(max);
+            let before = self.base[row];
+            let max = (found[row] * self.scale).max(before);
+            // Never, if there was none.
+            let base = (max - before).le(NEAR).select(before, max);
+            let offset = offset(base);
+            self.factor[row].set((before - offset).exp2());
+            before.set(base);
             offset
         });
         scores.exp2_scaled(self.scale, offsets);
@@ -66,11 +108,11 @@ impl<'k> Softmax<'k> {
         // Each thread of a quad adds a part to its own.
         let own = count * 0.25;
         for row in 0..2 {
-            let max = self.max[row].max(0.0);
-            self.factor[row].set((self.max[row] - max).exp2());
+            let base = self.base[row].max(0.0);
+            self.factor[row].set((self.base[row] - base).exp2());
             let sum = self.sum[row] * self.factor[row];
-            self.sum[row].set(own.fma((-max).exp2(), sum));
-            self.max[row].set(max);
+            self.sum[row].set(own.fma((-base).exp2(), sum));
+            self.base[row].set(base);
         }
     }
 
@@ -81,7 +123,7 @@ impl<'k> Softmax<'k> {
         let row = |row: usize| {
             // A NaN stays one.
             let none = sum[row].equals(0.0);
-            let log2 = sum[row].log2() + self.max[row];
+            let log2 = sum[row].log2() + self.base[row];
             let log = none.select(f32::NEG_INFINITY, log2 * std::f32::consts::LN_2);
             (none.select(0.0, sum[row].reciprocal()), log)
         };

@@ -223,7 +223,7 @@ impl Config {
         self.queries() / self.piece
     }
 
-    /// Hides, of a tile of scores, what its note says.
+    /// Hides, of a tile of scores, what its note says. Says whether that is anything.
     pub(super) fn hide_blank<'k>(
         self,
         grid: &Grid<'k>,
@@ -231,10 +231,11 @@ impl Config {
         turn: Reg<'k, u32>,
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
-    ) {
+    ) -> Reg<'k, bool> {
         let k: &'k Builder = wg.lane.builder();
         let columns = notes.columns(turn);
-        k.if_(columns.some_unlike(), || {
+        let any = columns.some_unlike();
+        k.if_(any, || {
             for i in 0..self.kv_tile / 32 {
                 k.if_(columns.has_blank(i), || {
                     let part = scores.part(32 * i..32 * (i + 1));
@@ -245,5 +246,6 @@ impl Config {
                 grid.weigh(scores, columns.heavy(), wg.lane);
             });
         });
+        any
     }
 }

@@ -82,6 +82,9 @@ enum Base {
     Masks,
 }
 
+/// With this scale scores lie so far apart that weights are computed anew, and sums rescaled.
+const FAR: f64 = 4.0;
+
 const BASES: [Base; 13] = [
     Base::Gemm,
     Base::Wide,
@@ -125,6 +128,7 @@ impl Base {
                 );
                 Forward {
                     blocks: 1,
+                    scale: FAR,
                     ..Forward::new(config(128, 128, 128), mask)
                 }
                 .setup()
@@ -134,6 +138,7 @@ impl Base {
                 Forward {
                     heads: 2,
                     blocks: 1,
+                    scale: FAR,
                     ..Forward::new(config(64, 192, 192), mask)
                 }
                 .setup()

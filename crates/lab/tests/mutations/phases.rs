@@ -369,7 +369,7 @@ fn setup() -> Vec<Mutation> {
             kind: "mbarrier count",
             base: Base::Wide,
             edit: |s| count(s, V_EMPTY, 4),
-            by: By::Emulator(&["Race", "Mbarrier"]),
+            by: By::Emulator(&["Race", "Mbarrier", "Deadlock"]),
         },
         Mutation {
             name: "a release more than there are",

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use flex_block_attn_ptx::ir::{
-    Binary, Block, Cmp, Inst, Kernel, Node, Op, Operand, Packed, RegId, ShuffleMode, Ternary, Unary,
+    Binary, Block, Cmp, Inst, Kernel, Node, Op, Operand, Packed, RegId, ShuffleMode, Ternary,
+    Unary, VoteMode,
 };
 use flex_block_attn_ptx::{Arg, Ty};
 
@@ -395,6 +396,44 @@ fn numbers() -> Vec<Mutation> {
                 let factors = factors(s.kernel());
                 let sums = |op: &Op| matches!(op, Op::Ternary { op: Ternary::Fma, b, .. } if factors.contains(b));
                 no_factor(s, All, sums)
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "weights that are too large stay",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                change(
+                    s.kernel_mut(),
+                    All,
+                    op!(Op::Vote {
+                        mode: VoteMode::All,
+                        ..
+                    }),
+                    |op| {
+                        if let Op::Vote { dst, .. } = *op {
+                            *op = Op::Mov {
+                                ty: Ty::Pred,
+                                dst,
+                                src: Operand::Imm(1),
+                            };
+                        }
+                    },
+                )
+            },
+            by: By::Result,
+        },
+        Mutation {
+            name: "scores are computed again with the halves of a step swapped for keys",
+            kind: "softmax",
+            base: Base::Wide,
+            edit: |s| {
+                change(s.kernel_mut(), All, op!(Op::Mma { .. }), |op| {
+                    if let Op::Mma { b, .. } = op {
+                        b.swap(0, 1);
+                    }
+                })
             },
             by: By::Result,
         },

@@ -3,7 +3,7 @@
 use flex_block_attn_kernels::canvas::{Canvas, Padding};
 use flex_block_attn_lab::problems::Video;
 
-use crate::{Setup, mask};
+use crate::{FAR, Setup, mask};
 
 /// Rows of thirteen tiles of keys, more than there are notes of tiles, of as many as there are, of two and
 /// twice of one; tiles that stick out of the video, and text with copies of its last token; one thread
@@ -23,6 +23,7 @@ pub fn forward() -> Setup {
     (rows[7], rows[9], rows[20]) = (&[5, 6, 20], &[2], &[3]);
     Video {
         blocks: 1,
+        scale: FAR,
         ..Video::new(64, canvas, mask([len, len, 128, 128], [1, 1], &rows))
     }
     .forward()

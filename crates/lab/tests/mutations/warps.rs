@@ -319,7 +319,7 @@ pub fn table() -> Vec<Mutation> {
             name: "one lane alone waits for its warp behind the zeros",
             kind: "divergent branch",
             base: Base::Wide,
-            edit: |s| only_threads(s.kernel_mut(), All, op!(Op::WarpSync), Cmp::Eq, 32),
+            edit: |s| only_threads(s.kernel_mut(), Nth(0), op!(Op::WarpSync), Cmp::Eq, 32),
             by: By::Emulator(&["Divergence"]),
         },
         Mutation {

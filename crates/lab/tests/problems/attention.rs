@@ -322,3 +322,31 @@ fn every_config_on_random_masks() {
         right_in_all_ways(&problem.setup(), &Options::all(1)[2..3]);
     }
 }
+
+/// Scores so far apart that weights by the first tile's largest would overflow: tiles are computed again.
+#[test]
+fn scores_that_rise() {
+    let rows = &["1111", "0110", "1011"][..];
+    let short = forward::Config {
+        rows: forward::Rows::Whole(192),
+        ..config(64, 128, 128)
+    };
+    for (config, q_block, kv_block) in [
+        (config(128, 192, 192), 128, 384),
+        (config(128, 192, 64), 128, 128),
+        (config(64, 192, 192), 128, 384),
+        (short, 192, 256),
+    ] {
+        for element in [Element::Bf16, Element::F16] {
+            let lengths = [3 * q_block, 4 * kv_block - 70];
+            let problem = Forward {
+                scale: 4.0,
+                ..Forward::new(
+                    forward::Config { element, ..config },
+                    mask(lengths, [q_block, kv_block], &[rows]),
+                )
+            };
+            right_in_all_ways(&problem.setup(), &Options::all(1));
+        }
+    }
+}
