@@ -64,6 +64,7 @@ def forward_cuda(
     lse: Tensor | None,
     exact: _Exact | None,
     video: _Video | None = None,
+    alike: bool = False,
 ) -> None: ...
 def attention(
     q: Tensor,
@@ -74,6 +75,7 @@ def attention(
     scale: float | None,
     wanted: tuple[bool, bool],
     exact: _Exact | None,
+    alike: bool,
 ) -> tuple[Tensor, Tensor | None] | None: ...
 def are_ready(q: Tensor, k: Tensor, v: Tensor) -> bool: ...
 def must_be_copied(tensor: Tensor) -> bool: ...
@@ -130,6 +132,8 @@ class Term:
     def abs(self) -> Term: ...
 
 class BlockMask:
+    @property
+    def is_full(self) -> bool: ...
     @staticmethod
     def full(sizes: _Sizes) -> BlockMask: ...
     @staticmethod

@@ -105,7 +105,7 @@ def flex_block_attn(
     sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
     scale = None if scale is None else float(scale)
     exact = None if mask.expression is None else (mask.expression.text, mask.expression.tables)
-    done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse, exact)
+    done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse, exact, mask.alike)
     if done is None:
         q, k, v = as_inputs(q, k, v)
         if mask.device != q.device:
@@ -117,7 +117,8 @@ def flex_block_attn(
             )
         scale = default_scale(q) if scale is None else scale
         deterministic = is_deterministic(deterministic)
-        done = ops.attention(q, k, v, mask.plan, *sizes[2:], scale, deterministic, exact)
+        settings = *sizes[2:], scale, deterministic
+        done = ops.attention(q, k, v, mask.plan, *settings, exact, mask.alike)
     return done if return_lse else done[0]
 
 

@@ -46,12 +46,14 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     exact: launch.Exact | None = None,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The output, and the lse if it is asked for; ``sizes`` are those that the plan is made for."""
+    """The output, and the lse if it is asked for; ``sizes`` are those that the plan is made for.
+    ``alike`` says whether all rows of the mask are known to have one list."""
     if not _nobody_watches() or torch.is_autocast_enabled("cuda"):
         return None
     wanted = torch.is_grad_enabled(), return_lse
-    return _native.attention(q, k, v, plan, sizes, scale, wanted, exact)
+    return _native.attention(q, k, v, plan, sizes, scale, wanted, exact, alike)
 
 
 def select(

@@ -52,12 +52,13 @@ def forward(
     plan: tuple[Tensor, int, int],
     scale: float,
     exact: Exact | None,
+    alike: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output and the lse. A plan comes with its q_block and kv_block; the scale is not
-    negative."""
+    negative; ``alike`` says whether all rows of the mask are known to have one list."""
     q = inputs[0]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _native.forward_cuda(inputs, plan, scale, out, lse, exact)
+    _native.forward_cuda(inputs, plan, scale, out, lse, exact, alike=alike)
     return out, lse
 
 

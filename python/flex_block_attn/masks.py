@@ -135,6 +135,8 @@ class BlockMask:
         self.plan = ops.plan(self._blocks, *self._sizes) if plan is None else plan
         self.expression: Expression | None = None
         self.mask_mod: MaskMod | None = None
+        # Whether all rows are known to have one list. Who is not sure says no.
+        self.alike = False
         self._native: _native.BlockMask | None = None
         self._elsewhere: dict[torch.device, BlockMask] = {}
 
@@ -158,6 +160,7 @@ class BlockMask:
             mask.plan = plan.to(device)
         mask.expression, mask.mask_mod = expression.ready(), mask_mod
         mask._blocks, mask._native, mask._elsewhere = None, native, {}
+        mask.alike = False
         return mask
 
     def _of_the_same(self, mask_mod: MaskMod | None) -> "BlockMask":
@@ -285,7 +288,9 @@ class BlockMask:
     def _from_native(cls, native: "_native.BlockMask") -> "BlockMask":
         data = bytearray(native.to_bytes())
         blocks = torch.frombuffer(data, dtype=torch.bool) if data else torch.empty(0).bool()
-        return cls(blocks.reshape(native.shape), *native.extents)
+        mask = cls(blocks.reshape(native.shape), *native.extents)
+        mask.alike = native.is_full
+        return mask
 
     def _to_native(self) -> "_native.BlockMask":
         if self._native is not None:

@@ -30,7 +30,7 @@ torch.library.define(
 torch.library.define(
     f"{_LIBRARY}::forward",
     "(Tensor q, Tensor k, Tensor v, Tensor plan, int q_block, int kv_block, float scale,"
-    " bool deterministic)"
+    " bool deterministic, bool alike=False)"
     " -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
@@ -69,11 +69,13 @@ def attention(
     scale: float,
     deterministic: bool,
     exact: Exact | None,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What ``forward`` gives, or ``exact_forward``."""
+    """What ``forward`` gives, or ``exact_forward``. ``alike`` says whether all rows of the mask are
+    known to have one list."""
     settings = q_block, kv_block, scale, deterministic
     if exact is None:
-        return forward(q, k, v, plan, *settings)
+        return forward(q, k, v, plan, *settings, alike)
     formula, tables = exact
     return exact_forward(q, k, v, plan, tables, formula, *settings)
 
@@ -162,6 +164,7 @@ def _forward_cpu(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    alike: bool = False,
     exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
@@ -184,6 +187,7 @@ def _forward_cuda(
     kv_block: int,
     scale: float,
     deterministic: bool,
+    alike: bool = False,
     exact: Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_devices(q, k, v, plan, *_tables_of(exact))
@@ -196,7 +200,7 @@ def _forward_cuda(
         # Kernels look for the largest score before they scale.
         q, scale = -q, -scale
     inputs = for_copies(q), for_copies(k), for_copies(v)
-    return launch.forward(inputs, (plan, q_block, kv_block), scale, exact)
+    return launch.forward(inputs, (plan, q_block, kv_block), scale, exact, alike)
 
 
 torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)
@@ -324,7 +328,9 @@ def backward_of(device: torch.device) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, plan, *ctx.settings = inputs
+    # What only the forward pass is told comes last.
+    q, k, v, plan, *ctx.settings = inputs[:8]
+    ctx.inputs = len(inputs)
     ctx.save_for_backward(q, k, v, *output, plan)
     ctx.set_materialize_grads(False)
 
@@ -332,13 +338,13 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     q, k, v, out, lse, plan = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 8
+        return (None,) * ctx.inputs
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = list(ctx.needs_input_grad[:3])
     gradients = backward(dout, dlse, q, k, v, out, lse, plan, *ctx.settings, wanted)
     given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
-    return (*given, None, None, None, None, None)
+    return (*given, *(None,) * (ctx.inputs - 3))
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:
@@ -369,7 +375,7 @@ def _exact_forward(plain: Any) -> Any:
         formula: str,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        return plain(q, k, v, plan, *settings, (formula, tables))
+        return plain(q, k, v, plan, *settings, exact=(formula, tables))
 
     return call
 

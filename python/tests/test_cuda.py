@@ -301,6 +301,64 @@ def test_outliers():
     assert relative_error(out, expected) <= 1.1 * relative_error(flash, expected) + 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kv_block", [64, 128, 384])
+@pytest.mark.parametrize("steps", ["rise", "fall", "jump"])
+def test_scores_that_rise(steps, kv_block, head_dim, dtype):
+    """From tile to tile by more than weights may be apart, in all rows or in some, slowly or at once."""
+    generator = torch.Generator("cuda").manual_seed(4)
+    shape = 1, 2, 1536, head_dim
+    q, k, v = (tensor(shape, "heads first", torch.float32, generator) for _ in "qkv")
+    # By a key's place, 0 to 1; rows of another sign see the same from the other end.
+    place = torch.linspace(0, 1, shape[2], device="cuda")[:, None]
+    height = {"rise": place, "fall": 1 - place, "jump": (place < 0.4).float()}[steps]
+    k[..., :1] = 60 * height
+    q[..., :1] = torch.where(torch.arange(shape[2], device="cuda") % 5 > 0, 8.0, -8.0)[:, None]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    columns = -(-shape[2] // kv_block)
+    blocks = torch.rand(1, 2, 4, columns, device="cuda", generator=generator) < 0.8
+    blocks[..., 0] = True
+    out, lse = flex_block_attn(
+        q, k, v, BlockMask(blocks, 1536, 1536, 384, kv_block), scale=0.5, return_lse=True
+    )
+    expected, expected_lse = attention(q, k, v, blocks, 384, kv_block, 0.5)
+    assert relative_error(out, expected) < 5e-3
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "heads, q_len, kv_len, block", [(8, 5000, 900, 384), (3, 12000, 700, 64), (40, 1000, 1000, 128)]
+)
+def test_dense_masks(heads, q_len, kv_len, block, dtype):
+    """Thread blocks in pairs, by a mask that is known to be dense, give what others give; in graphs, too."""
+    q = torch.randn(1, heads, q_len, 128, device="cuda", dtype=dtype)
+    k, v = (torch.randn(1, heads, kv_len, 128, device="cuda", dtype=dtype) for _ in "kv")
+    known = BlockMask.full(q_len, kv_len, block, block).to("cuda")
+    unknown = BlockMask(known.blocks, q_len, kv_len, block, block)
+    assert known.alike and not unknown.alike
+
+    def run(mask):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = flex_block_attn(*inputs, mask, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    for got, expected in zip(run(known), run(unknown), strict=True):
+        assert relative_error(got, expected) < 5e-3
+    expected, _ = attention(q[:, :2], k[:, :2], v[:, :2], known.blocks, block, block)
+    with torch.inference_mode():
+        first = flex_block_attn(q, k, v, known)
+        assert relative_error(first[:, :2], expected) < 5e-3
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = flex_block_attn(q, k, v, known)
+        for _ in range(3):
+            out.fill_(math.nan)
+            graph.replay()
+            assert torch.equal(out, first)
+
+
 def problem():
     q, k, v = (torch.randn(1, 4, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     return q, k, v, BlockMask.random(2048, 2048, 128, 128, density=0.5, seed=1).to("cuda")

@@ -369,7 +369,7 @@ def test_what_is_no_plain_tensor_of_a_gpu_goes_the_long_way():
     def look(*others):
         for y in (x, *others):
             assert _native.are_ready(x, y, x) is False
-            rest = sizes, None, (True, False), None
+            rest = sizes, None, (True, False), None, False
             assert _native.attention(x, x, y, plan, *rest) is None
             assert _native.attention(x, x, x, y, *rest) is None
             assert _native.plan_shape(y, sizes) is None

@@ -13,6 +13,7 @@ use flex_block_attn::{
     TensorMut, Video, backward, bf16, builders, forward,
 };
 use flex_block_attn_emulator::{Memory, Options as Way, emulate};
+use flex_block_attn_kernels::forward::Rows;
 use flex_block_attn_lab::problems::normal;
 use flex_block_attn_lab::rules::{causal, dilated_window, documents_with_prefix};
 use flex_block_attn_ptx::Launch;
@@ -97,6 +98,10 @@ fn check(chance: &mut Chance, longest: [usize; 2], multiprocessors: u32) -> [boo
     let blocks: Vec<u8> = (0..mask_batch * mask_heads * matrix)
         .map(|_| u8::from(chance.below(3) > 0))
         .collect();
+    let blocks = match (q_len + kv_len) % 4 {
+        0 => vec![1; blocks.len()],
+        _ => blocks,
+    };
     let shape = [mask_batch, mask_heads, rows, columns];
     let strides = [mask_heads * matrix, matrix, columns, 1];
     let mask = BoolMatrix::new(&blocks, shape, strides).unwrap();
@@ -150,6 +155,7 @@ fn check(chance: &mut Chance, longest: [usize; 2], multiprocessors: u32) -> [boo
         layout: planned.layout(),
         address: 0,
         exact: None,
+        alike: rule.is_none() && blocks.iter().all(|&block| block == 1),
     };
     if let Some(expression) = planned.expression() {
         // Such masks are planned on the host.
@@ -330,6 +336,50 @@ fn small_calls_in_parts_put_what_the_cpu_computes() {
         }
     }
     assert!(counts.iter().all(|&count| count >= 3), "{counts:?}");
+}
+
+/// Which kernel computes dense masks of blocks of 64 on 132 multiprocessors.
+#[test]
+fn pairs_compute_what_is_known_to_be_dense() {
+    let rows_of = |heads, tokens, dim, alike| {
+        let shape = [1, heads, tokens, dim];
+        let strides = [heads * tokens * dim, tokens * dim, dim, 1].map(|stride| stride as isize);
+        // SAFETY: nobody reads or writes it.
+        let at = || unsafe { Tensor::from_raw(4096 as *const _, DType::BF16, shape, strides) };
+        // SAFETY: likewise.
+        let out = unsafe { TensorMut::from_raw(4096 as *mut _, DType::BF16, shape, strides) };
+        let extents = Extents::new(tokens, tokens, 64, 64).unwrap();
+        let plan = gpu::Plan {
+            layout: Plan::new(&BlockMask::from_fn(extents, |_, _| true)).layout(),
+            address: 4096,
+            exact: None,
+            alike,
+        };
+        let options = Options::default();
+        let slots = forward_slots(&at(), &plan, &options, 132);
+        let slots = (slots > 0).then_some(4096);
+        let steps = forward_steps(
+            at(),
+            at(),
+            at(),
+            &plan,
+            &options,
+            &out,
+            None,
+            4096,
+            slots,
+            132,
+        );
+        let (step, launch) = &steps.unwrap()[0];
+        let Step::Forward(config) = step else {
+            panic!("{step:?}");
+        };
+        (config.rows, launch.grid[0])
+    };
+    assert_eq!(rows_of(24, 1920, 128, true), (Rows::Pairs, 132));
+    assert_eq!(rows_of(5, 1920, 128, true), (Rows::Pairs, 80));
+    assert_eq!(rows_of(24, 1920, 128, false), (Rows::Mixed, 132));
+    assert_eq!(rows_of(24, 1920, 64, true), (Rows::Mixed, 132));
 }
 
 /// Output and lse on the CPU; blocks of 16 queries and 32 keys, kept by their numbers.
@@ -632,6 +682,7 @@ fn what_kernels_do_not_take_is_named() {
             layout,
             address: 0,
             exact: None,
+            alike: false,
         };
         let mut q = Stored::new(1, [1, 1, 32, 64], false, 0);
         let mut options = Options::default();

@@ -474,6 +474,12 @@ impl BlockMask {
             .sum()
     }
 
+    /// Whether all blocks are selected, of all batches and heads, and none is partial.
+    pub fn is_full(&self) -> bool {
+        let blocks = self.extents.q_blocks() * self.extents.kv_blocks();
+        self.count() == self.batch * self.heads * blocks && self.count_partial() == 0
+    }
+
     /// The share of (query, key) token pairs that is computed: 1 for a full mask, 0 without blocks.
     /// Partial blocks are computed whole.
     pub fn density(&self) -> f64 {
@@ -658,6 +664,18 @@ mod tests {
             BlockMask::empty(Extents::new(0, 16, 16, 16).unwrap(), 1, 1).density(),
             0.0
         );
+    }
+
+    #[test]
+    fn full_masks_are_known() {
+        let extents = Extents::new(24, 40, 16, 16).unwrap();
+        let mut mask = BlockMask::from_fn(extents, |row, column| row + column < 3);
+        assert!(!mask.is_full());
+        mask.insert(0, 0, 1, 2);
+        assert!(mask.is_full());
+        assert!(BlockMask::empty(Extents::new(0, 16, 16, 16).unwrap(), 1, 1).is_full());
+        let all = BlockMask::from_fn(Extents::new(32, 32, 16, 16).unwrap(), |_, _| true);
+        assert!(all.is_full());
     }
 
     #[test]

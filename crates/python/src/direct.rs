@@ -68,10 +68,11 @@ pub fn are_ready(
 type Results = (Py<PyAny>, Option<Py<PyAny>>);
 
 /// Attention of a plan for such lengths and blocks, if nothing needs a closer look. `wanted` says whether
-/// results are to be differentiable, and whether the lse is one of them.
+/// results are to be differentiable, and whether the lse is one of them; `alike`, whether all rows of the
+/// mask are known to have one list.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
-#[pyo3(signature = (q, k, v, plan, sizes, scale, wanted, exact))]
+#[pyo3(signature = (q, k, v, plan, sizes, scale, wanted, exact, alike))]
 pub fn attention(
     q: &Bound<'_, PyAny>,
     k: &Bound<'_, PyAny>,
@@ -81,6 +82,7 @@ pub fn attention(
     scale: Option<f64>,
     wanted: (bool, bool),
     exact: Option<RawExact>,
+    alike: bool,
 ) -> PyResult<Option<Results>> {
     let py = q.py();
     let (q_len, kv_len, q_block, kv_block) = sizes;
@@ -117,6 +119,7 @@ pub fn attention(
         lse.as_ref().map(|lse| lse.extract()).transpose()?,
         exact,
         None,
+        alike,
     )?;
     Ok(Some((out.unbind(), lse.map(Bound::unbind))))
 }

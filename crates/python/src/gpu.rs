@@ -129,6 +129,7 @@ fn plan(
         layout,
         address: to.address as u64,
         exact: None,
+        alike: false,
     };
     let on = stream(py, from)?;
     // SAFETY: the mask's layout was read from a tensor on the stream's device, and `launch.py` has
@@ -146,9 +147,9 @@ pub fn must_be_copied(tensor: Raw) -> bool {
 }
 
 /// Attention forward on a GPU: writes `out`, and the `lse` if there is one, contiguous and of three
-/// dimensions.
+/// dimensions. `alike` says whether all rows of the mask are known to have one list.
 #[pyfunction]
-#[pyo3(signature = (inputs, plan, scale, out, lse, exact, video=None))]
+#[pyo3(signature = (inputs, plan, scale, out, lse, exact, video=None, alike=false))]
 #[allow(clippy::too_many_arguments)]
 pub fn forward_cuda(
     py: Python<'_>,
@@ -159,6 +160,7 @@ pub fn forward_cuda(
     lse: Option<Raw>,
     exact: Option<RawExact>,
     video: Option<RawVideo>,
+    alike: bool,
 ) -> PyResult<()> {
     let video = self::video(video)?;
     let (address, layout) = plan.layout(&inputs.0, &inputs.1, video.as_ref())?;
@@ -166,6 +168,7 @@ pub fn forward_cuda(
         layout,
         address: address as u64,
         exact: exact.map(|exact| exact.on_device()).transpose()?,
+        alike,
     };
     let options = Options {
         scale,
@@ -276,6 +279,7 @@ pub fn backward_cuda(
         layout,
         address: address as u64,
         exact: exact.map(|exact| exact.on_device()).transpose()?,
+        alike: false,
     };
     let options = Options {
         scale: Some(settings.0),

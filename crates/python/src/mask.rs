@@ -129,6 +129,12 @@ impl BlockMask {
 
 #[pymethods]
 impl BlockMask {
+    /// Whether all blocks are computed, and whole.
+    #[getter]
+    fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+
     #[staticmethod]
     fn full(sizes: RawExtents) -> PyResult<Self> {
         Ok(Self(builders::full(extents(sizes)?)))

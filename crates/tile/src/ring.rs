@@ -22,6 +22,8 @@ const NEXT_BARRIERS: u32 = 2 * BARRIER_BYTES;
 #[derive(Debug, Clone)]
 pub struct Ring<'k> {
     stages: Vec<Stage<'k>>,
+    /// Whether two thread blocks fill it together.
+    of_pair: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +57,19 @@ impl<'k> Ring<'k> {
                 empty: shared.barrier(releases),
             })
             .collect();
-        Self { stages }
+        Self {
+            stages,
+            of_pair: false,
+        }
+    }
+
+    /// As [`Ring::new`], for a cluster of two thread blocks that fill their rings together, each with
+    /// copies to both: a stage is empty after `releases` arrivals by each of the two. By turns only.
+    pub fn of_pair(shared: &Shared<'k>, stages: usize, shape: Shape, releases: u32) -> Self {
+        Self {
+            of_pair: true,
+            ..Self::new(shared, stages, shape, 2 * releases)
+        }
     }
 
     /// Makes its barriers ready, see [`Barrier::init`].
@@ -109,7 +123,14 @@ impl<'k> Ring<'k> {
     pub fn release(&self, turn: Reg<'k, u32>, leader: Reg<'k, bool>) {
         let (stage, _) = self.of_turn(turn);
         let empty = self.stages[0].empty.following(stage, NEXT_BARRIERS);
-        leader.builder().where_(leader, || empty.arrive());
+        let k = leader.builder();
+        if self.of_pair {
+            // Two lanes, each at one of the two.
+            let there = empty.in_block(k.lane() & 1);
+            k.where_(k.lane().lt(2), || k.mbarrier_arrive_remote(there));
+        } else {
+            k.where_(leader, || empty.arrive());
+        }
     }
 
     /// Stage and parity of a turn.

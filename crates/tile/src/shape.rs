@@ -69,6 +69,14 @@ impl Place {
         }
     }
 
+    /// The same, from a panel on that is known at run time.
+    pub fn panel_at(self, panel: Reg<'_, u32>) -> Self {
+        Self {
+            panel: panel.operand(),
+            ..self
+        }
+    }
+
     /// As a copy's coordinates.
     pub(crate) fn coordinates(self) -> [Operand; MATRIX_AXES] {
         [Operand::Imm(0), self.row, self.panel, self.head, self.batch]

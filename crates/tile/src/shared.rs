@@ -262,6 +262,29 @@ impl<'k> SharedTile<'k> {
         }
     }
 
+    /// Loads one panel of the view, as [`SharedTile::load_panels`] loads all, to this thread block and to the
+    /// other one of a cluster of two: to the same place there, and counted by the same barrier.
+    #[track_caller]
+    pub fn load_panel_for_pair(
+        self,
+        panel: Reg<'k, u32>,
+        map: Reg<'k, u64>,
+        place: Place,
+        barrier: Barrier<'k>,
+    ) {
+        let options = TmaOptions {
+            multicast: Some(self.k.var(0b11u16)),
+            hint: None,
+        };
+        self.k.tma_load(
+            self.address().plus(panel * self.shape.panel_bytes()),
+            map,
+            &place.panel_at(panel).coordinates(),
+            barrier.address(),
+            options,
+        );
+    }
+
     /// Loads one panel of the view by any map whose copies are as many rows of a panel's width, from
     /// the coordinates that the map wants. The barrier counts the bytes.
     #[track_caller]

@@ -21,13 +21,21 @@ pub fn forward_slots(
         return 0;
     }
     let bytes = || {
-        let config = config(&choice(q, plan, options)?, plan, options)?;
-        Ok::<_, Error>(config.slot_bytes(cut(config, q, plan, multiprocessors)))
+        let choice = choice(q, plan, options)?;
+        let (config, cut) = config(&choice, q, plan, options, multiprocessors)?;
+        Ok::<_, Error>(config.slot_bytes(cut))
     };
     bytes().unwrap_or(0)
 }
 
-fn config(choice: &Choice, plan: &Plan, options: &Options) -> Result<Config> {
+/// Which config computes it, and which tiles in parts.
+fn config(
+    choice: &Choice,
+    q: &Tensor<'_>,
+    plan: &Plan,
+    options: &Options,
+    multiprocessors: u32,
+) -> Result<(Config, Cut)> {
     let &Choice {
         element,
         head_dim,
@@ -39,12 +47,16 @@ fn config(choice: &Choice, plan: &Plan, options: &Options) -> Result<Config> {
         None => Config::choose(element, head_dim, q_block, kv_block, plan.exact().0),
         Some(_) => Config::choose_for_canvas(element, head_dim, q_block),
     };
-    config.ok_or_else(|| no_kernel(head_dim, options))
-}
-
-fn cut(config: Config, q: &Tensor<'_>, plan: &Plan, multiprocessors: u32) -> Cut {
+    let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
     let [batch, heads, ..] = q.shape;
-    config.cut(plan.layout, (batch * heads) as u32, multiprocessors)
+    let cut = |config: Config| config.cut(plan.layout, (batch * heads) as u32, multiprocessors);
+    let whole_or_parts = cut(config);
+    // Few tiles are faster in parts.
+    let in_pairs = config.in_pairs().filter(|_| plan.alike);
+    Ok(match in_pairs.filter(|_| whole_or_parts.tiles == 0) {
+        Some(config) => (config, cut(config)),
+        None => (config, whole_or_parts),
+    })
 }
 
 /// The launches of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.
@@ -69,8 +81,7 @@ pub fn forward_steps(
         return Ok(Vec::new());
     }
     let choice = choice(&q, plan, options)?;
-    let config = config(&choice, plan, options)?;
-    let cut = cut(config, &q, plan, multiprocessors);
+    let (config, cut) = config(&choice, &q, plan, options, multiprocessors)?;
     let slots = slots.filter(|_| cut.tiles > 0);
     let canvas = options.video.as_ref().map(canvas).transpose()?;
     if let Some(lse) = lse {

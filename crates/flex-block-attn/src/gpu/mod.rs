@@ -123,6 +123,9 @@ pub struct Plan {
     pub address: u64,
     /// By which pairs of partial blocks are chosen; without it no block is partial.
     pub exact: Option<Exact>,
+    /// Whether all rows of a head are known to have one list, as those of a dense mask: then attention
+    /// forward is faster. False is always right.
+    pub alike: bool,
 }
 
 /// A mask's expression on a device.

@@ -45,6 +45,20 @@ impl Config {
         configs.next()
     }
 
+    /// The config that does the same where all rows have one list, if there is one.
+    pub fn in_pairs(self) -> Option<Self> {
+        let kv_tile = 192u32;
+        // Of a tile's panels each thread block copies one.
+        let fits = self.head_dim == 128 && kv_tile.is_multiple_of(self.piece);
+        let pairs = Self {
+            rows: Rows::Pairs,
+            kv_tile,
+            ..self
+        };
+        (fits && self.piece.is_multiple_of(64) && self.mask.is_none() && !self.canvas)
+            .then_some(pairs)
+    }
+
     /// The config for a head dimension and a video in tiles of so many tokens; none if head_dim is
     /// neither 64 nor 128, or tiles are no multiples of 16.
     pub fn choose_for_canvas(element: Element, head_dim: u32, block: u32) -> Option<Self> {
@@ -75,7 +89,7 @@ impl Config {
     pub fn takes(self, q_block: u32, kv_block: u32) -> bool {
         let queries = match self.rows {
             Rows::Whole(queries) => queries,
-            Rows::Mixed => 16,
+            Rows::Mixed | Rows::Pairs => 16,
         };
         [(q_block, queries), (kv_block, self.piece)]
             .iter()
@@ -97,6 +111,10 @@ mod tests {
                         .unwrap_or_else(|| panic!("{q_block} x {kv_block}"));
                     assert!(all.contains(&config), "{config:?}");
                     assert!(kv_block.is_multiple_of(config.piece), "{config:?}");
+                    if let Some(pairs) = config.in_pairs() {
+                        assert!(all.contains(&pairs), "{pairs:?}");
+                        assert!(pairs.takes(q_block, kv_block), "{pairs:?}");
+                    }
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The forward kernel itself: what a thread block's producer and its consumers do.
 
 use flex_block_attn_ptx::builder::{Address, TmaOptions};
+use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
     Barrier, Fragments, Left, Phases, Place, RegTile, Right, Ring, Shared, SharedTile, WARPGROUP,
@@ -14,7 +15,7 @@ use super::queries::{Queries, Using};
 use super::softmax::Softmax;
 use super::walk::{Notes, walk};
 use super::work::{Jobs, LATE, plan};
-use super::{Config, OWN, tiles};
+use super::{Config, OWN, Rows, tiles};
 use crate::canvas::Source;
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
@@ -75,7 +76,11 @@ impl Config {
 
         let shared = Shared::new(k);
         // Tiles first: they are aligned to more than all else.
-        let ring = || Ring::new(&shared, STAGES, self.kv_shape(), 4 * self.consumers());
+        let warps = 4 * self.consumers();
+        let ring = || match self.rows {
+            Rows::Pairs => Ring::of_pair(&shared, STAGES, self.kv_shape(), warps),
+            Rows::Whole(_) | Rows::Mixed => Ring::new(&shared, STAGES, self.kv_shape(), warps),
+        };
         let stores = Stores {
             queries: Queries::new(&shared, self),
             keys: ring(),
@@ -93,7 +98,7 @@ impl Config {
             stores.boxes.iter().for_each(Notes::init);
             k.mbarrier_init_fence();
         });
-        k.sync_threads();
+        self.sync_all(k);
 
         let (producer, consumer) = self.registers();
         k.if_else(
@@ -132,6 +137,18 @@ impl Config {
                 self.consume(&problem, &results, &stores);
             },
         );
+        if self.rows == Rows::Pairs {
+            // Until then the other one may still arrive at barriers here.
+            self.sync_all(k);
+        }
+    }
+
+    /// Waits for all threads of the thread block, of a pair those of both.
+    fn sync_all(self, k: &Builder) {
+        match self.rows {
+            Rows::Pairs => k.cluster_sync(),
+            Rows::Whole(_) | Rows::Mixed => k.sync_threads(),
+        }
     }
 
     /// Loads, for each tile of queries, k and v tile by tile, v trailing by one as it does in the
@@ -212,11 +229,14 @@ impl Config {
                 Some(_) => row & !PARTIAL,
             };
             let place = Place::rows(row, line[0], line[1]);
-            if self.pieces() == 1 {
-                tile.load(map, place, full, options);
-            } else {
-                let part = tile.row_range(i * self.piece, self.piece);
-                part.load_panels(map, place, full, options);
+            let part = || tile.row_range(i * self.piece, self.piece);
+            match self.rows {
+                Rows::Pairs => {
+                    let rank = k.special(Special::ClusterCtaRank);
+                    part().load_panel_for_pair(rank, map, place, full);
+                }
+                _ if self.pieces() == 1 => tile.load(map, place, full, options),
+                _ => part().load_panels(map, place, full, options),
             }
         }
     }

@@ -18,6 +18,9 @@
 //! where the sequence's last and perhaps short block stands: only the first tile can have columns
 //! that are no keys.
 //!
+//! Where all rows have one list two thread blocks share tiles of keys: half of the bytes from the L2 cache,
+//! and of the power that they take.
+//!
 //! - `kernel`: what loader and consumers do;
 //! - `mixed`: what they do if a tile's queries are of several blocks;
 //! - `problem`: the parameters, and how the problem is cut into tiles of queries;
@@ -85,6 +88,9 @@ pub enum Rows {
     Whole(u32),
     /// Any multiples of 16: a tile, of 128 queries, is of several blocks.
     Mixed,
+    /// Any, whose lists are all the same, as those of a dense mask: two thread blocks, a cluster, have two
+    /// tiles of 128 queries at a time, and share tiles of keys, of which each copies a half to both.
+    Pairs,
 }
 
 /// A (batch, heads, tokens, head_dim) tensor in global memory.
@@ -126,7 +132,7 @@ pub struct Args<'a> {
     /// Address of an int32 that is 0 at the start of the launch, and belongs to it until it ends; then
     /// it is 0 again.
     pub counter: u64,
-    /// Thread blocks at most: the device's multiprocessors.
+    /// Thread blocks at most: the device's multiprocessors; of pairs at least two.
     pub blocks: u32,
     /// Tiles that are computed in parts, by [`Config::cut`] or another cut of as many tiles, in slots of
     /// [`Config::slot_bytes`]; none if there are none. [`Config::join`] is launched behind it, then.
@@ -153,10 +159,11 @@ impl Config {
         ];
         // There are registers for three with short heads only.
         let three_consumers = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
+        let pairs = [192, 64].map(|piece| (Rows::Pairs, 192, piece));
         let of = |element, head_dim| {
             let more = match head_dim {
                 64 => &three_consumers[..],
-                _ => &[],
+                _ => &pairs,
             };
             let config = move |&(rows, kv_tile, piece)| Self {
                 element,
@@ -179,6 +186,7 @@ impl Config {
         match self.rows {
             Rows::Whole(queries) => queries,
             Rows::Mixed => mixed::QUERIES,
+            Rows::Pairs => 128,
         }
     }
 
@@ -236,7 +244,7 @@ impl Config {
                 return canvas.source(self.piece_shape(), tensor, of(call.kv_heads));
             }
             // A piece that is a whole tile comes by one copy.
-            let one = self.pieces() == 1 && self.rows != Rows::Mixed;
+            let one = self.pieces() == 1 && matches!(self.rows, Rows::Whole(_));
             let map = if one { whole } else { panels };
             vec![map(self.piece_shape(), tensor, call.of_kv())]
         };
@@ -255,8 +263,18 @@ impl Config {
         }
         list.extend(self.mask.map_or(vec![], |mask| mask.args(args.tables)));
         Launch {
-            grid: [self.cut_of(args).jobs().min(args.blocks), 1, 1],
+            grid: [self.thread_blocks(args), 1, 1],
             args: list,
+        }
+    }
+
+    /// Thread blocks of a launch.
+    fn thread_blocks(self, args: &Args<'_>) -> u32 {
+        let jobs = self.cut_of(args).jobs();
+        match self.rows {
+            // Jobs are even, too.
+            Rows::Pairs => jobs.min((args.blocks & !1).max(2)),
+            Rows::Whole(_) | Rows::Mixed => jobs.min(args.blocks),
         }
     }
 
@@ -295,6 +313,7 @@ impl Config {
         match self.rows {
             Rows::Whole(queries) => layout.rows() as u32 * (extents.q_block() as u32 / queries),
             Rows::Mixed => (extents.q_len() as u32).div_ceil(self.queries()),
+            Rows::Pairs => (extents.q_len() as u32).div_ceil(2 * self.queries()) * 2,
         }
     }
 
@@ -352,6 +371,7 @@ impl Config {
         let tile = match rows {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
             Rows::Mixed => "mixed".to_owned(),
+            Rows::Pairs => format!("pairs_kv{kv_tile}"),
         };
         let tag = mask.map(Mask::tag).unwrap_or_default();
         let of = if canvas { "_canvas" } else { "" };
@@ -359,6 +379,10 @@ impl Config {
         let threads = (1 + self.consumers()) * WARPGROUP;
         Builder::kernel(name.to_lowercase(), threads, |k| match rows {
             Rows::Whole(_) => self.body(k),
+            Rows::Pairs => {
+                k.set_cluster(2);
+                self.body(k);
+            }
             Rows::Mixed => self.mixed_body(k),
         })
     }

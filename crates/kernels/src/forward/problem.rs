@@ -2,8 +2,8 @@
 
 use flex_block_attn_ptx::{Builder, Reg};
 
-use super::Config;
 use super::parts::Parts;
+use super::{Config, Rows};
 use crate::canvas::Grid;
 use crate::exact::Exact;
 use crate::lists::Lists;
@@ -37,6 +37,7 @@ pub(super) struct Problem<'k> {
     pub(super) exact: Option<Exact<'k>>,
     /// The video whose tokens these are, if they are one's.
     pub(super) grid: Option<Grid<'k>>,
+    rows: Rows,
 }
 
 /// A tile of queries: which of its head's.
@@ -87,6 +88,7 @@ impl<'k> Problem<'k> {
             lists: Lists::new(k),
             exact: None,
             grid: None,
+            rows: config.rows,
         };
         let lengths = [problem.q_len, problem.kv_len];
         problem.exact = config.mask.map(|mask| Exact::new(k, mask, lengths));
@@ -98,6 +100,12 @@ impl<'k> Problem<'k> {
     /// counter as it was.
     pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
         let k = self.k;
+        if self.rows == Rows::Pairs {
+            // All take as long, so who takes which is known, to both of a cluster: tiles are even.
+            return k.for_(k.cta_x(), self.jobs, k.grid_x(), |tile| {
+                body(self.tile_of(tile / self.row_tiles, tile % self.row_tiles, Part::whole(k)));
+            });
+        }
         let first_lane = k.lane().equals(0);
         let job = k.var(k.cta_x());
         k.loop_(|leave| {
@@ -123,6 +131,10 @@ impl<'k> Problem<'k> {
     /// A tile by its number among all.
     pub(super) fn tile(&self, tile: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
         let (line, number) = self.place(tile);
+        self.tile_of(line, number, part)
+    }
+
+    fn tile_of(&self, line: Reg<'k, u32>, number: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
         let (head, batch) = (line % self.heads, line / self.heads);
         Tile {
             head,
@@ -139,8 +151,12 @@ impl<'k> Problem<'k> {
         head / self.group
     }
 
-    /// The mask's row that a tile of so many queries, of one block, is in, and its first query.
+    /// The mask's row that a tile of so many queries, of one block, is in, or one with the same list, and
+    /// its first query.
     pub(super) fn row(&self, tile: Tile<'k>, queries: u32) -> (Reg<'k, u32>, Reg<'k, u32>) {
+        if self.rows == Rows::Pairs {
+            return (self.k.var(0u32), tile.number * queries);
+        }
         let of_row = self.q_block / queries;
         let row = self.lists.of_rank(tile.record, tile.number / of_row);
         (row, (row * of_row + tile.number % of_row) * queries)

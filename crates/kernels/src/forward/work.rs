@@ -7,11 +7,11 @@ use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
-use super::Config;
 use super::keys::Start;
 use super::output::Results;
 use super::problem::Problem;
 use super::queries::Note;
+use super::{Config, Rows};
 
 /// A tile of queries, and where its keys start.
 pub(super) struct Job<'k> {
@@ -34,8 +34,12 @@ pub(super) fn plan<'k>(
     let queries = config.queries();
     problem.each_tile(|tile| {
         let (row, first) = problem.row(tile, queries);
-        // The sequence may end within its last block.
-        k.if_(first.lt(problem.q_len), || {
+        // The sequence may end within its last block; of a pair who has no queries loads for the other.
+        let counts = match config.rows {
+            Rows::Pairs => k.var(true),
+            Rows::Whole(_) | Rows::Mixed => first.lt(problem.q_len),
+        };
+        k.if_(counts, || {
             let (tiles, columns, start) = Start::look_up(problem, config, tile, row);
             let note = Note {
                 first,

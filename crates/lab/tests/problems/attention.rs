@@ -297,15 +297,24 @@ fn every_config_on_random_masks() {
         }
         let q_block = match config.rows {
             forward::Rows::Whole(queries) => queries as usize * (1 + below(2)),
-            forward::Rows::Mixed => 16 * (1 + below(12)),
+            forward::Rows::Mixed | forward::Rows::Pairs => 16 * (1 + below(12)),
         };
         let kv_block = config.piece as usize * (1 + below(3));
         let (q_len, kv_len) = (1 + below(300), 1 + below(6 * kv_block.min(128)));
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let mask_heads = 1 + below(2);
         let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
-        let bytes: Vec<u8> = (0..mask_heads * rows * columns)
-            .map(|_| u8::from(below(2) == 1))
+        let different = match config.rows {
+            forward::Rows::Pairs => 1,
+            _ => rows,
+        };
+        let bytes: Vec<u8> = (0..mask_heads)
+            .flat_map(|_| {
+                let lists: Vec<u8> = (0..different * columns)
+                    .map(|_| u8::from(below(2) == 1))
+                    .collect();
+                lists.repeat(rows / different)
+            })
             .collect();
         let strides = [bytes.len(), rows * columns, columns, 1];
         let matrix = BoolMatrix::new(&bytes, [1, mask_heads, rows, columns], strides).unwrap();
@@ -348,5 +357,40 @@ fn scores_that_rise() {
             };
             right_in_all_ways(&problem.setup(), &Options::all(1));
         }
+    }
+}
+
+/// Clusters of two thread blocks: one, and more; pairs of which the second tile has no queries, or some;
+/// several jobs of each; heads that share keys; batches and heads with lists of their own, one empty;
+/// blocks of queries of any size.
+#[test]
+fn pairs_of_tiles_share_keys() {
+    let pairs = |piece| forward::Config {
+        rows: forward::Rows::Pairs,
+        ..config(128, 192, piece)
+    };
+    let rows = |list: &'static str, rows| vec![list; rows];
+    for (piece, [q_len, q_block], [kv_len, kv_block], blocks) in [
+        (192, [700usize, 384], [5 * 192 - 70, 192], 2),
+        (192, [200, 48], [5 * 192, 192], 5),
+        (64, [1290, 256], [5 * 128 - 3, 128], 4),
+        (64, [120, 16], [5 * 64, 64], 3),
+    ] {
+        let count = q_len.div_ceil(q_block);
+        let lists = ["11111", "00000", "01011", "10000"].map(|list| rows(list, count));
+        let lists: Vec<&[&str]> = lists.iter().map(Vec::as_slice).collect();
+        let problem = Forward {
+            heads: 4,
+            kv_heads: 2,
+            blocks,
+            tokens_first: blocks == 4,
+            lse: blocks != 3,
+            scale: if blocks == 5 { 4.0 } else { 0.125 },
+            ..Forward::new(
+                pairs(piece),
+                mask([q_len, kv_len], [q_block, kv_block], &lists),
+            )
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(2));
     }
 }

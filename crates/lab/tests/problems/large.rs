@@ -96,6 +96,32 @@ fn forward_f16_over_blocks_of_384() {
     forward_by(Element::F16, 384);
 }
 
+/// Pairs of thread blocks on all multiprocessors, some of which take a second pair of tiles.
+#[test]
+fn forward_of_dense_masks() {
+    let Some(gpu) = gpu() else { return };
+    for (element, piece, scale) in [(Element::Bf16, 192, 0.125), (Element::F16, 64, 4.0)] {
+        let extents = Extents::new(5000, 1500, 384, 3 * piece as usize).unwrap();
+        let config = forward::Config {
+            element,
+            head_dim: 128,
+            rows: forward::Rows::Pairs,
+            kv_tile: 192,
+            piece,
+            mask: None,
+            canvas: false,
+        };
+        let problem = Forward {
+            heads: 4,
+            kv_heads: 4,
+            blocks: gpu.device().multiprocessors(),
+            scale,
+            ..Forward::new(config, builders::full(extents))
+        };
+        right_on(gpu, &problem.setup());
+    }
+}
+
 #[test]
 fn forward_over_small_blocks() {
     let Some(gpu) = gpu() else { return };

@@ -59,6 +59,15 @@ impl<'k, A> Address<'k, A> {
 }
 
 impl<'k> Address<'k, u32> {
+    /// The same place in block `rank` of the cluster, see [`Builder::map_shared`].
+    #[track_caller]
+    pub fn in_block(self, rank: Reg<'k, u32>) -> Self {
+        Self {
+            base: self.base.builder().map_shared(self.base, rank),
+            offset: self.offset,
+        }
+    }
+
     /// The address `bytes` further, a number known at run time.
     #[track_caller]
     pub fn plus(self, bytes: Reg<'k, u32>) -> Self {
