@@ -253,7 +253,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale);
+        let softmax = Softmax::new(k, problem.scale, self.mask.is_some());
 
         let multiply_keys = |turn: Reg<'k, u32>| {
             let k_tile = keys.wait_full(turn);
@@ -270,29 +270,6 @@ impl Config {
             None => self.hide(problem, stores, &queries, wg, &scores, turn),
             Some((grid, notes)) => self.hide_blank(grid, notes, turn, wg, &scores),
         };
-        let step = || {
-            match self.mask {
-                None => softmax.step(&scores),
-                Some(_) => softmax.step_of_some(&scores),
-            };
-        };
-        // The weights of a tile that is not a row's first. Scores can be computed again, should weights
-        // become too large: that is seldom, and each warp's own matter. Not those that were changed,
-        // and not a row's last: the queries have been given back.
-        let weigh = |turn: Reg<'k, u32>, is_last: Reg<'k, bool>| {
-            let look = k.var(hide(turn) | is_last);
-            if self.mask.is_some() {
-                look.set(look | softmax.is_without_base());
-            }
-            k.if_not(look, || {
-                k.if_not(softmax.stay(&scores), || {
-                    wg.product_of_warp(&scores, q, keys.tile(turn));
-                    look.set(k.var(true));
-                });
-            });
-            k.if_(look, step);
-        };
-
         let finish = || {
             let note = queries.note_before();
             if self.canvas {
@@ -338,7 +315,7 @@ impl Config {
                         scores.set_columns_from(all, columns, wg.lane, f32::NEG_INFINITY);
                     });
                 }
-                step();
+                softmax.step(&scores);
                 scores.round_to(&weights, pair);
 
                 k.loop_(|leave| {
@@ -352,7 +329,11 @@ impl Config {
                     pass_turn();
                     wg.wait(1);
                     k.if_(left.equals(0), || queries.release());
-                    weigh(turn + 1, left.equals(0));
+                    // For the last tile's scores there are no queries any more.
+                    let changed = hide(turn + 1) | left.equals(0);
+                    softmax.further(&scores, changed, || {
+                        wg.product_of_warp(&scores, q, keys.tile(turn + 1));
+                    });
                     keys.release(turn + 1, wg.leader);
                     wg.wait(0);
                     values.release(turn, wg.leader);

@@ -205,7 +205,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale);
+        let softmax = Softmax::new(k, problem.scale, true);
 
         let multiply_keys = || {
             let keys = self.k_part(wanted.tile());
@@ -232,7 +232,7 @@ impl Config {
                 multiply_keys();
                 wg.wait(0);
                 self.hide_unwanted(problem, &queries, wg, &scores, &wanted);
-                softmax.step_of_some(&scores);
+                softmax.step(&scores);
                 scores.round_to(&weights, pair);
                 wanted.hold_first();
                 wanted.seek_next();
@@ -240,11 +240,13 @@ impl Config {
                 k.loop_(|leave| {
                     leave.when(wanted.is_none());
                     multiply_keys();
-                    // Under the product with k: the output is rescaled for the maximum found last.
+                    // Under the product with k.
                     multiply_values();
                     wg.wait(1);
-                    self.hide_unwanted(problem, &queries, wg, &scores, &wanted);
-                    softmax.step_of_some(&scores);
+                    let changed = self.hide_unwanted(problem, &queries, wg, &scores, &wanted);
+                    softmax.further(&scores, changed, || {
+                        wg.product_of_warp(&scores, q, self.k_part(wanted.tile()));
+                    });
                     wanted.hold();
                     // Under the product with v. Were it not for the waits in here, ptxas would wait for
                     // that product before the exponentials.
@@ -271,7 +273,7 @@ impl Config {
     }
 
     /// Hides, of the scores of the tile at hand, the pieces that this warp does not want, keys behind
-    /// the sequence, and what the mask's expression hides in partial blocks.
+    /// the sequence, and what the mask's expression hides in partial blocks. Says whether that is anything.
     fn hide_unwanted<'k>(
         self,
         problem: &Problem<'k>,
@@ -279,12 +281,14 @@ impl Config {
         wg: Warpgroup<'k>,
         scores: &RegTile<'k>,
         wanted: &Wanted<'k>,
-    ) {
+    ) -> Reg<'k, bool> {
         let k = problem.k;
+        let any = k.var(false);
         for (i, &want) in (0..).zip(&wanted.wants) {
             let columns = i * self.piece..(i + 1) * self.piece;
             let keys = (want >> 8) & (0xffff >> 8);
             let kept = (want & wanted.mine).differs(0).select(keys, 0u32);
+            any.set(any | kept.lt(self.piece));
             k.if_(kept.lt(self.piece), || {
                 scores.set_columns_from(columns.clone(), kept, wg.lane, f32::NEG_INFINITY);
             });
@@ -292,6 +296,7 @@ impl Config {
                 continue;
             };
             let partial = (want >> PARTIAL_WANTS) & wanted.mine;
+            any.set(any | partial.differs(0));
             k.if_(partial.differs(0), || {
                 let note = queries.note();
                 exact.hide(
@@ -306,6 +311,7 @@ impl Config {
                 );
             });
         }
+        any
     }
 }
 

@@ -12,12 +12,14 @@ use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 /// without a look for their largest score, and what was summed before is not multiplied anew.
 pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
+    /// Whether all scores of a row may be -inf, in a tile or in all of them.
+    some: bool,
     /// What weights are relative to: a score, scaled; -inf while all were.
     base: RowPair<'k>,
     /// This thread's part of the sum of weights.
     sum: RowPair<'k>,
     /// What the output so far must be multiplied by, after the last step.
-    pub(super) factor: RowPair<'k>,
+    factor: RowPair<'k>,
 }
 
 /// A largest score that lies at most so far above the base does not move it: weights are up to 256.
@@ -26,10 +28,11 @@ const NEAR: f32 = 8.0;
 const MOST: f32 = 32768.0;
 
 impl<'k> Softmax<'k> {
-    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>) -> Self {
+    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, some: bool) -> Self {
         let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
+            some,
             base: pair(),
             sum: pair(),
             factor: pair(),
@@ -45,22 +48,50 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Turns a tile of scores into weights, in place, and moves the base where it must. Each row has a
-    /// score that is not -inf.
+    /// Turns the first tile of scores into weights, in place, or any, and moves the base where it must.
     pub(super) fn step(&self, scores: &RegTile<'k>) {
-        self.step_by(scores, |max| max);
+        let found = scores.row_max();
+        let offsets = [0, 1].map(|row| {
+            let before = self.base[row];
+            let max = (found[row] * self.scale).max(before);
+            // Never, if there was none.
+            let base = (max - before).le(NEAR).select(before, max);
+            let offset = match self.some {
+                // -inf less -inf would be NaN; -inf less anything else has the weight 0.
+                true => base.equals(f32::NEG_INFINITY).select(0.0, base),
+                false => base,
+            };
+            self.factor[row].set((before - offset).exp2());
+            before.set(base);
+            offset
+        });
+        scores.exp2_scaled(self.scale, offsets);
+        for (row, sum) in scores.row_sum_own().into_iter().enumerate() {
+            self.sum[row].set(self.sum[row].fma(self.factor[row], sum));
+        }
     }
 
-    /// As [`Softmax::step`], but all scores of a row may be -inf, and may have been in all tiles.
-    pub(super) fn step_of_some(&self, scores: &RegTile<'k>) {
-        // -inf less -inf would be NaN; -inf less anything else has the weight 0.
-        self.step_by(scores, |max| max.equals(f32::NEG_INFINITY).select(0.0, max));
+    /// Turns a further tile of scores into weights, in place, by the base as it is, unless that makes some
+    /// too large: these scores `again` computes once more. It cannot if `step` says so. Each warp sees
+    /// to its own rows, and most are never computed again.
+    pub(super) fn further(&self, scores: &RegTile<'k>, step: Reg<'k, bool>, again: impl FnOnce()) {
+        let k = self.scale.builder();
+        let step = k.var(step);
+        if self.some {
+            let [a, b] = self.base.map(|base| base.equals(f32::NEG_INFINITY));
+            step.set(step | (a | b).any());
+        }
+        k.if_not(step, || {
+            k.if_not(self.stay(scores), || {
+                again();
+                step.set(k.var(true));
+            });
+        });
+        k.if_(step, || self.step(scores));
     }
 
-    /// Turns a tile of scores into weights, in place, by the base as it is: no row's is -inf. Says
-    /// whether that went well, for all of the warp; if some became too large the scores must be computed
-    /// again, and [`Softmax::step`] turns them into weights.
-    pub(super) fn stay(&self, scores: &RegTile<'k>) -> Reg<'k, bool> {
+    /// By the base as it is: no row's is -inf. Says whether that went well, for all of the warp.
+    fn stay(&self, scores: &RegTile<'k>) -> Reg<'k, bool> {
         scores.exp2_scaled(self.scale, self.base);
         let own = scores.row_sum_own();
         // A NaN is not fine.
@@ -72,35 +103,11 @@ impl<'k> Softmax<'k> {
         fine
     }
 
-    /// Whether a row of this warp's has no base.
-    pub(super) fn is_without_base(&self) -> Reg<'k, bool> {
-        let [a, b] = self.base.map(|base| base.equals(f32::NEG_INFINITY));
-        (a | b).any()
-    }
-
     /// Multiplies what was summed up so far by what the last step says, if that is anything but 1.
     pub(super) fn rescale(&self, output: &RegTile<'k>) {
         let k = self.scale.builder();
         let [a, b] = self.factor.map(|factor| factor.differs(1.0));
         k.if_((a | b).any(), || output.scale_rows(self.factor));
-    }
-
-    fn step_by(&self, scores: &RegTile<'k>, offset: impl Fn(Reg<'k, f32>) -> Reg<'k, f32>) {
-        let found = scores.row_max();
-        let offsets = [0, 1].map(|row| {
-            let before = self.base[row];
-            let max = (found[row] * self.scale).max(before);
-            // Never, if there was none.
-            let base = (max - before).le(NEAR).select(before, max);
-            let offset = offset(base);
-            self.factor[row].set((before - offset).exp2());
-            before.set(base);
-            offset
-        });
-        scores.exp2_scaled(self.scale, offsets);
-        for (row, sum) in scores.row_sum_own().into_iter().enumerate() {
-            self.sum[row].set(self.sum[row].fma(self.factor[row], sum));
-        }
     }
 
     /// Sees so many keys more that are 0, and so are their values.
