@@ -306,7 +306,8 @@ def test_outliers():
 @pytest.mark.parametrize("kv_block", [64, 128, 384])
 @pytest.mark.parametrize("steps", ["rise", "fall", "jump"])
 def test_scores_that_rise(steps, kv_block, head_dim, dtype):
-    """From tile to tile by more than weights may be apart, in all rows or in some, slowly or at once."""
+    """From tile to tile by more than weights may be apart: in some rows or in others, at once or
+    not."""
     generator = torch.Generator("cuda").manual_seed(4)
     shape = 1, 2, 1536, head_dim
     q, k, v = (tensor(shape, "heads first", torch.float32, generator) for _ in "qkv")
@@ -332,7 +333,8 @@ def test_scores_that_rise(steps, kv_block, head_dim, dtype):
     "heads, q_len, kv_len, block", [(8, 5000, 900, 384), (3, 12000, 700, 64), (40, 1000, 1000, 128)]
 )
 def test_dense_masks(heads, q_len, kv_len, block, dtype):
-    """Thread blocks in pairs, by a mask that is known to be dense, give what others give; in graphs, too."""
+    """Thread blocks in pairs, by a mask that is known to be dense, give what others give, in graphs
+    too."""
     q = torch.randn(1, heads, q_len, 128, device="cuda", dtype=dtype)
     k, v = (torch.randn(1, heads, kv_len, 128, device="cuda", dtype=dtype) for _ in "kv")
     known = BlockMask.full(q_len, kv_len, block, block).to("cuda")
