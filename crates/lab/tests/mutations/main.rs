@@ -21,6 +21,7 @@ mod handover;
 mod lists;
 mod needed;
 mod notes;
+mod pairs;
 mod parts;
 mod parts_of_keys;
 mod phases;
@@ -72,6 +73,8 @@ enum Base {
     PartsOfKeys,
     /// The same: the kernel that puts these together.
     Joined,
+    /// Attention forward over a dense mask, a pair of thread blocks.
+    Pairs,
     /// Attention forward over a video.
     Video,
     /// Means of tiles.
@@ -85,7 +88,7 @@ enum Base {
 /// With this scale scores lie so far apart that weights are computed anew, and sums rescaled.
 const FAR: f64 = 4.0;
 
-const BASES: [Base; 13] = [
+const BASES: [Base; 14] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
@@ -95,6 +98,7 @@ const BASES: [Base; 13] = [
     Base::Integers,
     Base::PartsOfKeys,
     Base::Joined,
+    Base::Pairs,
     Base::Video,
     Base::Means,
     Base::Weights,
@@ -160,6 +164,7 @@ impl Base {
             Self::Integers => gradients(true),
             Self::PartsOfKeys => parts_of_keys::problem().setup(),
             Self::Joined => parts_of_keys::problem().joined(),
+            Self::Pairs => pairs::forward(),
             Self::Video => videos::forward(),
             Self::Means => choices::means(),
             Self::Weights => choices::weights(),
@@ -234,6 +239,7 @@ fn table() -> Vec<Mutation> {
         results::table(),
         gradients::table(),
         parts_of_keys::table(),
+        pairs::table(),
         choices::table(),
     ]
     .into_iter()

@@ -21,6 +21,9 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (WIDE, "wgmma.fence.sync.aligned", 1),
     // Lanes that are done with a loop wait for the others there: the next instruction would, too.
     (WIDE, "bar.warp.sync", 1),
+    (PAIRS, "setmaxnreg.inc.sync.aligned.u32", 1),
+    (PAIRS, "wgmma.fence.sync.aligned", 1),
+    (PAIRS, "bar.warp.sync", 1),
     (VIDEO, "setmaxnreg.inc.sync.aligned.u32", 1),
     (VIDEO, "wgmma.fence.sync.aligned", 1),
     // Likewise. Of queries each lane writes the same spot twice where no box is left out; spots are read
@@ -44,6 +47,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
 ];
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
+const PAIRS: &str = "forward_bf16_d128_pairs_kv192_p192";
 const VIDEO: &str = "forward_bf16_d64_q128_kv192_p16_canvas";
 const INTEGERS: &str = "backward_bf16_d128_p64_deterministic";
 
@@ -56,6 +60,8 @@ fn orders(op: &Op) -> bool {
             | Op::BarrierSync { .. }
             | Op::WarpSync
             | Op::BarrierArrive { .. }
+            | Op::ClusterArrive
+            | Op::ClusterWait
             | Op::MbarrierInit { .. }
             | Op::MbarrierArrive { .. }
             | Op::MbarrierArriveExpect { .. }
@@ -78,6 +84,7 @@ fn every_instruction_that_orders_others_is_missed() {
         Base::Gemm,
         Base::Wide,
         Base::Integers,
+        Base::Pairs,
         Base::Video,
         Base::Means,
         Base::Weights,
