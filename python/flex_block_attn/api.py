@@ -104,7 +104,10 @@ def flex_block_attn(
         )
     sizes = mask.q_len, mask.kv_len, mask.q_block_size, mask.kv_block_size
     scale = None if scale is None else float(scale)
-    exact = None if mask.expression is None else (mask.expression.text, mask.expression.tables)
+    # Of a mask that is full all pairs count, whatever its expression says in words.
+    exact = None
+    if mask.expression is not None and not mask.alike:
+        exact = mask.expression.text, mask.expression.tables
     done = direct.attention(q, k, v, mask.plan, sizes, scale, return_lse, exact, mask.alike)
     if done is None:
         q, k, v = as_inputs(q, k, v)

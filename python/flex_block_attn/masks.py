@@ -114,6 +114,10 @@ class BlockMask:
         q_len, kv_len: number of queries and keys; need not be multiples of the blocks.
         q_block_size, kv_block_size: tokens of a block; multiples of 16.
 
+    Attributes:
+        alike: whether the mask is known to be dense, as that of :meth:`full` or of a function that
+            is always true: attention forward is faster then. A tensor is not looked into.
+
     >>> mask = BlockMask.causal(512, 512, 128, 128)
     >>> mask
     BlockMask(1 x 1 x 4 x 4 blocks of 128 x 128, 512 x 512 tokens, density 0.625)
@@ -135,7 +139,6 @@ class BlockMask:
         self.plan = ops.plan(self._blocks, *self._sizes) if plan is None else plan
         self.expression: Expression | None = None
         self.mask_mod: MaskMod | None = None
-        # Whether all rows are known to have one list. Who is not sure says no.
         self.alike = False
         self._native: _native.BlockMask | None = None
         self._elsewhere: dict[torch.device, BlockMask] = {}
@@ -160,7 +163,7 @@ class BlockMask:
             mask.plan = plan.to(device)
         mask.expression, mask.mask_mod = expression.ready(), mask_mod
         mask._blocks, mask._native, mask._elsewhere = None, native, {}
-        mask.alike = False
+        mask.alike = native.is_full
         return mask
 
     def _of_the_same(self, mask_mod: MaskMod | None) -> "BlockMask":

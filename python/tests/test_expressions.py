@@ -421,6 +421,30 @@ def test_a_mask_that_nobody_wants_anything_of():
     assert not out.any() and lse.isneginf().all()
 
 
+@pytest.mark.parametrize("lengths", [(256, 256), (200, 310)])
+def test_a_function_that_is_always_true_makes_a_dense_mask(lengths):
+    def always(b, h, q, kv):
+        return q + kv >= 0
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, lengths[i], 32, generator=generator, requires_grad=True) for i in (0, 1, 1)
+    )
+    made = create_block_mask(always, None, None, *lengths, device="cpu", BLOCK_SIZE=64)
+    full = BlockMask.full(*lengths, 64, 64)
+    assert made.alike and full.alike and made.to("cpu").alike
+    outs = [flex_block_attn(q, k, v, mask) for mask in (made, full)]
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs]
+    assert torch.equal(*outs)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for other in (
+        create_block_mask(lambda b, h, q, kv: q >= kv, None, None, *lengths, device="cpu"),
+        create_block_mask(lambda b, h, q, kv: q + kv > 0, None, None, *lengths, device="cpu"),
+        BlockMask(full.blocks, *lengths, 64, 64),
+    ):
+        assert not other.alike
+
+
 def test_compiled_graphs():
     ids = torch.arange(200) // 30
     mask = create_block_mask(and_masks(causal, document(ids)), None, None, 200, 200, BLOCK_SIZE=32)

@@ -476,8 +476,12 @@ impl BlockMask {
 
     /// Whether all blocks are selected, of all batches and heads, and none is partial.
     pub fn is_full(&self) -> bool {
-        let blocks = self.extents.q_blocks() * self.extents.kv_blocks();
-        self.count() == self.batch * self.heads * blocks && self.count_partial() == 0
+        let columns = self.extents.kv_blocks();
+        let all = |word: usize| u64::MAX >> (64 - (columns - 64 * word).min(64));
+        let mut rows = self.words.chunks(self.words_per_row.max(1));
+        let mut partial = self.exact.iter().flat_map(|exact| &exact.partial);
+        rows.all(|row| row.iter().enumerate().all(|(i, &bits)| bits == all(i)))
+            && partial.all(|&bits| bits == 0)
     }
 
     /// The share of (query, key) token pairs that is computed: 1 for a full mask, 0 without blocks.
@@ -674,8 +678,14 @@ mod tests {
         mask.insert(0, 0, 1, 2);
         assert!(mask.is_full());
         assert!(BlockMask::empty(Extents::new(0, 16, 16, 16).unwrap(), 1, 1).is_full());
-        let all = BlockMask::from_fn(Extents::new(32, 32, 16, 16).unwrap(), |_, _| true);
-        assert!(all.is_full());
+        for columns in [2, 63, 64, 65, 128, 130] {
+            let extents = Extents::new(32, 16 * columns, 16, 16).unwrap();
+            assert!(BlockMask::from_fn(extents, |_, _| true).is_full());
+            for left_out in [0, columns / 2, columns - 1] {
+                let some = |row: usize, column: usize| row == 0 || column != left_out;
+                assert!(!BlockMask::from_fn(extents, some).is_full());
+            }
+        }
     }
 
     #[test]
