@@ -428,7 +428,8 @@ def test_a_function_that_is_always_true_makes_a_dense_mask(lengths):
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, 2, lengths[i], 32, generator=generator, requires_grad=True) for i in (0, 1, 1)
+        torch.randn(1, 2, lengths[i], 32, generator=generator, requires_grad=True)
+        for i in (0, 1, 1)
     )
     made = create_block_mask(always, None, None, *lengths, device="cpu", BLOCK_SIZE=64)
     full = BlockMask.full(*lengths, 64, 64)
