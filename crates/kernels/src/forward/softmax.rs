@@ -48,7 +48,8 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Turns the first tile of scores into weights, in place, or any, and moves the base where it must.
+    /// Turns a tile of scores into weights, in place, and moves the base where it must: a row's first
+    /// tile, or any.
     pub(super) fn step(&self, scores: &RegTile<'k>) {
         let found = scores.row_max();
         let offsets = [0, 1].map(|row| {
