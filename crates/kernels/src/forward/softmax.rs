@@ -1,6 +1,6 @@
 //! The softmax of a tile of scores, and what it leaves for the tiles after it.
 
-use flex_block_attn_ptx::{Builder, Reg};
+use flex_block_attn_ptx::{Builder, Element, Reg};
 use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 
 /// The running softmax of a thread's two rows (Milakov and Gimelshein, arXiv 1805.02867), in
@@ -14,6 +14,7 @@ pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
     /// Whether all scores of a row may be -inf, in a tile or in all of them.
     some: bool,
+    most: f32,
     /// What weights are relative to: a score, scaled; -inf while all were.
     base: RowPair<'k>,
     /// This thread's part of the sum of weights.
@@ -24,15 +25,23 @@ pub(super) struct Softmax<'k> {
 
 /// A largest score that lies at most so far above the base does not move it: weights are up to 256.
 const NEAR: f32 = 8.0;
-/// What a thread's weights of a row of a tile may add up to: each is a float16 then.
-const MOST: f32 = 32768.0;
+
+/// What a thread's weights of a row of a tile may add up to: a weight of that size is still a number of
+/// its type, and there is room for sums of many, and for large values.
+fn most(element: Element) -> f32 {
+    match element {
+        Element::F16 => 2f32.powi(15),
+        _ => 2f32.powi(40),
+    }
+}
 
 impl<'k> Softmax<'k> {
-    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, some: bool) -> Self {
+    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, some: bool, element: Element) -> Self {
         let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
             some,
+            most: most(element),
             base: pair(),
             sum: pair(),
             factor: pair(),
@@ -96,7 +105,7 @@ impl<'k> Softmax<'k> {
         scores.exp2_scaled(self.scale, self.base);
         let own = scores.row_sum_own();
         // A NaN is not fine.
-        let fine = (own[0].le(MOST) & own[1].le(MOST)).all();
+        let fine = (own[0].le(self.most) & own[1].le(self.most)).all();
         for (row, own) in own.into_iter().enumerate() {
             self.factor[row].set(1.0);
             self.sum[row].set(self.sum[row] + fine.select(own, 0.0));

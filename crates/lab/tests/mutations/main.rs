@@ -86,7 +86,7 @@ enum Base {
 }
 
 /// With this scale scores lie so far apart that weights are computed anew, and sums rescaled.
-const FAR: f64 = 4.0;
+const FAR: f64 = 8.0;
 
 const BASES: [Base; 14] = [
     Base::Gemm,

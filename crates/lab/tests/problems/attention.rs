@@ -349,7 +349,7 @@ fn scores_that_rise() {
         for element in [Element::Bf16, Element::F16] {
             let lengths = [3 * q_block, 4 * kv_block - 70];
             let problem = Forward {
-                scale: 4.0,
+                scale: 8.0,
                 ..Forward::new(
                     forward::Config { element, ..config },
                     mask(lengths, [q_block, kv_block], &[rows]),
@@ -385,7 +385,7 @@ fn pairs_of_tiles_share_keys() {
             blocks,
             tokens_first: blocks == 4,
             lse: blocks != 3,
-            scale: if blocks == 5 { 4.0 } else { 0.125 },
+            scale: if blocks == 5 { 8.0 } else { 0.125 },
             ..Forward::new(
                 pairs(piece),
                 mask([q_len, kv_len], [q_block, kv_block], &lists),
