@@ -128,12 +128,6 @@ impl<'k> Barrier<'k> {
         self.k.mbarrier_wait(self.address, parity);
     }
 
-    /// Where block `rank` of the cluster has the same barrier.
-    #[track_caller]
-    pub(crate) fn in_block(self, rank: Reg<'k, u32>) -> Address<'k, u32> {
-        self.address.in_block(rank)
-    }
-
     pub(crate) fn address(self) -> Address<'k, u32> {
         self.address
     }

@@ -126,7 +126,7 @@ impl<'k> Ring<'k> {
         let k = leader.builder();
         if self.of_pair {
             // Two lanes, each at one of the two.
-            let there = empty.in_block(k.lane() & 1);
+            let there = empty.address().in_block(k.lane() & 1);
             k.where_(k.lane().lt(2), || k.mbarrier_arrive_remote(there));
         } else {
             k.where_(leader, || empty.arrive());

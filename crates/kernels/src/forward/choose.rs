@@ -47,16 +47,13 @@ impl Config {
 
     /// The config that does the same where all rows have one list, if there is one.
     pub fn in_pairs(self) -> Option<Self> {
-        let kv_tile = 192u32;
-        // Of a tile's panels each thread block copies one.
-        let fits = self.head_dim == 128 && kv_tile.is_multiple_of(self.piece);
-        let pairs = Self {
+        // Of a tile's two panels each thread block copies one. Pieces are those that kernels are made for.
+        let fits = self.head_dim == 128 && matches!(self.piece, 64 | 192);
+        (fits && self.mask.is_none() && !self.canvas).then_some(Self {
             rows: Rows::Pairs,
-            kv_tile,
+            kv_tile: 192,
             ..self
-        };
-        (fits && self.piece.is_multiple_of(64) && self.mask.is_none() && !self.canvas)
-            .then_some(pairs)
+        })
     }
 
     /// The config for a head dimension and a video in tiles of so many tokens; none if head_dim is

@@ -139,7 +139,7 @@ impl Config {
         );
         if self.rows == Rows::Pairs {
             // Until then the other one may still arrive at barriers here.
-            self.sync_all(k);
+            k.cluster_sync();
         }
     }
 

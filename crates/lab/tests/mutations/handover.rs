@@ -40,7 +40,7 @@ pub fn say(s: &mut Setup, nth: usize, word: usize, op: Binary, value: i32) -> us
 }
 
 /// Takes a constant for special registers.
-fn constant(s: &mut Setup, matches: impl Fn(&Op) -> bool, value: u64) -> usize {
+pub fn constant(s: &mut Setup, matches: impl Fn(&Op) -> bool, value: u64) -> usize {
     change(s.kernel_mut(), All, matches, |op| {
         if let Op::Special { dst, .. } = *op {
             *op = Op::Mov {

@@ -2,13 +2,14 @@
 
 use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::problems::Forward;
-use flex_block_attn_ptx::Ty;
 use flex_block_attn_ptx::ir::{Binary, Op, Operand, Special};
 
 use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{change, op, remove};
+use crate::handover::constant;
 use crate::phases::{K_EMPTY, V_EMPTY, count};
 use crate::places::word;
+use crate::trace::immediate;
 use crate::{Base, By, FAR, Mutation, Setup, mask};
 
 /// Heads of three tiles of queries, on one pair of thread blocks: of six tiles of keys, of none, of one and of
@@ -20,15 +21,9 @@ pub fn forward() -> Setup {
         [1, 4],
         &[&all, &[], &[3], &[0, 1, 3, 4, 5]],
     );
-    let config = forward::Config {
-        element: Element::Bf16,
-        head_dim: 128,
-        rows: forward::Rows::Pairs,
-        kv_tile: 192,
-        piece: 192,
-        mask: None,
-        canvas: false,
-    };
+    let config = forward::Config::choose(Element::Bf16, 128, 512, 192, None)
+        .and_then(forward::Config::in_pairs)
+        .expect("dense masks of head_dim 128 are computed in pairs");
     Forward {
         heads: 4,
         scale: FAR,
@@ -70,23 +65,11 @@ pub fn table() -> Vec<Mutation> {
             "both of a pair copy the first panel",
             "multicast",
             |s| {
-                change(
-                    s.kernel_mut(),
-                    All,
-                    op!(Op::Special {
-                        which: Special::ClusterCtaRank,
-                        ..
-                    }),
-                    |op| {
-                        if let Op::Special { dst, .. } = *op {
-                            *op = Op::Mov {
-                                ty: Ty::U32,
-                                dst,
-                                src: Operand::Imm(0),
-                            };
-                        }
-                    },
-                )
+                let rank = op!(Op::Special {
+                    which: Special::ClusterCtaRank,
+                    ..
+                });
+                constant(s, rank, 0)
             },
             By::Emulator(&["Race"]),
         ),
@@ -118,20 +101,12 @@ pub fn table() -> Vec<Mutation> {
             "descriptors keep the block's rank",
             "descriptor",
             |s| {
-                change(
-                    s.kernel_mut(),
-                    Nth(0),
-                    op!(Op::Binary {
-                        op: Binary::And,
-                        b: Operand::Imm(0x3_ffff),
-                        ..
-                    }),
-                    |op| {
-                        if let Op::Binary { b, .. } = op {
-                            *b = Operand::Imm(u32::MAX.into());
-                        }
-                    },
-                )
+                let drops = op!(Op::Binary {
+                    op: Binary::And,
+                    b: Operand::Imm(0x3_ffff),
+                    ..
+                });
+                immediate(s.kernel_mut(), Nth(0), drops, u32::MAX.into())
             },
             By::Emulator(&["Race"]),
         ),

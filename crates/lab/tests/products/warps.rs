@@ -113,12 +113,7 @@ impl Problem {
         for chosen in 0..RIGHTS {
             let launch = Launch {
                 grid: [1; 3],
-                args: vec![
-                    a_map.clone(),
-                    b_map.clone(),
-                    Arg::U64(out),
-                    Arg::U32(chosen),
-                ],
+                args: vec![a_map, b_map, Arg::U64(out), Arg::U32(chosen)],
             };
             let b = &b[chosen as usize * columns * inner..];
             let expected = |row: usize, column: usize| match row as u32 / 16 {
