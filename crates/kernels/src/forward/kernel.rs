@@ -253,7 +253,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale, self.mask.is_some(), self.element);
+        let softmax = Softmax::new(k, problem.scale, self.mask.is_some());
 
         let multiply_keys = |turn: Reg<'k, u32>| {
             let k_tile = keys.wait_full(turn);

@@ -205,7 +205,7 @@ impl Config {
         let scores = RegTile::uninit(k, self.kv_tile);
         let weights = Fragments::uninit(k, self.kv_tile / 16);
         let output = RegTile::uninit(k, self.head_dim);
-        let softmax = Softmax::new(k, problem.scale, true, self.element);
+        let softmax = Softmax::new(k, problem.scale, true);
 
         let multiply_keys = || {
             let keys = self.k_part(wanted.tile());

@@ -1,6 +1,6 @@
 //! The softmax of a tile of scores, and what it leaves for the tiles after it.
 
-use flex_block_attn_ptx::{Builder, Element, Reg};
+use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 
 /// The running softmax of a thread's two rows (Milakov and Gimelshein, arXiv 1805.02867), in
@@ -14,7 +14,6 @@ pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
     /// Whether all scores of a row may be -inf, in a tile or in all of them.
     some: bool,
-    most: f32,
     /// What weights are relative to: a score, scaled; -inf while all were.
     base: RowPair<'k>,
     /// This thread's part of the sum of weights.
@@ -23,25 +22,16 @@ pub(super) struct Softmax<'k> {
     factor: RowPair<'k>,
 }
 
-/// A largest score that lies at most so far above the base does not move it: weights are up to 256.
-const NEAR: f32 = 8.0;
-
-/// What a thread's weights of a row of a tile may add up to: a weight of that size is still a number of
-/// its type, and there is room for sums of many, and for large values.
-fn most(element: Element) -> f32 {
-    match element {
-        Element::F16 => 2f32.powi(15),
-        _ => 2f32.powi(40),
-    }
-}
+/// What a thread's weights of a row of a tile may add up to: float16 still holds a weight of that size, and
+/// there is room for sums of many, and for large values.
+const MOST: f32 = (1u32 << 15) as f32;
 
 impl<'k> Softmax<'k> {
-    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, some: bool, element: Element) -> Self {
+    pub(super) fn new(k: &'k Builder, scale: Reg<'k, f32>, some: bool) -> Self {
         let pair = || [k.uninit(), k.uninit()];
         Self {
             scale,
             some,
-            most: most(element),
             base: pair(),
             sum: pair(),
             factor: pair(),
@@ -63,9 +53,7 @@ impl<'k> Softmax<'k> {
         let found = scores.row_max();
         let offsets = [0, 1].map(|row| {
             let before = self.base[row];
-            let max = (found[row] * self.scale).max(before);
-            // Never, if there was none.
-            let base = (max - before).le(NEAR).select(before, max);
+            let base = (found[row] * self.scale).max(before);
             let offset = match self.some {
                 // -inf less -inf would be NaN; -inf less anything else has the weight 0.
                 true => base.equals(f32::NEG_INFINITY).select(0.0, base),
@@ -105,7 +93,7 @@ impl<'k> Softmax<'k> {
         scores.exp2_scaled(self.scale, self.base);
         let own = scores.row_sum_own();
         // A NaN is not fine.
-        let fine = (own[0].le(self.most) & own[1].le(self.most)).all();
+        let fine = (own[0].le(MOST) & own[1].le(MOST)).all();
         for (row, own) in own.into_iter().enumerate() {
             self.factor[row].set(1.0);
             self.sum[row].set(self.sum[row] + fine.select(own, 0.0));
