@@ -10,7 +10,6 @@
 //! dk and dv are stored straight from registers: neither consumer waits for the other in the end.
 
 use flex_block_attn_ptx::builder::Address;
-use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{
     Consumer as Taker, Fragments, Left, Phases, Producer as Giver, RegTile, Right, SharedTile,
@@ -454,7 +453,6 @@ impl<'a, 'k> Consumer<'a, 'k> {
         }
         // Computed under the guard, ptxas would keep old places for the lanes that are left out.
         let full = out.full.at(wg.index);
-        k.fence(Fence::ProxyAsyncShared);
         k.warp_sync();
         k.where_(wg.leader, || full.arrive());
     }

@@ -3,6 +3,7 @@
 
 use flex_block_attn_ptx::Reg;
 use flex_block_attn_ptx::builder::Address;
+use flex_block_attn_ptx::ir::Fence;
 use flex_block_attn_tile::Phases;
 
 use super::kernel::{END, NEXT_PIECE, ROWS, Stores, WHOLE};
@@ -47,6 +48,9 @@ pub(super) fn reduce<'k>(
         for other in [1, 0] {
             leave.when(line.equals(END));
             full.wait();
+            // Between the consumer's stores and the copies that read them: by one thread here, not by all
+            // of those, which would wait for it with their products in flight.
+            k.fence(Fence::ProxyAsyncShared);
             let panel = (line * (config.head_dim / UNIT) + panel).times_wide(problem.padded());
             let unit = out.units.plus(index * config.unit_bytes());
             let add = |row: Reg<'k, u32>, from: Address<'k, u32>, bytes: u32| {
