@@ -2,7 +2,8 @@
 //! two numbers, whatever the stretch's length, in about the same time.
 //!
 //! Of each [`CHUNK`] numbers the extremes are kept, and of each power of two of chunks: what lies
-//! between whole chunks is two of those that overlap, and their ends are looked at one by one.
+//! between whole chunks is two of those that overlap, and their ends are looked at one by one. Numbers that
+//! grow, as documents' do, need none of that: a stretch's extremes are its ends.
 
 use super::interval::Interval;
 
@@ -10,8 +11,8 @@ const CHUNK: usize = 64;
 
 pub(super) struct Extremes<'a> {
     values: &'a [i32],
-    /// Of 1, 2, 4, ... chunks from each chunk on.
-    levels: Vec<Vec<(i32, i32)>>,
+    /// Of 1, 2, 4, ... chunks from each chunk on; none if the values grow.
+    levels: Option<Vec<Vec<(i32, i32)>>>,
 }
 
 fn of(values: &[i32]) -> (i32, i32) {
@@ -26,6 +27,11 @@ fn both(a: (i32, i32), b: (i32, i32)) -> (i32, i32) {
 
 impl<'a> Extremes<'a> {
     pub fn new(values: &'a [i32]) -> Self {
+        let levels = (!values.is_sorted()).then(|| Self::levels(values));
+        Self { values, levels }
+    }
+
+    fn levels(values: &[i32]) -> Vec<Vec<(i32, i32)>> {
         let mut levels: Vec<Vec<(i32, i32)>> = vec![values.chunks_exact(CHUNK).map(of).collect()];
         let mut step = 1;
         while let Some(last) = levels.last().filter(|last| last.len() > step) {
@@ -34,19 +40,22 @@ impl<'a> Extremes<'a> {
             levels.push(next);
             step *= 2;
         }
-        Self { values, levels }
+        levels
     }
 
     /// Of the numbers from `first` to `last`, both included.
     pub fn between(&self, first: usize, last: usize) -> Interval {
+        let Some(levels) = &self.levels else {
+            return Interval::new(self.values[first].into(), self.values[last].into());
+        };
         let whole = first.div_ceil(CHUNK)..(last + 1) / CHUNK;
         let (low, high) = if whole.len() < 2 {
             of(&self.values[first..=last])
         } else {
             let level = whole.len().ilog2() as usize;
             let inner = both(
-                self.levels[level][whole.start],
-                self.levels[level][whole.end - (1 << level)],
+                levels[level][whole.start],
+                levels[level][whole.end - (1 << level)],
             );
             let ends = both(
                 of(&self.values[first..whole.start * CHUNK]),
@@ -71,7 +80,15 @@ mod tests {
                 (state >> 8) as i32 - (1 << 23)
             })
             .collect();
-        let extremes = Extremes::new(&values);
+        let mut growing = values.clone();
+        growing.sort_unstable();
+        for values in [values, growing] {
+            check_all(&values);
+        }
+    }
+
+    fn check_all(values: &[i32]) {
+        let extremes = Extremes::new(values);
         for first in 0..values.len() {
             for last in (first..values.len()).step_by(7) {
                 let stretch = &values[first..=last];
