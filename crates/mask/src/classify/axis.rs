@@ -135,6 +135,8 @@ impl Axis {
             Some(&(_, first)) => first,
             None => {
                 let first = self.pieces.len() as u32;
+                self.pieces.reserve(blocks.len());
+                self.ranges.reserve(blocks.len() * self.asked);
                 for block in blocks.clone() {
                     self.push_blocks(block, block + 1);
                 }
