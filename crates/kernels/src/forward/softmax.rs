@@ -7,9 +7,10 @@ use flex_block_attn_tile::{RegTile, RowPair, quad_sum};
 /// units of log2.
 ///
 /// Weights are relative to a score, which need not be the largest so far: the quotient at the end is
-/// the same, and numbers with an exponent of their own are as exact, as long as none overflows. So it
-/// is the first tile's largest, and stays until weights have become large: most tiles are summed up
-/// without a look for their largest score, and what was summed before is not multiplied anew.
+/// the same, as long as none overflows. (The largest weight is rounded as all are, then, where it would
+/// have been 1: decision 14 says what that costs.) So it is the first tile's largest, and stays until
+/// weights have become large: most tiles are summed up without a look for their largest score, and what
+/// was summed before is not multiplied anew.
 pub(super) struct Softmax<'k> {
     scale: Reg<'k, f32>,
     /// Whether all scores of a row may be -inf, in a tile or in all of them.
@@ -47,7 +48,7 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Turns a tile of scores into weights, in place, and moves the base where it must: a row's first
+    /// Turns a tile of scores into weights, in place, and moves the base to the largest so far: a row's first
     /// tile, or any.
     pub(super) fn step(&self, scores: &RegTile<'k>) {
         let found = scores.row_max();

@@ -32,6 +32,12 @@ pub fn forward() -> Setup {
     .setup()
 }
 
+/// Without the `nth` of the waits for both of a pair: an arrival, and a wait.
+fn no_cluster_sync(s: &mut Setup, nth: usize) -> usize {
+    let cluster = op!(Op::ClusterArrive | Op::ClusterWait);
+    remove(s.kernel_mut(), Within(2 * nth, 2 * nth + 2), cluster)
+}
+
 pub fn table() -> Vec<Mutation> {
     let mutation = |name, kind, edit, by| Mutation {
         name,
@@ -113,19 +119,13 @@ pub fn table() -> Vec<Mutation> {
         mutation(
             "the first tiles may come before the other's barriers are there",
             "cluster barrier",
-            |s| {
-                let cluster = op!(Op::ClusterArrive | Op::ClusterWait);
-                remove(s.kernel_mut(), Within(0, 2), cluster)
-            },
+            |s| no_cluster_sync(s, 0),
             By::Emulator(&["Mbarrier"]),
         ),
         mutation(
             "who is done leaves while the other gives back the last stages",
             "cluster barrier",
-            |s| {
-                let cluster = op!(Op::ClusterArrive | Op::ClusterWait);
-                remove(s.kernel_mut(), Within(2, 4), cluster)
-            },
+            |s| no_cluster_sync(s, 1),
             By::Emulator(&["ClusterBarrier"]),
         ),
         mutation(
