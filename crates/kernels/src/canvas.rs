@@ -5,7 +5,7 @@
 //! text follows. A tile is cut into boxes, which are a kernel's pieces: a copy moves one straight
 //! between the video and shared memory, where its tokens are rows. What a box has outside of the video
 //! reads as zeros and is not written; boxes without any token are passed over. The order of tokens inside
-//! of a tile is nobody's business: it is box by box.
+//! of a tile is nobody's business: it is box by box, later ones first to the next of a [`Stacks`].
 //!
 //! Where a box starts is a word, a spot: its time, height and width, or its row of the text. The emulator
 //! and the TMA unit see a video as a tensor of five dimensions (column, width, height, time, line), and
@@ -30,6 +30,8 @@ pub const PIECE: u32 = 16;
 const Q_BOXES: u64 = 128 / PIECE as u64;
 /// Boxes, whole tiles and text, at most.
 pub(crate) const MOST_BOXES: u32 = 1 << 21;
+/// Boxes of a stack at most: there are so many pieces in every tile of keys.
+const MOST_STACKED: u32 = 8;
 /// Bits of a width or a height.
 const SIDE: u32 = (1 << HEIGHT) - 1;
 
@@ -123,6 +125,15 @@ impl Canvas {
         best.unwrap_or_else(|| panic!("boxes of {piece} in {self:?}"))
     }
 
+    /// Boxes that are copied as one where all have a token: those of a tile that are one behind the other
+    /// in time, unless there are too many.
+    fn stack(self, piece: u32) -> u32 {
+        match self.tile[0] / self.unit(piece)[0] {
+            boxes @ ..=MOST_STACKED => boxes,
+            _ => 1,
+        }
+    }
+
     /// In proportion to the pairs that are computed of a video that sees all of itself: boxes of keys, by
     /// boxes of queries in whole tiles of these.
     fn pairs(self, unit: [u32; 3], piece: u32) -> u64 {
@@ -170,7 +181,7 @@ impl Canvas {
             inverse(n_w),
             inverse(self.block() / piece),
             inverse(self.tile[2] / w),
-            inverse(self.tile[1] / h),
+            inverse(self.tile[0] / t),
             Arg::U32(packed(self.tile)),
             Arg::U32(packed(self.thw)),
             Arg::U32(packed([t, h, w])),
@@ -188,12 +199,18 @@ impl Canvas {
         ]
     }
 
-    /// The arguments for [`Source::new`]: `lines` are heads and batches.
+    /// The arguments for [`Source::new`], of `kind`: `lines` are heads and batches.
     ///
     /// # Panics
     /// If there are several heads and batches, and the distance of batches is no multiple of that of
     /// heads.
-    pub(crate) fn source(self, shape: Shape, tensor: Tensor, [heads, batch]: [u32; 2]) -> Vec<Arg> {
+    pub(crate) fn source(
+        self,
+        kind: Boxes,
+        shape: Shape,
+        tensor: Tensor,
+        [heads, batch]: [u32; 2],
+    ) -> Vec<Arg> {
         let [time, height, width] = self.thw.map(u64::from);
         let bytes = u64::from(shape.element.bytes());
         let strides = tensor.strides;
@@ -222,11 +239,16 @@ impl Canvas {
             _ => tensor.address + row * time * height * width,
         };
         let rows = self.text_len.max(1).into();
-        vec![
-            Arg::TensorMap(map(tensor.address, [width, height, time], [w, h, t])),
-            Arg::TensorMap(map(text, [rows, 1, 1], [shape.rows, 1, 1])),
-            Arg::U32(per_batch),
-        ]
+        let video = |tile| Arg::TensorMap(map(tensor.address, [width, height, time], tile));
+        let stacks = (kind == Boxes::Stacked).then(|| video([w, h, t * self.stack(shape.rows)]));
+        [video([w, h, t])]
+            .into_iter()
+            .chain(stacks)
+            .chain([
+                Arg::TensorMap(map(text, [rows, 1, 1], [shape.rows, 1, 1])),
+                Arg::U32(per_batch),
+            ])
+            .collect()
     }
 
     /// Whether kernels can be given a tensor.
@@ -293,6 +315,15 @@ fn packed([t, h, w]: [u32; 3]) -> u32 {
     (t << TIME) | (h << HEIGHT) | w
 }
 
+/// How the boxes of a canvas are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Boxes {
+    /// Each by itself.
+    Single,
+    /// Stacks of them, too.
+    Stacked,
+}
+
 /// Where copies find a tensor's pieces.
 #[derive(Clone, Copy)]
 pub(crate) enum Source<'k> {
@@ -306,6 +337,8 @@ pub(crate) enum Source<'k> {
 #[derive(Clone, Copy)]
 pub(crate) struct Maps<'k> {
     video: Reg<'k, u64>,
+    /// Of the same by stacks.
+    stacks: Option<Reg<'k, u64>>,
     text: Reg<'k, u64>,
     /// Lines from a batch to the next.
     per_batch: Reg<'k, u32>,
@@ -313,12 +346,13 @@ pub(crate) struct Maps<'k> {
 
 impl<'k> Source<'k> {
     /// Declares its parameters.
-    pub(crate) fn new(k: &'k Builder, name: &str, canvas: bool) -> Self {
+    pub(crate) fn new(k: &'k Builder, name: &str, boxes: Option<Boxes>) -> Self {
         let map = k.tensor_map(name);
-        match canvas {
-            false => Self::Rows(map),
-            true => Self::Canvas(Maps {
+        match boxes {
+            None => Self::Rows(map),
+            Some(boxes) => Self::Canvas(Maps {
                 video: map,
+                stacks: (boxes == Boxes::Stacked).then(|| k.tensor_map(&format!("{name}_stacks"))),
                 text: k.tensor_map(&format!("{name}_text")),
                 per_batch: k.param(&format!("{name}_lines")),
             }),
@@ -353,6 +387,17 @@ impl<'k> Source<'k> {
     }
 }
 
+impl<'k> Maps<'k> {
+    fn stacks(self) -> Reg<'k, u64> {
+        self.stacks.expect("a map of stacks")
+    }
+
+    /// A head's line.
+    fn line(self, [head, batch]: [Reg<'k, u32>; 2]) -> Reg<'k, u32> {
+        batch * self.per_batch + head
+    }
+}
+
 /// A canvas in a kernel.
 pub(crate) struct Grid<'k> {
     k: &'k Builder,
@@ -364,10 +409,10 @@ pub(crate) struct Grid<'k> {
     tiles: Reg<'k, u32>,
     plane: Divisor<'k>,
     line: Divisor<'k>,
-    /// Boxes: of a tile, of one in a row, and rows of them in a plane.
+    /// Boxes: of a tile, of one in a row, and one behind the other in time.
     boxes: Reg<'k, f32>,
     w_boxes: Reg<'k, f32>,
-    h_boxes: Reg<'k, f32>,
+    t_boxes: Reg<'k, f32>,
     /// Extents, as spots: of a tile, of the video, of a box.
     tile: Reg<'k, u32>,
     end: Reg<'k, u32>,
@@ -457,7 +502,7 @@ impl<'k> Grid<'k> {
             line: Divisor::new(k, "line_tiles"),
             boxes: k.param("inverse_boxes"),
             w_boxes: k.param("inverse_w_boxes"),
-            h_boxes: k.param("inverse_h_boxes"),
+            t_boxes: k.param("inverse_t_boxes"),
             tile: k.param("tile_thw"),
             end: k.param("video_thw"),
             unit: k.param("box_thw"),
@@ -504,13 +549,12 @@ impl<'k> Grid<'k> {
             is_text(corner),
             || inner.set(inner + self.piece),
             || {
-                // To the right; at the end of a row down, at the end of a plane to the next.
-                inner.set(inner + width(self.unit));
-                k.if_(width(inner).equals(width(self.tile)), || {
-                    let sides = SIDE << HEIGHT;
-                    inner.set(inner + (self.unit & sides) - width(self.tile));
-                    k.if_((inner & sides).equals(self.tile & sides), || {
-                        inner.set(inner + (time(self.unit) << TIME) - (self.tile & sides));
+                // The next in time; at the end to the right, at the end of a row down.
+                inner.set(inner + (time(self.unit) << TIME));
+                k.if_(time(inner).equals(time(self.tile)), || {
+                    inner.set((inner & ((1 << TIME) - 1)) + width(self.unit));
+                    k.if_(width(inner).equals(width(self.tile)), || {
+                        inner.set(inner + (self.unit & (SIDE << HEIGHT)) - width(self.tile));
                     });
                 });
             },
@@ -570,14 +614,18 @@ impl<'k> Grid<'k> {
 
     /// How far behind a tile's spot its n-th box is.
     fn unit_at(&self, n: Reg<'k, u32>) -> Reg<'k, u32> {
-        let w_units = width(self.tile) >> self.log_w;
-        let h_units = height(self.tile) >> self.log_h;
-        let line = quotient(n, self.w_boxes);
-        let time = quotient(line, self.h_boxes);
-        let (w, h) = (n - line * w_units, line - time * h_units);
-        time * (self.unit & !((1 << TIME) - 1))
-            + h * (self.unit & (SIDE << HEIGHT))
-            + (w << self.log_w)
+        let in_time = |extent: Reg<'k, u32>| extent & !((1 << TIME) - 1);
+        // Boxes first go on in time, then to the right; at an end back by the tile's extent.
+        let place = quotient(n, self.t_boxes);
+        let h = quotient(place, self.w_boxes);
+        n * in_time(self.unit) - place * in_time(self.tile)
+            + (place << self.log_w)
+            + h * ((self.unit & (SIDE << HEIGHT)) - width(self.tile))
+    }
+
+    /// The logarithm to base 2 of a box's time.
+    fn log_t(&self) -> Reg<'k, u32> {
+        self.k.var(self.piece.ilog2()) - self.log_w - self.log_h
     }
 
     /// The spot of the n-th box of a tile, or of a block of text, at a spot.
@@ -612,9 +660,8 @@ impl<'k> Grid<'k> {
             let whole = |extent: Reg<'k, u32>, unit: Reg<'k, u32>, log: Reg<'k, u32>| {
                 (extent + unit - 1) >> log
             };
-            let log_t = k.var(self.piece.ilog2()) - self.log_w - self.log_h;
             boxes.set(
-                whole(t, time(self.unit), log_t)
+                whole(t, time(self.unit), self.log_t())
                     * whole(h, height(self.unit), self.log_h)
                     * whole(w, width(self.unit), self.log_w),
             );
@@ -676,13 +723,38 @@ impl<'k> Grid<'k> {
         is_text(spot).select(k.var(self.heavy) - row(spot), u32::MAX)
     }
 
-    /// Has a tile filled with the pieces whose spots, a word each, are at `spots`. A whole warp: each
-    /// lane copies one.
+    /// The spot of the piece that a lane copies, of a tile of so many rows: those behind have the last's.
+    pub(crate) fn spot_of_lane(&self, spots: Address<'k, u32>, rows: u32) -> Reg<'k, u32> {
+        let lane = self.k.lane().min(rows / self.piece - 1);
+        self.k.load_shared(spots.plus(lane * 4))
+    }
+
+    /// Of pieces, at most 16, of which each lane of a warp has one's spot: which make stacks.
+    pub(crate) fn stacks(&self, spot: Reg<'k, u32>, pieces: u32) -> Stacks<'k> {
+        let k = self.k;
+        let is_piece = k.lane().lt(pieces);
+        let stack = time(self.tile) >> self.log_t();
+        let more = stack.gt(MOST_STACKED).select(0u32, stack - 1);
+        let all_more = (k.var(1u32) << more) - 1;
+        let step = self.unit & !((1 << TIME) - 1);
+        let follows = is_piece & spot.equals(spot.from_lane_below(1) + step);
+        let in_time = time(spot) >> self.log_t();
+        let starts = in_time.equals(quotient(in_time, self.t_boxes) * stack);
+        let next = (follows.ballot() >> (k.lane() + 1)) & all_more;
+        let firsts = (is_piece & starts & next.equals(all_more)).ballot();
+        let before = ((firsts << more) >> k.lane()) & all_more;
+        let others = (is_piece & before.differs(0)).ballot();
+        Stacks(firsts | (others << 16))
+    }
+
+    /// Has a tile filled with the pieces of which each lane of a warp has one's spot: it copies that one,
+    /// or, of keys, its stack, or none.
     pub(crate) fn fill(
         &self,
         (tile, full): (SharedTile<'k>, Barrier<'k>),
         maps: Maps<'k>,
-        spots: Address<'k, u32>,
+        spot: Reg<'k, u32>,
+        stacks: Option<Stacks<'k>>,
         line: [Reg<'k, u32>; 2],
     ) {
         let k = self.k;
@@ -690,10 +762,18 @@ impl<'k> Grid<'k> {
             full.arrive_expect(tile.shape.bytes())
         });
         k.warp_sync();
-        k.if_(k.lane().lt(tile.shape.rows / self.piece), || {
-            let spot = k.load_shared(spots.plus(k.lane() * 4));
-            self.load(tile.part(k.lane(), self.piece), maps, spot, line, full);
-        });
+        let is_piece = k.lane().lt(tile.shape.rows / self.piece);
+        let part = || tile.part(k.lane(), self.piece);
+        match stacks {
+            None => k.if_(is_piece, || self.load(part(), maps, spot, line, full)),
+            Some(stacks) => k.if_(is_piece & !stacks.has_other(k.lane()), || {
+                k.if_else(
+                    stacks.has_first(k.lane()) & !is_text(spot),
+                    || self.copy(part(), maps.stacks(), at(spot), maps.line(line), full),
+                    || self.load(part(), maps, spot, line, full),
+                );
+            }),
+        }
     }
 
     /// Has a piece loaded.
@@ -705,23 +785,57 @@ impl<'k> Grid<'k> {
         [head, batch]: [Reg<'k, u32>; 2],
         full: Barrier<'k>,
     ) {
-        let line = batch * maps.per_batch + head;
-        let all = |map: Reg<'k, u64>, [a, b, c]: [Operand; 3]| {
-            for panel in 0..tile.shape.panels() {
-                let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
-                tile.load_panel(panel, map, [column, a, b, c, line.operand()], full);
-            }
-        };
-        // Two forms of one copy, as a map that is chosen at run time takes more registers.
+        let line = maps.line([head, batch]);
         let none = Operand::Imm(0);
+        // Two forms of one copy, as a map that is chosen at run time takes more registers.
         self.k.if_else(
             is_text(spot),
-            || all(maps.text, [row(spot).operand(), none, none]),
             || {
-                let at = [width(spot), height(spot), time(spot)];
-                all(maps.video, at.map(|axis| axis.operand()));
+                self.copy(
+                    tile,
+                    maps.text,
+                    [row(spot).operand(), none, none],
+                    line,
+                    full,
+                )
             },
+            || self.copy(tile, maps.video, at(spot), line, full),
         );
+    }
+
+    /// Has all panels of a piece, or of a stack of them, copied.
+    fn copy(
+        &self,
+        tile: SharedTile<'k>,
+        map: Reg<'k, u64>,
+        [a, b, c]: [Operand; 3],
+        line: Reg<'k, u32>,
+        full: Barrier<'k>,
+    ) {
+        for panel in 0..tile.shape.panels() {
+            let column = Operand::Imm((panel * tile.shape.panel_columns()).into());
+            tile.load_panel(panel, map, [column, a, b, c, line.operand()], full);
+        }
+    }
+}
+
+/// Coordinates of a spot.
+fn at(spot: Reg<'_, u32>) -> [Operand; 3] {
+    [width(spot), height(spot), time(spot)].map(|axis| axis.operand())
+}
+
+/// Which pieces of a tile of keys are copied as one, since they are boxes one behind the other in time: a
+/// bit for each that is the first of a stack; 16 bits higher, for each other.
+#[derive(Clone, Copy)]
+pub(crate) struct Stacks<'k>(pub(crate) Reg<'k, u32>);
+
+impl<'k> Stacks<'k> {
+    fn has_first(self, piece: Reg<'k, u32>) -> Reg<'k, bool> {
+        ((self.0 >> piece) & 1).differs(0)
+    }
+
+    fn has_other(self, piece: Reg<'k, u32>) -> Reg<'k, bool> {
+        ((self.0 >> (piece + 16)) & 1).differs(0)
     }
 }
 
@@ -749,5 +863,22 @@ mod tests {
         // Tiles without borders: the widest.
         assert_eq!(canvas([12, 16, 16], [6, 8, 8]).unit(PIECE), [1, 2, 8]);
         assert_eq!(canvas([4, 8, 32], [2, 4, 16]).unit(PIECE), [1, 1, 16]);
+    }
+
+    #[test]
+    fn stacks_are_of_a_tile_and_not_too_high() {
+        let stack = |tile| {
+            let canvas = Canvas {
+                thw: tile,
+                tile,
+                text_len: 0,
+                padding: Padding::Exact,
+            };
+            (canvas.unit(PIECE), canvas.stack(PIECE))
+        };
+        assert_eq!(stack([6, 8, 8]), ([1, 2, 8], 6));
+        assert_eq!(stack([1, 8, 16]), ([1, 1, 16], 1));
+        assert_eq!(stack([8, 4, 16]), ([1, 1, 16], 8));
+        assert_eq!(stack([9, 4, 16]), ([1, 1, 16], 1));
     }
 }

@@ -14,7 +14,7 @@ use super::consume::{Consumer, KEPT_BYTES};
 use super::queries::{Problem, WALK_BYTES, Walk};
 use super::tiles::{JOB_BYTES, Job};
 use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
-use crate::canvas::Source;
+use crate::canvas::{Boxes, Source};
 use crate::merge::WARPS;
 
 /// Stages of q, of dout and of the scores' gradients.
@@ -149,7 +149,7 @@ impl Config {
     }
 
     pub(super) fn body(self, k: &Builder) {
-        let source = |name| Source::new(k, name, self.canvas);
+        let source = |name| Source::new(k, name, self.canvas.then_some(Boxes::Single));
         let whole = |name| (!self.canvas).then(|| k.tensor_map(name));
         let maps = Maps {
             q: (source("q"), whole("whole_q")),

@@ -38,7 +38,7 @@ use flex_block_attn_mask::{Extents, PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, WARPGROUP};
 
-use crate::canvas::{self, Canvas};
+use crate::canvas::{self, Boxes, Canvas};
 use crate::chunk;
 use crate::cut::{Cut, InParts};
 use crate::exact::{Mask, Table};
@@ -320,7 +320,10 @@ impl Config {
         type Rows = fn(Shape, Tensor, [u64; 4]) -> Arg;
         let source = |rows: Rows, shape, tensor, (extents, heads)| match args.canvas {
             None => vec![rows(shape, tensor, extents)],
-            Some(canvas) => canvas.source(self.piece_shape(), tensor, [heads, call.batch]),
+            Some(canvas) => {
+                let lines = [heads, call.batch];
+                canvas.source(Boxes::Single, self.piece_shape(), tensor, lines)
+            }
         };
         let of_queries = |tensor| {
             let mut maps = source(panels, self.piece_shape(), tensor, of_q);

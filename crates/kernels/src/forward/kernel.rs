@@ -16,7 +16,7 @@ use super::softmax::Softmax;
 use super::walk::{Notes, walk};
 use super::work::{Jobs, LATE, plan};
 use super::{Config, OWN, Rows, tiles};
-use crate::canvas::Source;
+use crate::canvas::{Boxes, Source};
 use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::lists::PARTIAL;
@@ -46,11 +46,11 @@ pub(super) struct Maps<'k> {
 impl<'k> Maps<'k> {
     /// Declares them.
     pub(super) fn new(k: &'k Builder, canvas: bool) -> Self {
-        let source = |name| Source::new(k, name, canvas);
+        let source = |name, boxes| Source::new(k, name, canvas.then_some(boxes));
         Self {
-            q: source("q"),
-            k: source("k"),
-            v: source("v"),
+            q: source("q", Boxes::Single),
+            k: source("k", Boxes::Stacked),
+            v: source("v", Boxes::Stacked),
         }
     }
 }

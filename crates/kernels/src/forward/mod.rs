@@ -54,7 +54,7 @@ use flex_block_attn_mask::{PlanLayout, Side};
 use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
-use crate::canvas::{self, Canvas};
+use crate::canvas::{self, Boxes, Canvas};
 use crate::cut::{Cut, InParts};
 use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
@@ -241,7 +241,8 @@ impl Config {
         let of = |heads| [heads, call.batch];
         let kv = |tensor| {
             if let Some(canvas) = args.canvas {
-                return canvas.source(self.piece_shape(), tensor, of(call.kv_heads));
+                let lines = of(call.kv_heads);
+                return canvas.source(Boxes::Stacked, self.piece_shape(), tensor, lines);
             }
             // A piece that is a whole tile comes by one copy.
             let one = self.pieces() == 1 && matches!(self.rows, Rows::Whole(_));
@@ -250,7 +251,9 @@ impl Config {
         };
         let q = |rows: fn(Shape, Tensor, [u64; 4]) -> Arg, shape, tensor| match args.canvas {
             None => vec![rows(shape, tensor, call.of_q())],
-            Some(canvas) => canvas.source(self.piece_shape(), tensor, of(call.heads)),
+            Some(canvas) => {
+                canvas.source(Boxes::Single, self.piece_shape(), tensor, of(call.heads))
+            }
         };
         let mut list = q(whole, self.q_shape(), args.q);
         list.extend(kv(args.k));

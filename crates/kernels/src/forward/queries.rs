@@ -188,7 +188,9 @@ impl<'k> Filling<'_, 'k> {
         spots: Address<'k, u32>,
     ) {
         let Queries { tile, full, .. } = *self.queries;
-        grid.fill((tile, full), maps, spots, [note.head(), note.batch()]);
+        let spot = grid.spot_of_lane(spots, tile.shape.rows);
+        let line = [note.head(), note.batch()];
+        grid.fill((tile, full), maps, spot, None, line);
     }
 }
 

@@ -208,12 +208,15 @@ impl<'k> Loader<'_, 'k> {
     fn load(&self, ring: &Ring<'k>, from: Source<'k>, turn: Reg<'k, u32>, line: [Reg<'k, u32>; 2]) {
         let k = self.problem.k;
         self.notes.wait(turn);
+        // Consumers may wait for the copies: what can be known before the place is free is.
+        let spot = self.notes.spot(self.grid, turn);
+        let stacks = self.notes.stacks(turn);
         let empty = ring.wait_empty(turn);
-        // All lanes have read the notes before.
+        // All lanes have read the note.
         k.warp_sync();
         k.if_(k.lane().equals(0), || self.notes.take(turn));
-        let spots = self.notes.spots(turn);
-        self.grid.fill(empty, from.boxes(), spots, line);
+        self.grid
+            .fill(empty, from.boxes(), spot, Some(stacks), line);
     }
 }
 

@@ -10,7 +10,7 @@ use super::Config;
 use super::keys::Start;
 use super::problem::Problem;
 use super::work::Jobs;
-use crate::canvas::Grid;
+use crate::canvas::{Grid, Stacks};
 
 /// Notes there are.
 const NOTES: u32 = 8;
@@ -24,8 +24,10 @@ const UNLIKE: u32 = 0;
 const HEAVY: u32 = 1 << 31;
 /// which column that is;
 const HEAVY_COLUMN: u32 = 4;
+/// which pieces are copied as one;
+const STACKS: u32 = 8;
 /// which columns count, a bit each;
-const BITS: u32 = 8;
+const BITS: u32 = 12;
 
 /// What is known of each tile of keys, one after the other through all of a thread block's work. `turn`
 /// is how many there were before.
@@ -71,9 +73,19 @@ impl<'k> Notes<'k> {
         self.taken.in_turn(turn).arrive();
     }
 
+    /// Of a tile's note, the spot of the piece that a lane copies.
+    pub(super) fn spot(&self, grid: &Grid<'k>, turn: Reg<'k, u32>) -> Reg<'k, u32> {
+        grid.spot_of_lane(self.spots(turn), self.config.kv_tile)
+    }
+
     /// Of a tile's note, where its pieces start, a word each.
-    pub(super) fn spots(&self, turn: Reg<'k, u32>) -> Address<'k, u32> {
+    fn spots(&self, turn: Reg<'k, u32>) -> Address<'k, u32> {
         self.at(turn).at(spots_at(self.config))
+    }
+
+    /// Of a tile's note, which pieces make stacks.
+    pub(super) fn stacks(&self, turn: Reg<'k, u32>) -> Stacks<'k> {
+        Stacks(turn.builder().load_shared(self.at(turn).at(STACKS)))
     }
 
     /// What a tile's note says of its columns.
@@ -276,8 +288,7 @@ impl<'k> Writer<'_, 'k> {
         let note = notes.at(turn);
         // Lane i looks at piece i.
         let has_piece = k.lane().lt(config.pieces());
-        let own = k.lane().min(config.pieces() - 1);
-        let spot = k.load_shared(notes.spots(turn).plus(own * 4));
+        let spot = notes.spot(grid, turn);
         let bits = grid.bits(spot);
         let to = note.at(BITS);
         match config.piece {
@@ -300,6 +311,7 @@ impl<'k> Writer<'_, 'k> {
             k.store_shared(note.at(HEAVY_COLUMN), k.lane() * config.piece + row);
         });
         let heavy = is_heavy.any().select(HEAVY, 0u32);
+        let Stacks(stacks) = grid.stacks(spot, config.pieces());
         k.warp_sync();
         // And then at the bits of 32 columns.
         let own = k.lane().min(words(config) - 1);
@@ -307,6 +319,7 @@ impl<'k> Writer<'_, 'k> {
         let unlike = (!all & k.lane().lt(words(config))).ballot() | heavy;
         k.if_(k.lane().equals(0), || {
             k.store_shared(note.at(UNLIKE), unlike);
+            k.store_shared(note.at(STACKS), stacks);
             notes.full.in_turn(turn).arrive();
         });
     }
