@@ -5,7 +5,7 @@
 //! text follows. A tile is cut into boxes, which are a kernel's pieces: a copy moves one straight
 //! between the video and shared memory, where its tokens are rows. What a box has outside of the video
 //! reads as zeros and is not written; boxes without any token are passed over. The order of tokens inside
-//! of a tile is nobody's business: it is box by box, later ones first to the next of a [`Stacks`].
+//! of a tile is nobody's business: it is box by box, those of one place one behind the other in time.
 //!
 //! Where a box starts is a word, a spot: its time, height and width, or its row of the text. The emulator
 //! and the TMA unit see a video as a tensor of five dimensions (column, width, height, time, line), and
