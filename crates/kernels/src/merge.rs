@@ -1,5 +1,5 @@
 //! [`Merge`]: several lists of blocks walked as one. Warps that multiply have 16 tokens each, and so one
-//! list of a plan each, but a tile is of eight warps: lane `w` of the warp that loads stands in the list
+//! list of a plan each, but a tile is of eight or twelve warps: lane `w` of a warp that loads stands in the list
 //! of warp `w`, the smallest block comes next, and a bit for each lane that has it says who wants it. To
 //! some it may be a partial block, to others not.
 
@@ -9,12 +9,12 @@ use crate::lists::PARTIAL;
 
 /// Tokens of a warp that multiplies.
 pub(crate) const WARP_TOKENS: u32 = 16;
-/// Warps that multiply, and lists.
-pub(crate) const WARPS: u32 = 8;
+/// In a want, from here on how many of its tokens there are, where it says so.
+pub(crate) const TOKENS: u32 = 12;
 /// In the place of a block, from here on: there are no more.
 pub(crate) const NO_BLOCK: u32 = !PARTIAL;
 /// In a want, which has a bit for each warp, from here on those to which the block is partial.
-pub(crate) const PARTIAL_WANTS: u32 = 16;
+pub(crate) const PARTIAL_WANTS: u32 = 20;
 
 /// In the place of an entry: there are no more.
 const NO_ENTRY: u32 = u32::MAX;
@@ -22,6 +22,8 @@ const NO_ENTRY: u32 = u32::MAX;
 /// Ascending lists, being merged by a whole warp.
 pub(crate) struct Merge<'k> {
     k: &'k Builder,
+    /// Warps that multiply, and lists.
+    warps: u32,
     plan: Reg<'k, u64>,
     /// Whether blocks may be partial.
     partial: bool,
@@ -35,9 +37,10 @@ pub(crate) struct Merge<'k> {
 
 impl<'k> Merge<'k> {
     /// No lists yet; words are counted from `plan` on. Unless they may be partial, no entry is.
-    pub(crate) fn new(k: &'k Builder, plan: Reg<'k, u64>, partial: bool) -> Self {
+    pub(crate) fn new(k: &'k Builder, warps: u32, plan: Reg<'k, u64>, partial: bool) -> Self {
         Self {
             k,
+            warps,
             plan,
             partial,
             entry: k.var(NO_ENTRY),
@@ -59,7 +62,7 @@ impl<'k> Merge<'k> {
         let token = first + k.lane() * WARP_TOKENS;
         self.next.set(0u32);
         self.end.set(0u32);
-        k.if_(k.lane().lt(WARPS) & token.lt(len), || {
+        k.if_(k.lane().lt(self.warps) & token.lt(len), || {
             let (start, count) = list(token);
             self.next.set(start);
             self.end.set(start + count);

@@ -196,6 +196,14 @@ impl<'k> Waiter<'k> {
     /// which this is the first: their waiters were made one after the other.
     #[track_caller]
     pub(crate) fn wait_at(self, index: Reg<'k, u32>, bytes: u32) {
+        let barrier = self.barrier.following(index, bytes);
+        let parity = self.pass_at(index);
+        barrier.k.mbarrier_wait(barrier.address, parity);
+    }
+
+    /// Counts the next phase of that barrier without waiting for it. Gives its parity.
+    #[track_caller]
+    pub(crate) fn pass_at(self, index: Reg<'k, u32>) -> Reg<'k, u32> {
         let Self {
             barrier,
             mut parities,
@@ -205,8 +213,7 @@ impl<'k> Waiter<'k> {
         let bit = index + bit;
         let waited = (parities >> bit) & 1;
         let parity = if ahead { waited ^ 1 } else { waited };
-        let barrier = barrier.following(index, bytes);
-        barrier.k.mbarrier_wait(barrier.address, parity);
         parities ^= barrier.k.var(1u32) << bit;
+        parity
     }
 }

@@ -183,6 +183,13 @@ impl<'k> Producer<'k> {
         copies(tile, full);
     }
 
+    /// Says for a warp that uses none of the stage's next tile that it needs it no longer; the stage has
+    /// been waited for.
+    #[track_caller]
+    pub fn release(&self, stage: usize) {
+        self.stages[stage].0.empty.arrive();
+    }
+
     /// Waits until the stage is empty. Who wants to say more than that it is full writes it
     /// somewhere, then arrives at the barrier that is given, then copies. Who stores arrives after
     /// that.
@@ -222,11 +229,27 @@ impl<'k> Consumer<'k> {
         let empty = self.stages[stage].0.empty;
         self.k.where_(self.leader, || empty.arrive());
     }
+
     /// As [`Consumer::wait`], of a stage in a register that is the same in the whole warp.
     #[track_caller]
     pub fn wait_at(&self, stage: Reg<'k, u32>) {
         let (_, full) = self.stages[0];
         full.wait_at(stage, NEXT_BARRIERS);
+    }
+
+    /// Counts the stage's next tile without waiting for it, which may be done later by the parity that is
+    /// given, if at all.
+    #[track_caller]
+    pub fn pass_at(&self, stage: Reg<'k, u32>) -> Reg<'k, u32> {
+        let (_, full) = self.stages[0];
+        full.pass_at(stage)
+    }
+
+    /// Waits for a tile that was passed, see [`Consumer::pass_at`].
+    #[track_caller]
+    pub fn wait_for_at(&self, stage: Reg<'k, u32>, parity: Reg<'k, u32>) {
+        let full = self.stages[0].0.full.following(stage, NEXT_BARRIERS);
+        full.wait_for(parity);
     }
 
     /// As [`Consumer::tile`], of such a stage.

@@ -15,12 +15,13 @@ use super::queries::{Problem, WALK_BYTES, Walk};
 use super::tiles::{JOB_BYTES, Job};
 use super::{Config, KEYS, ROW_BYTES, UNIT, reduce};
 use crate::canvas::{Boxes, Source};
-use crate::merge::WARPS;
 
 /// Stages of q, of dout and of the scores' gradients.
 pub(super) const STAGES: usize = 2;
 /// Warpgroups that multiply.
 pub(super) const CONSUMERS: u32 = 2;
+/// Their warps.
+pub(super) const WARPS: u32 = 4 * CONSUMERS;
 /// In a note's place of a line: there are no more queries.
 pub(super) const END: u32 = u32::MAX;
 /// Places in a note, and bytes from a piece to the next.

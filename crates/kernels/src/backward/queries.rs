@@ -4,6 +4,7 @@
 use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 
+use super::kernel::WARPS;
 use super::tiles::{Job, KeyTile, Tiles};
 use super::{Config, KEYS, UNIT};
 use crate::canvas::{self, Grid};
@@ -156,7 +157,7 @@ impl<'a, 'k> Walk<'a, 'k> {
             job,
             batch: keys.batch,
             at: k.var(keys.head * problem.tiles.group * 2 - 1),
-            lists: Merge::new(k, problem.tiles.lists().plan, config.mask.is_some()),
+            lists: Merge::new(k, WARPS, problem.tiles.lists().plan, config.mask.is_some()),
             query: k.var(0u32),
             left: k.var(0u32),
             warps: k.var(0u32),

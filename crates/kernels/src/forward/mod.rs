@@ -86,7 +86,7 @@ pub struct Config {
 pub enum Rows {
     /// Multiples of a tile, of so many queries, 128 or 192: it is in one block.
     Whole(u32),
-    /// Any multiples of 16: a tile, of 128 queries, is of several blocks.
+    /// Any multiples of 16: a tile, of 192 queries, is of several blocks.
     Mixed,
     /// Any, whose lists are all the same, as those of a dense mask: two thread blocks, a cluster, have two
     /// tiles of 128 queries at a time, and share tiles of keys, of which each copies a half to both.

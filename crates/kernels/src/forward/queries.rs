@@ -7,8 +7,8 @@ use flex_block_attn_ptx::builder::{Address, TmaOptions};
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Barriers, Place, Shared, SharedTile};
 
-use super::Config;
 use super::problem::{Part, Problem, Query, Tile};
+use super::{Config, Rows};
 use crate::canvas::{Grid, Maps};
 
 /// In a note's count of tiles: there are no more queries.
@@ -28,7 +28,7 @@ pub(super) struct Queries<'k> {
     noted: Barriers<'k>,
     /// The tile is there.
     full: Barrier<'k>,
-    /// Each consumer's warp needs the tile no longer.
+    /// Each consumer's warp needs the tile no longer; of mixed rows, the loader of values its note.
     empty: Barrier<'k>,
     /// Tokens of a video's pieces, and how many spots of them a note has; else none.
     piece: u32,
@@ -72,12 +72,16 @@ impl<'k> Queries<'k> {
     pub(super) fn new(shared: &Shared<'k>, config: Config) -> Self {
         let shape = config.q_shape();
         let spots = if config.canvas { config.q_pieces() } else { 0 };
+        let readers = match config.rows {
+            Rows::Mixed => 1,
+            Rows::Whole(_) | Rows::Pairs => 0,
+        };
         Self {
             tile: shared.tile(shape),
             notes: shared.bytes(NOTES * (NOTE_BYTES + 4 * spots), NOTE_BYTES),
             noted: shared.barriers(2, 1),
             full: shared.barrier(1),
-            empty: shared.barrier(shape.rows / 16),
+            empty: shared.barrier(shape.rows / 16 + readers),
             piece: config.piece,
             spots,
         }

@@ -7,7 +7,8 @@
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
 //!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
-//!   tiles are chosen by; `videos`: a video's attention; `parts`, `parts_of_keys`: tiles in parts;
+//!   tiles are chosen by; `videos`: a video's attention; `parts`, `parts_of_keys`: tiles in parts; `mixed`: tiles of queries
+//!   of several blocks; `pairs`: pairs of thread blocks;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 
@@ -19,6 +20,7 @@ mod gradients;
 mod groups;
 mod handover;
 mod lists;
+mod mixed;
 mod needed;
 mod notes;
 mod pairs;
@@ -73,6 +75,8 @@ enum Base {
     PartsOfKeys,
     /// The same: the kernel that puts these together.
     Joined,
+    /// Attention forward over tiles of queries of several blocks.
+    Mixed,
     /// Attention forward over a dense mask, a pair of thread blocks.
     Pairs,
     /// Attention forward over a video.
@@ -88,7 +92,7 @@ enum Base {
 /// With this scale scores lie so far apart that weights are computed anew, and sums rescaled.
 const FAR: f64 = 8.0;
 
-const BASES: [Base; 14] = [
+const BASES: [Base; 15] = [
     Base::Gemm,
     Base::Wide,
     Base::Short,
@@ -98,6 +102,7 @@ const BASES: [Base; 14] = [
     Base::Integers,
     Base::PartsOfKeys,
     Base::Joined,
+    Base::Mixed,
     Base::Pairs,
     Base::Video,
     Base::Means,
@@ -164,6 +169,7 @@ impl Base {
             Self::Integers => gradients(true),
             Self::PartsOfKeys => parts_of_keys::problem().setup(),
             Self::Joined => parts_of_keys::problem().joined(),
+            Self::Mixed => mixed::forward(),
             Self::Pairs => pairs::forward(),
             Self::Video => videos::forward(),
             Self::Means => choices::means(),
@@ -239,6 +245,7 @@ fn table() -> Vec<Mutation> {
         results::table(),
         gradients::table(),
         parts_of_keys::table(),
+        mixed::table(),
         pairs::table(),
         choices::table(),
     ]

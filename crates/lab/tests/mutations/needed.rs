@@ -21,6 +21,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
     (WIDE, "wgmma.fence.sync.aligned", 1),
     // Lanes that are done with a loop wait for the others there: the next instruction would, too.
     (WIDE, "bar.warp.sync", 1),
+    (MIXED, "setmaxnreg.inc.sync.aligned.u32", 1),
     (PAIRS, "setmaxnreg.inc.sync.aligned.u32", 1),
     (PAIRS, "wgmma.fence.sync.aligned", 1),
     (PAIRS, "bar.warp.sync", 1),
@@ -47,6 +48,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
 ];
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
+const MIXED: &str = "forward_bf16_d128_mixed_p64";
 const PAIRS: &str = "forward_bf16_d128_pairs_kv192_p192";
 const VIDEO: &str = "forward_bf16_d64_q128_kv192_p16_canvas";
 const INTEGERS: &str = "backward_bf16_d128_p64_deterministic";
@@ -84,6 +86,7 @@ fn every_instruction_that_orders_others_is_missed() {
         Base::Gemm,
         Base::Wide,
         Base::Integers,
+        Base::Mixed,
         Base::Pairs,
         Base::Video,
         Base::Means,

@@ -227,28 +227,45 @@ fn queries_of_several_blocks() {
     }
 }
 
+/// A list of blocks that are so many blocks apart. Where these are more than the rings have places, the
+/// warpgroup must give back what it holds before the next can come.
+fn gaps(lengths: impl IntoIterator<Item = usize>) -> String {
+    let gap = |length| format!("1{}", "0".repeat(length));
+    lengths.into_iter().map(gap).collect::<String>() + "1"
+}
+
 #[test]
 fn warpgroups_leave_out_tiles() {
-    // Each row's neighbour in the tile of queries wants all, so that tiles are blocks: none, the first,
-    // the last, both, every other, and gaps of every length up to one more than the ring is long.
-    let all = "11111111111111111111111111111111";
+    // Of the three blocks of a tile of queries one has such a list, and one all blocks, so that tiles are
+    // blocks; the third has all, none or every third.
     let rows = [
-        "00000000000000000000000000000000",
-        "10000000000000000000000000000000",
-        "00000000000000000000000000000001",
-        "10000000000000000000000000000001",
-        "01010101010101010101010101010101",
-        "11010010001000010000010000001000",
-        "00000001100000011000001100001100",
+        "0".into(),
+        "1".into(),
+        "0".repeat(40) + "1",
+        "1".to_owned() + &"0".repeat(39) + "1",
+        "01".repeat(20),
+        gaps([0, 0, 1, 2, 3, 4, 5, 6, 7]),
+        "00000001100000011000001100001100".into(),
+        gaps(8..=13),
+        gaps([22, 23, 24, 25]),
     ];
-    for (head_dim, piece, blocks) in [(64, 64, 1), (64, 16, 2), (128, 64, 7)] {
+    for (head_dim, piece, blocks, rows) in [
+        (64, 64, 1, &rows[..]),
+        (64, 16, 2, &rows[4..8]),
+        (128, 64, 7, &rows[..8]),
+    ] {
         let kv_block = 64;
-        let extents = Extents::new(2 * 64 * rows.len(), 32 * kv_block - 9, 64, kv_block).unwrap();
+        let columns = rows.iter().map(String::len).max().unwrap();
+        let lengths = [3 * 64 * rows.len(), columns * kv_block - 9];
+        let extents = Extents::new(lengths[0], lengths[1], 64, kv_block).unwrap();
         let seen = |row: usize, column: usize| {
-            let pair = row / 2;
-            // Which of the two warpgroups leaves out tiles changes.
-            let text = if row % 2 == pair % 2 { rows[pair] } else { all };
-            text.as_bytes()[column] == b'1'
+            let tile = row / 3;
+            // Which of the three warpgroups does what changes.
+            match (row + tile) % 3 {
+                0 => rows[tile].as_bytes().get(column) == Some(&b'1'),
+                1 => true,
+                _ => [true, false, column % 3 == 1][tile / 3 % 3],
+            }
         };
         let problem = Forward {
             blocks,
