@@ -47,7 +47,7 @@ impl Arguments {
     }
 }
 
-/// Tensor maps that a thread keeps, by where their tensors lie.
+/// Tensor maps that a thread keeps.
 const KEPT: usize = 64;
 
 /// A tensor map as the driver encodes it. To encode takes it a microsecond, and a program that runs in
@@ -57,10 +57,8 @@ fn encoded(driver: &Driver, map: &TensorMap) -> Result<EncodedMap, Error> {
     thread_local! {
         static MAPS: RefCell<Kept> = const { RefCell::new([const { None }; KEPT]) };
     }
-    // Tensors begin at multiples of 512 bytes; heads of a tensor of tensors, nearer to each other.
-    let place = (map.address / 512 + map.address / 128) as usize % KEPT;
     MAPS.with_borrow_mut(|maps| {
-        let kept = &mut maps[place];
+        let kept = &mut maps[place(map)];
         if let Some((of, encoded)) = kept
             && of == map
         {
@@ -71,6 +69,14 @@ fn encoded(driver: &Driver, map: &TensorMap) -> Result<EncodedMap, Error> {
         *kept = Some((*map, encoded));
         Ok(encoded)
     })
+}
+
+/// Where a map is kept: by where its tensor lies, and what it cuts it into, as one tensor may have several.
+fn place(map: &TensorMap) -> usize {
+    // Tensors begin at multiples of 512 bytes; heads of a tensor of tensors, nearer to each other.
+    let address = map.address / 512 + map.address / 128;
+    let tile: u32 = map.tile.iter().sum();
+    (address as usize + tile as usize) % KEPT
 }
 
 fn encode(driver: &Driver, map: &TensorMap, to: &mut EncodedMap) -> Result<(), Error> {
@@ -116,5 +122,28 @@ fn swizzle_code(swizzle: Swizzle) -> c_int {
         Swizzle::B32 => 1,
         Swizzle::B64 => 2,
         Swizzle::B128 => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_of_one_tensor_are_kept_side_by_side() {
+        let map = |tile| TensorMap {
+            element: Element::Bf16,
+            address: 4096,
+            rank: 5,
+            dims: [128, 80, 45, 31, 16],
+            strides: [2, 256, 20_480, 921_600, 28_569_600],
+            tile,
+            swizzle: Swizzle::B128,
+        };
+        // A box of a video, three of them, and as many tokens of text.
+        let maps = [[64, 8, 1, 2, 1], [64, 8, 1, 6, 1], [64, 16, 1, 1, 1]].map(map);
+        let places = maps.map(|map| place(&map));
+        assert!(places[0] != places[1] && places[0] != places[2] && places[1] != places[2]);
+        assert_eq!(place(&maps[0]), places[0]);
     }
 }
