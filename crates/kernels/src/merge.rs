@@ -1,7 +1,7 @@
 //! [`Merge`]: several lists of blocks walked as one. Warps that multiply have 16 tokens each, and so one
-//! list of a plan each, but a tile is of eight or twelve warps: lane `w` of a warp that loads stands in the list
-//! of warp `w`, the smallest block comes next, and a bit for each lane that has it says who wants it. To
-//! some it may be a partial block, to others not.
+//! list of a plan each, but a tile is of eight or twelve warps: lane `w` of a warp that loads stands in
+//! the list of warp `w`, the smallest block comes next, and a bit for each lane that has it says who wants
+//! it. To some it may be a partial block, to others not.
 
 use flex_block_attn_ptx::{Builder, Reg};
 

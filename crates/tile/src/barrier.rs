@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use flex_block_attn_ptx::builder::Address;
+use flex_block_attn_ptx::builder::{Address, Value};
 use flex_block_attn_ptx::{Builder, Reg};
 
 /// Bytes of a barrier.
@@ -184,10 +184,9 @@ impl<'k> Waiter<'k> {
             barrier,
             mut parities,
             bit,
-            ahead,
+            ..
         } = self;
-        let waited = (parities >> bit) & 1;
-        let parity = if ahead { waited ^ 1 } else { waited };
+        let parity = self.parity(bit);
         barrier.k.mbarrier_wait(barrier.address, parity);
         parities ^= 1 << bit;
     }
@@ -208,12 +207,18 @@ impl<'k> Waiter<'k> {
             barrier,
             mut parities,
             bit,
-            ahead,
+            ..
         } = self;
         let bit = index + bit;
-        let waited = (parities >> bit) & 1;
-        let parity = if ahead { waited ^ 1 } else { waited };
+        let parity = self.parity(bit);
         parities ^= barrier.k.var(1u32) << bit;
         parity
+    }
+
+    /// The parity of the next phase of the barrier of that bit.
+    #[track_caller]
+    fn parity(self, bit: impl Value<u32>) -> Reg<'k, u32> {
+        let waited = (self.parities >> bit) & 1;
+        if self.ahead { waited ^ 1 } else { waited }
     }
 }

@@ -7,7 +7,7 @@ use flex_block_attn_ptx::{Arg, Builder, Reg, Swizzle, TensorMap};
 use flex_block_attn_tile::{Barrier, MATRIX_AXES, Shape, SharedTile};
 
 use super::grid::{Grid, quotient};
-use super::{Canvas, MOST_STACKED, TIME, height, is_text, row, time, width};
+use super::{Canvas, MOST_STACKED, TIMES, height, is_text, row, time, width};
 use crate::forward::Tensor;
 
 /// How the boxes of a canvas are copied.
@@ -195,7 +195,7 @@ impl<'k> Grid<'k> {
         let stack = time(self.tile) >> self.log_t();
         let more = stack.gt(MOST_STACKED).select(0u32, stack - 1);
         let all_more = (k.var(1u32) << more) - 1;
-        let step = self.unit & !((1 << TIME) - 1);
+        let step = self.unit & TIMES;
         let follows = is_piece & spot.equals(spot.from_lane_below(1) + step);
         let in_time = time(spot) >> self.log_t();
         let starts = in_time.equals(quotient(in_time, self.t_boxes) * stack);
@@ -241,23 +241,15 @@ impl<'k> Grid<'k> {
         tile: SharedTile<'k>,
         maps: Maps<'k>,
         spot: Reg<'k, u32>,
-        [head, batch]: [Reg<'k, u32>; 2],
+        line: [Reg<'k, u32>; 2],
         full: Barrier<'k>,
     ) {
-        let line = maps.line([head, batch]);
-        let none = Operand::Imm(0);
+        let line = maps.line(line);
+        let row = || [row(spot).operand(), Operand::Imm(0), Operand::Imm(0)];
         // Two forms of one copy, as a map that is chosen at run time takes more registers.
         self.k.if_else(
             is_text(spot),
-            || {
-                self.copy(
-                    tile,
-                    maps.text,
-                    [row(spot).operand(), none, none],
-                    line,
-                    full,
-                )
-            },
+            || self.copy(tile, maps.text, row(), line, full),
             || self.copy(tile, maps.video, at(spot), line, full),
         );
     }

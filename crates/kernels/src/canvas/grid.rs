@@ -3,7 +3,7 @@
 use flex_block_attn_ptx::{Arg, Builder, Reg};
 use flex_block_attn_tile::RegTile;
 
-use super::{HEIGHT, SIDE, TEXT, TIME, height, is_text, row, time, width};
+use super::{HEIGHT, SIDE, TEXT, TIME, TIMES, height, is_text, row, time, width};
 
 /// A canvas in a kernel.
 pub(crate) struct Grid<'k> {
@@ -118,7 +118,7 @@ impl<'k> Grid<'k> {
 
     /// A spot behind the video, where copies find zeros.
     pub(crate) fn nowhere(&self) -> Reg<'k, u32> {
-        self.end & !((1 << TIME) - 1)
+        self.end & TIMES
     }
 
     /// The spot of a tile, or of a block of text.
@@ -131,7 +131,7 @@ impl<'k> Grid<'k> {
             let h = quotient(rest, self.line.inverse);
             let w = rest - h * self.line.number;
             let sides = [TIME, HEIGHT, 0].map(|at| match at {
-                TIME => self.tile & !((1 << TIME) - 1),
+                TIME => self.tile & TIMES,
                 at => self.tile & (SIDE << at),
             });
             corner.set(t * sides[0] + h * sides[1] + w * sides[2]);
@@ -151,7 +151,7 @@ impl<'k> Grid<'k> {
                 // The next in time; at the end to the right, at the end of a row down.
                 inner.set(inner + (time(self.unit) << TIME));
                 k.if_(time(inner).equals(time(self.tile)), || {
-                    inner.set((inner & ((1 << TIME) - 1)) + width(self.unit));
+                    inner.set((inner & !TIMES) + width(self.unit));
                     k.if_(width(inner).equals(width(self.tile)), || {
                         inner.set(inner + (self.unit & (SIDE << HEIGHT)) - width(self.tile));
                     });
@@ -213,11 +213,10 @@ impl<'k> Grid<'k> {
 
     /// How far behind a tile's spot its n-th box is.
     fn unit_at(&self, n: Reg<'k, u32>) -> Reg<'k, u32> {
-        let in_time = |extent: Reg<'k, u32>| extent & !((1 << TIME) - 1);
         // Boxes first go on in time, then to the right; at an end back by the tile's extent.
         let place = quotient(n, self.t_boxes);
         let h = quotient(place, self.w_boxes);
-        n * in_time(self.unit) - place * in_time(self.tile)
+        n * (self.unit & TIMES) - place * (self.tile & TIMES)
             + (place << self.log_w)
             + h * ((self.unit & (SIDE << HEIGHT)) - width(self.tile))
     }

@@ -25,6 +25,8 @@ use crate::forward::Tensor;
 /// Where the parts of a spot start: width, then height, then time; or the row, with [`TEXT`].
 const HEIGHT: u32 = 10;
 const TIME: u32 = 20;
+/// Of a spot of the video, the bits of its time.
+const TIMES: u32 = !((1 << TIME) - 1);
 /// In a spot: it is one of the text.
 const TEXT: u32 = 1 << 31;
 /// Tokens of the boxes that the forward pass computes a video by. Small ones have few tokens beside it.

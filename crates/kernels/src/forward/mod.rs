@@ -148,7 +148,7 @@ pub struct Args<'a> {
 impl Config {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        let two_consumers = [
+        let of_both = [
             (Rows::Whole(128), 192, 192),
             (Rows::Whole(128), 192, 64),
             (Rows::Whole(128), 128, 32),
@@ -157,12 +157,12 @@ impl Config {
             (Rows::Mixed, 64, 32),
             (Rows::Mixed, 64, 16),
         ];
-        // There are registers for three with short heads only.
-        let three_consumers = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
+        // Whole rows leave registers for three consumers with short heads only.
+        let of_short_heads = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
         let pairs = [192, 64].map(|piece| (Rows::Pairs, 192, piece));
         let of = |element, head_dim| {
             let more = match head_dim {
-                64 => &three_consumers[..],
+                64 => &of_short_heads[..],
                 _ => &pairs,
             };
             let config = move |&(rows, kv_tile, piece)| Self {
@@ -174,7 +174,7 @@ impl Config {
                 mask: None,
                 canvas: false,
             };
-            let rows = two_consumers.iter().chain(more).map(config);
+            let rows = of_both.iter().chain(more).map(config);
             rows.chain(Self::all_of_canvases(element, head_dim))
         };
         let both = |element| of(element, 64).chain(of(element, 128));

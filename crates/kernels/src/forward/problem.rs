@@ -3,7 +3,6 @@
 use flex_block_attn_ptx::{Builder, Reg};
 
 use super::parts::Parts;
-use super::queries::Note;
 use super::{Config, Rows};
 use crate::canvas::Grid;
 use crate::exact::Exact;
@@ -145,12 +144,6 @@ impl<'k> Problem<'k> {
             number,
             part,
         }
-    }
-
-    /// The tile of queries of a note that is of single rows: its number does not count.
-    pub(super) fn tile_of_note(&self, note: Note<'k>) -> Tile<'k> {
-        let line = note.batch() * self.heads + note.head();
-        self.tile_of(line, note.first, Part::whole(self.k))
     }
 
     /// The head of k and v for one of q.

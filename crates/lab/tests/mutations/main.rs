@@ -7,8 +7,8 @@
 //! - `edit`: ways to change a kernel; `trace`: what operands are computed from;
 //! - `fences`, `phases`, `counters`, `handover`, `notes`, `lists`, `groups`, `warps`, `places`, `values`,
 //!   `results`: the table, by what is broken; `gradients`: the same of the backward pass; `choices`: of what
-//!   tiles are chosen by; `videos`: a video's attention; `parts`, `parts_of_keys`: tiles in parts; `mixed`: tiles of queries
-//!   of several blocks; `pairs`: pairs of thread blocks;
+//!   tiles are chosen by; `videos`: a video's attention; `parts`, `parts_of_keys`: tiles in parts;
+//!   `mixed`: tiles of queries of several blocks; `pairs`: pairs of thread blocks;
 //! - `needed`: that no instruction that orders others can be left out;
 //! - `texts`: that reports say all that a user needs.
 

@@ -8,7 +8,7 @@ use flex_block_attn_tile::{Barrier, Phases, Place, SharedTile};
 use super::{END, OWN_WARPS, QUERIES, Stores, WARPS};
 use crate::forward::Config;
 use crate::forward::kernel::Maps;
-use crate::forward::problem::{Problem, Tile, rounded_up};
+use crate::forward::problem::{Problem, rounded_up};
 use crate::forward::queries::Note;
 use crate::merge::{Merge, NO_BLOCK, TOKENS};
 
@@ -19,6 +19,8 @@ type Piece<'k> = (Reg<'k, u32>, Reg<'k, u32>);
 struct Pieces<'a, 'k> {
     problem: &'a Problem<'k>,
     config: Config,
+    /// Head of k and v, and batch.
+    line: [Reg<'k, u32>; 2],
     lists: Merge<'k>,
     /// First key that is still to come of the block at hand, how many are, in whole pieces, and the
     /// warps that want them.
@@ -37,15 +39,14 @@ impl Config {
         let queries = stores.queries.filling(k);
         let leader = k.lane().equals(0);
         problem.each_tile(|of| {
-            let first = of.number * QUERIES;
-            let pieces = Pieces::new(problem, self, of, first);
             let some = k.var(1u32);
             let note = Note {
-                first,
+                first: of.number * QUERIES,
                 place: Note::place(of),
                 tiles: some,
                 columns: some,
             };
+            let pieces = Pieces::new(problem, self, note);
             queries.announce(note);
             queries.wait();
             k.if_(leader, || queries.fill(maps.q.rows(), note));
@@ -68,7 +69,7 @@ impl Config {
                             k.store_shared(wants.at(self.want_bytes() + 4 * i), row);
                         }
                     }
-                    self.load_found(&found, maps.k.rows(), of, (tile, full));
+                    pieces.load(&found, maps.k.rows(), (tile, full));
                 });
             });
         });
@@ -90,8 +91,7 @@ impl Config {
             queries.next();
             let note = queries.note();
             leave.when(note.is_end());
-            let of = problem.tile_of_note(note);
-            let pieces = Pieces::new(problem, self, of, note.first);
+            let pieces = Pieces::new(problem, self, note);
             in_turn(k, self.stages()[1], |leave, stage| {
                 let found = pieces.next_tile();
                 let (tile, full) = values.wait(stage as usize);
@@ -107,7 +107,7 @@ impl Config {
                 k.if_(k.lane().equals(0) & end, || full.arrive());
                 leave.when(end);
                 k.if_(k.lane().equals(0), || {
-                    self.load_found(&found, maps.v.rows(), of, (tile, full));
+                    pieces.load(&found, maps.v.rows(), (tile, full));
                 });
             });
             // Not before the tile is there: until then the one before may have readers.
@@ -115,37 +115,23 @@ impl Config {
             queries.release();
         });
     }
-
-    /// Has a tile put together from the pieces found.
-    fn load_found<'k>(
-        self,
-        found: &[Piece<'k>],
-        map: Reg<'k, u64>,
-        of: Tile<'k>,
-        (tile, full): (SharedTile<'k>, Barrier<'k>),
-    ) {
-        full.arrive_expect(tile.shape.bytes());
-        for (i, &(row, _)) in (0..).zip(found) {
-            let place = Place::rows(row, of.kv_head, of.batch);
-            let piece = tile.row_range(i * self.piece, self.piece);
-            piece.load_panels(map, place, full, TmaOptions::default());
-        }
-    }
 }
 
 impl<'a, 'k> Pieces<'a, 'k> {
-    /// Those of the blocks that the queries from `first` on are in.
-    fn new(problem: &'a Problem<'k>, config: Config, tile: Tile<'k>, first: Reg<'k, u32>) -> Self {
+    /// Those of the blocks that a tile of queries is in.
+    fn new(problem: &'a Problem<'k>, config: Config, of: Note<'k>) -> Self {
         let k = problem.k;
+        let record = problem.lists.record(of.head(), of.batch());
         let lists = Merge::new(k, WARPS, problem.lists.plan, config.mask.is_some());
-        lists.start(first, problem.q_len, |query| {
+        lists.start(of.first, problem.q_len, |query| {
             let row = query / problem.q_block;
             let lists = &problem.lists;
-            (lists.list(tile.record, row), lists.count(tile.record, row))
+            (lists.list(record, row), lists.count(record, row))
         });
         Self {
             problem,
             config,
+            line: [problem.kv_head(of.head()), of.batch()],
             lists,
             key: k.var(0u32),
             left: k.var(0u32),
@@ -180,6 +166,22 @@ impl<'a, 'k> Pieces<'a, 'k> {
             left -= piece;
         });
         (row, want)
+    }
+
+    /// Has a tile put together from pieces found.
+    fn load(
+        &self,
+        found: &[Piece<'k>],
+        map: Reg<'k, u64>,
+        (tile, full): (SharedTile<'k>, Barrier<'k>),
+    ) {
+        let piece = self.config.piece;
+        full.arrive_expect(tile.shape.bytes());
+        for (i, &(row, _)) in (0..).zip(found) {
+            let place = Place::rows(row, self.line[0], self.line[1]);
+            let part = tile.row_range(i * piece, piece);
+            part.load_panels(map, place, full, TmaOptions::default());
+        }
     }
 }
 
