@@ -328,39 +328,6 @@ def test_scores_that_rise(steps, kv_block, head_dim, dtype):
     torch.testing.assert_close(lse.double(), expected_lse, atol=2e-3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "heads, q_len, kv_len, block", [(8, 5000, 900, 384), (3, 12000, 700, 64), (40, 1000, 1000, 128)]
-)
-def test_dense_masks(heads, q_len, kv_len, block, dtype):
-    """Thread blocks in pairs, by a mask that is known to be dense, give what others give, in graphs
-    too."""
-    q = torch.randn(1, heads, q_len, 128, device="cuda", dtype=dtype)
-    k, v = (torch.randn(1, heads, kv_len, 128, device="cuda", dtype=dtype) for _ in "kv")
-    known = BlockMask.full(q_len, kv_len, block, block).to("cuda")
-    unknown = BlockMask(known.blocks, q_len, kv_len, block, block)
-    assert known.alike and not unknown.alike
-
-    def run(mask):
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, lse = flex_block_attn(*inputs, mask, return_lse=True)
-        return out, lse, *torch.autograd.grad(out, inputs, torch.ones_like(out))
-
-    for got, expected in zip(run(known), run(unknown), strict=True):
-        assert relative_error(got, expected) < 5e-3
-    expected, _ = attention(q[:, :2], k[:, :2], v[:, :2], known.blocks, block, block)
-    with torch.inference_mode():
-        first = flex_block_attn(q, k, v, known)
-        assert relative_error(first[:, :2], expected) < 5e-3
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = flex_block_attn(q, k, v, known)
-        for _ in range(3):
-            out.fill_(math.nan)
-            graph.replay()
-            assert torch.equal(out, first)
-
-
 def problem():
     q, k, v = (torch.randn(1, 4, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     return q, k, v, BlockMask.random(2048, 2048, 128, 128, density=0.5, seed=1).to("cuda")

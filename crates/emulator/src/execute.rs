@@ -487,13 +487,17 @@ impl Machine<'_> {
                         .map_err(|w| w.at_lane(lane))?;
                 }
             }
-            Op::MbarrierArrive { address, remote } => {
+            Op::MbarrierArrive {
+                address, remote, ..
+            } => {
                 self.mbarrier_arrive(here, warp, lanes, address, (None, *remote))?;
             }
             Op::MbarrierArriveExpect { address, bytes } => {
                 self.mbarrier_arrive(here, warp, lanes, address, (Some(bytes), false))?;
             }
-            Op::MbarrierWait { address, parity } => {
+            Op::MbarrierWait {
+                address, parity, ..
+            } => {
                 return self.mbarrier_wait(here, warp, lanes, address, parity);
             }
             Op::MbarrierTest {

@@ -338,17 +338,18 @@ fn small_calls_in_parts_put_what_the_cpu_computes() {
     assert!(counts.iter().all(|&count| count >= 3), "{counts:?}");
 }
 
-/// Which kernel computes dense masks of blocks of 64 on 132 multiprocessors.
+/// Which kernel computes what, on 132 multiprocessors: pairs of tiles blocks of as many queries, and all
+/// that is known to be dense, unless there are few.
 #[test]
-fn pairs_compute_what_is_known_to_be_dense() {
-    let rows_of = |heads, tokens, dim, alike| {
+fn pairs_compute_what_has_one_list() {
+    let rows_of = |[heads, tokens, dim]: [usize; 3], block, alike| {
         let shape = [1, heads, tokens, dim];
         let strides = [heads * tokens * dim, tokens * dim, dim, 1].map(|stride| stride as isize);
         // SAFETY: nobody reads or writes it.
         let at = || unsafe { Tensor::from_raw(4096 as *const _, DType::BF16, shape, strides) };
         // SAFETY: likewise.
         let out = unsafe { TensorMut::from_raw(4096 as *mut _, DType::BF16, shape, strides) };
-        let extents = Extents::new(tokens, tokens, 64, 64).unwrap();
+        let extents = Extents::new(tokens, tokens, block, block).unwrap();
         let plan = gpu::Plan {
             layout: Plan::new(&BlockMask::from_fn(extents, |_, _| true)).layout(),
             address: 4096,
@@ -376,10 +377,21 @@ fn pairs_compute_what_is_known_to_be_dense() {
         };
         (config.rows, launch.grid[0])
     };
-    assert_eq!(rows_of(24, 1920, 128, true), (Rows::Pairs, 132));
-    assert_eq!(rows_of(5, 1920, 128, true), (Rows::Pairs, 80));
-    assert_eq!(rows_of(24, 1920, 128, false), (Rows::Mixed, 132));
-    assert_eq!(rows_of(24, 1920, 64, true), (Rows::Mixed, 132));
+    let small = |heads, dim| [heads, 1920, dim];
+    assert_eq!(rows_of(small(24, 128), 64, true), (Rows::Pairs(128), 132));
+    assert_eq!(rows_of(small(5, 128), 64, true), (Rows::Pairs(128), 80));
+    assert_eq!(rows_of(small(24, 128), 64, false), (Rows::Mixed, 132));
+    assert_eq!(rows_of(small(24, 64), 64, true), (Rows::Mixed, 132));
+    let large = [24, 30720, 128];
+    assert_eq!(rows_of(large, 128, true), (Rows::Pairs(192), 132));
+    assert_eq!(rows_of(large, 128, false), (Rows::Whole(128), 132));
+    assert_eq!(rows_of(large, 256, false), (Rows::Pairs(128), 132));
+    assert_eq!(rows_of(large, 384, false), (Rows::Pairs(192), 132));
+    assert_eq!(rows_of(large, 512, false), (Rows::Pairs(128), 132));
+    assert_eq!(rows_of(large, 640, false), (Rows::Whole(128), 132));
+    assert_eq!(rows_of(large, 768, false), (Rows::Pairs(192), 132));
+    // 90 tiles.
+    assert_eq!(rows_of([1, 11520, 128], 384, false), (Rows::Whole(128), 90));
 }
 
 /// Output and lse on the CPU; blocks of 16 queries and 32 keys, kept by their numbers.

@@ -251,12 +251,14 @@ pub enum Op {
     MbarrierInit { address: Address, count: Operand },
     /// `mbarrier.inval.shared::cta.b64 [address]`
     MbarrierInvalidate { address: Address },
-    /// `mbarrier.arrive.shared::cta.b64 _, [address]`; `shared::cluster` if remote.
-    MbarrierArrive { address: Address, remote: bool },
+    /// `mbarrier.arrive.shared::cta.b64 _, [address]`; `shared::cluster` if remote, and then, with the
+    /// cluster's scope, `mbarrier.arrive.release.cluster`.
+    MbarrierArrive { address: Address, remote: bool, scope: Scope },
     /// `mbarrier.arrive.expect_tx.shared::cta.b64 _, [address], bytes`
     MbarrierArriveExpect { address: Address, bytes: Operand },
-    /// `mbarrier.try_wait.parity.shared::cta.b64` in a loop: until the phase of `parity` is over.
-    MbarrierWait { address: Address, parity: Operand },
+    /// `mbarrier.try_wait.parity.shared::cta.b64` in a loop: until the phase of `parity` is over; with the
+    /// cluster's scope `mbarrier.try_wait.parity.acquire.cluster`.
+    MbarrierWait { address: Address, parity: Operand, scope: Scope },
     /// `mbarrier.test_wait.parity.shared::cta.b64 dst, [address], parity`
     MbarrierTest { dst: RegId, address: Address, parity: Operand },
 

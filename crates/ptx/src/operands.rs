@@ -334,6 +334,7 @@ impl Op {
             | Self::MbarrierWait {
                 address,
                 parity: operand,
+                ..
             } => {
                 v.address(Space::Shared, address);
                 v.read(Ty::U32, operand);

@@ -444,6 +444,12 @@ fn limits() {
             Op::MbarrierArrive {
                 address: odd,
                 remote: false,
+                scope: Scope::Cta,
+            },
+            Op::MbarrierArrive {
+                address: near,
+                remote: true,
+                scope: Scope::Gpu,
             },
             Op::MbarrierArriveExpect {
                 address: odd,
@@ -456,10 +462,17 @@ fn limits() {
             Op::MbarrierWait {
                 address: odd,
                 parity: imm(0),
+                scope: Scope::Cta,
             },
             Op::MbarrierWait {
                 address: near,
                 parity: imm(2),
+                scope: Scope::Cta,
+            },
+            Op::MbarrierWait {
+                address: near,
+                parity: imm(1),
+                scope: Scope::Gpu,
             },
             Op::MbarrierTest {
                 dst: p(0),

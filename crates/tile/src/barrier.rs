@@ -100,6 +100,19 @@ impl<'k> Barrier<'k> {
         self.k.mbarrier_arrive(self.address);
     }
 
+    /// Arrives at the barrier that thread block `rank` of the cluster has in this one's place.
+    #[track_caller]
+    pub fn arrive_in_block(self, rank: Reg<'k, u32>) {
+        self.k.mbarrier_arrive_remote(self.address.in_block(rank));
+    }
+
+    /// The same; what this thread has stored there is seen after [`Waiter::wait_for_block`].
+    #[track_caller]
+    pub fn arrive_in_block_release(self, rank: Reg<'k, u32>) {
+        let there = self.address.in_block(rank);
+        self.k.mbarrier_arrive_remote_release(there);
+    }
+
     /// Arrives, and has the phase wait for so many bytes of copies.
     #[track_caller]
     pub fn arrive_expect(self, bytes: u32) {
@@ -180,15 +193,24 @@ impl<'k> Waiter<'k> {
     /// Waits for the next phase.
     #[track_caller]
     pub fn wait(self) {
-        let Self {
-            barrier,
-            mut parities,
-            bit,
-            ..
-        } = self;
-        let parity = self.parity(bit);
-        barrier.k.mbarrier_wait(barrier.address, parity);
-        parities ^= 1 << bit;
+        let Barrier { k, address, .. } = self.barrier;
+        k.mbarrier_wait(address, self.parity(self.bit));
+        self.pass();
+    }
+
+    /// The same; what another thread block of the cluster has stored here before it arrived is seen after it.
+    #[track_caller]
+    pub fn wait_for_block(self) {
+        let Barrier { k, address, .. } = self.barrier;
+        k.mbarrier_wait_for_block(address, self.parity(self.bit));
+        self.pass();
+    }
+
+    /// Counts the phase.
+    #[track_caller]
+    fn pass(self) {
+        let mut parities = self.parities;
+        parities ^= 1 << self.bit;
     }
 
     /// Waits for the next phase of the `index`-th barrier of some that are `bytes` bytes apart, of

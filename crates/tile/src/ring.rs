@@ -126,8 +126,8 @@ impl<'k> Ring<'k> {
         let k = leader.builder();
         if self.of_pair {
             // Two lanes, each at one of the two.
-            let there = empty.address().in_block(k.lane() & 1);
-            k.where_(k.lane().lt(2), || k.mbarrier_arrive_remote(there));
+            let rank = k.lane() & 1;
+            k.where_(k.lane().lt(2), || empty.arrive_in_block(rank));
         } else {
             k.where_(leader, || empty.arrive());
         }

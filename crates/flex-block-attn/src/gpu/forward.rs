@@ -49,14 +49,12 @@ fn config(
     };
     let config = config.ok_or_else(|| no_kernel(head_dim, options))?;
     let [batch, heads, ..] = q.shape;
-    let cut = |config: Config| config.cut(plan.layout, (batch * heads) as u32, multiprocessors);
-    let whole_or_parts = cut(config);
+    let lines = (batch * heads) as u32;
+    let cut = config.cut(plan.layout, lines, multiprocessors);
     // Few tiles are faster in parts.
-    let in_pairs = config.in_pairs().filter(|_| plan.alike);
-    Ok(match in_pairs.filter(|_| whole_or_parts.tiles == 0) {
-        Some(config) => (config, cut(config)),
-        None => (config, whole_or_parts),
-    })
+    let in_pairs = config.in_pairs(plan.layout, plan.alike, lines, multiprocessors);
+    let in_pairs = in_pairs.filter(|_| cut.tiles == 0);
+    Ok((in_pairs.unwrap_or(config), cut))
 }
 
 /// The launches of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.
@@ -96,6 +94,7 @@ pub fn forward_steps(
         lse: lse.map(|lse| lse.pointer as u64),
         plan: plan.address,
         layout: plan.layout,
+        alike: plan.alike,
         batch: batch as u32,
         heads: heads as u32,
         kv_heads: k.shape[1] as u32,

@@ -1,10 +1,16 @@
 //! Which config computes what. In: what a call asks for. Out: the config, if there is one.
 
+use flex_block_attn_mask::PlanLayout;
 use flex_block_attn_ptx::Element;
 
 use super::{Config, Rows};
 use crate::canvas::PIECE;
 use crate::exact::Mask;
+
+/// How much faster queries are computed by pairs of tiles of so many queries than by tiles of 128 alone, all
+/// multiprocessors being busy.
+const PAIRS_OF_128: f64 = 1.04;
+const PAIRS_OF_192: f64 = 1.055;
 
 /// Keys of a tile and of a piece.
 type Tiles = &'static [(u32, u32)];
@@ -45,15 +51,49 @@ impl Config {
         configs.next()
     }
 
-    /// The config that does the same where all rows have one list, if there is one.
-    pub fn in_pairs(self) -> Option<Self> {
+    /// The config that does the same by pairs of thread blocks, if that is likely to be faster: for a plan,
+    /// whose rows are known to be `alike` or not, for so many heads of all batches, on so many
+    /// multiprocessors.
+    pub fn in_pairs(
+        self,
+        layout: PlanLayout,
+        alike: bool,
+        lines: u32,
+        blocks: u32,
+    ) -> Option<Self> {
         // Of a tile's two panels each thread block copies one. Pieces are those that kernels are made for.
         let fits = self.head_dim == 128 && matches!(self.piece, 64 | 192);
-        (fits && self.mask.is_none() && !self.canvas).then_some(Self {
-            rows: Rows::Pairs,
-            kv_tile: 192,
+        if !fits || self.mask.is_some() || self.canvas || blocks < 2 {
+            return None;
+        }
+        let [q_block, kv_block] =
+            [layout.extents.q_block(), layout.extents.kv_block()].map(|block| block as u32);
+        let time = |config: &Self| config.time(layout, alike, lines, blocks);
+        let pairs = [(128, 192, self.piece), (192, 64, 64)].map(|(queries, kv_tile, piece)| Self {
+            rows: Rows::Pairs(queries),
+            kv_tile,
+            piece,
             ..self
-        })
+        });
+        let of_blocks = |config: &Self| alike || config.takes(q_block, kv_block);
+        let best = pairs
+            .into_iter()
+            .filter(of_blocks)
+            .min_by(|a, b| time(a).total_cmp(&time(b)))?;
+        (time(&best) < time(&self)).then_some(best)
+    }
+
+    /// About how long a launch takes, in the time that whole tiles take for a query and its list.
+    fn time(self, layout: PlanLayout, alike: bool, lines: u32, blocks: u32) -> f64 {
+        let speed = match self.rows {
+            Rows::Whole(_) | Rows::Mixed => 1.0,
+            Rows::Pairs(128) => PAIRS_OF_128,
+            Rows::Pairs(_) => PAIRS_OF_192,
+        };
+        let jobs = lines * self.jobs_of_head(layout, alike);
+        let rounds = f64::from(jobs) / f64::from(self.takers(blocks));
+        // Of the last round some are idle, and leave their power to the others.
+        (rounds + 0.5) * f64::from(self.queries()) / speed
     }
 
     /// The config for a head dimension and a video in tiles of so many tokens; none if head_dim is
@@ -86,7 +126,8 @@ impl Config {
     pub fn takes(self, q_block: u32, kv_block: u32) -> bool {
         let queries = match self.rows {
             Rows::Whole(queries) => queries,
-            Rows::Mixed | Rows::Pairs => 16,
+            Rows::Pairs(_) => self.queries_of_job(),
+            Rows::Mixed => 16,
         };
         [(q_block, queries), (kv_block, self.piece)]
             .iter()
@@ -96,6 +137,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use flex_block_attn_mask::{BlockMask, Extents, Plan};
+
     use super::*;
 
     #[test]
@@ -108,7 +151,13 @@ mod tests {
                         .unwrap_or_else(|| panic!("{q_block} x {kv_block}"));
                     assert!(all.contains(&config), "{config:?}");
                     assert!(kv_block.is_multiple_of(config.piece), "{config:?}");
-                    if let Some(pairs) = config.in_pairs() {
+                    let [q, kv] = [q_block, kv_block].map(|block| block as usize);
+                    let extents = Extents::new(8 * q, 8 * kv, q, kv).unwrap();
+                    let layout = Plan::new(&BlockMask::from_fn(extents, |_, _| true)).layout();
+                    if let Some(pairs) = config.in_pairs(layout, true, 96, 132) {
+                        assert!(all.contains(&pairs), "{pairs:?}");
+                    }
+                    if let Some(pairs) = config.in_pairs(layout, false, 96, 132) {
                         assert!(all.contains(&pairs), "{pairs:?}");
                         assert!(pairs.takes(q_block, kv_block), "{pairs:?}");
                     }

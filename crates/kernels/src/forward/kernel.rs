@@ -8,6 +8,7 @@ use flex_block_attn_tile::{
     Warpgroup,
 };
 
+use super::board::Board;
 use super::keys::Keys;
 use super::output::Results;
 use super::problem::Problem;
@@ -21,11 +22,6 @@ use crate::exact::{Axis, Where};
 use crate::gemm::pair;
 use crate::lists::PARTIAL;
 
-/// Stages of k and of v.
-const STAGES: usize = 2;
-/// Tiles whose rows are kept, a power of two: those in the stages, which consumers may still read of, and
-/// as many that come next.
-const ROWS: u32 = 2 * STAGES as u32;
 /// The producer's warps. The loader is thread 0 of the first; for a video the whole warp, with one that
 /// walks, and a second loader, of values.
 const LOADER: u32 = 0;
@@ -58,6 +54,8 @@ impl<'k> Maps<'k> {
 /// What is in shared memory.
 pub(super) struct Stores<'k> {
     pub(super) jobs: Jobs<'k>,
+    /// Of a pair.
+    board: Option<Board<'k>>,
     pub(super) queries: Queries<'k>,
     pub(super) keys: Ring<'k>,
     pub(super) values: Ring<'k>,
@@ -78,15 +76,18 @@ impl Config {
         // Tiles first: they are aligned to more than all else.
         let warps = 4 * self.consumers();
         let ring = || match self.rows {
-            Rows::Pairs => Ring::of_pair(&shared, STAGES, self.kv_shape(), warps),
-            Rows::Whole(_) | Rows::Mixed => Ring::new(&shared, STAGES, self.kv_shape(), warps),
+            Rows::Pairs(_) => Ring::of_pair(&shared, self.places(), self.kv_shape(), warps),
+            Rows::Whole(_) | Rows::Mixed => {
+                Ring::new(&shared, self.places(), self.kv_shape(), warps)
+            }
         };
         let stores = Stores {
             queries: Queries::new(&shared, self),
             keys: ring(),
             values: ring(),
             jobs: Jobs::new(&shared, self.canvas),
-            rows: shared.bytes(ROWS * self.row_bytes(), 4),
+            board: matches!(self.rows, Rows::Pairs(_)).then(|| Board::new(&shared)),
+            rows: shared.bytes(self.kept_rows() * self.row_bytes(), 4),
             boxes: self.canvas.then(|| Notes::new(&shared, self)),
         };
         shared.finish();
@@ -95,6 +96,7 @@ impl Config {
             stores.queries.init();
             stores.keys.init();
             stores.values.init();
+            stores.board.iter().for_each(Board::init);
             stores.boxes.iter().for_each(Notes::init);
             k.mbarrier_init_fence();
         });
@@ -110,7 +112,13 @@ impl Config {
                     None => {
                         k.if_(k.tid().equals(0), || self.load(maps, &problem, &stores));
                         k.if_(warp.equals(PLANNER), || {
-                            plan(&problem, self, &results, &stores.jobs);
+                            plan(
+                                &problem,
+                                self,
+                                &results,
+                                &stores.jobs,
+                                stores.board.as_ref(),
+                            );
                         });
                     }
                     Some((grid, notes)) => {
@@ -137,7 +145,7 @@ impl Config {
                 self.consume(&problem, &results, &stores);
             },
         );
-        if self.rows == Rows::Pairs {
+        if matches!(self.rows, Rows::Pairs(_)) {
             // Until then the other one may still arrive at barriers here.
             k.cluster_sync();
         }
@@ -146,7 +154,7 @@ impl Config {
     /// Waits for all threads of the thread block, of a pair those of both.
     fn sync_all(self, k: &Builder) {
         match self.rows {
-            Rows::Pairs => k.cluster_sync(),
+            Rows::Pairs(_) => k.cluster_sync(),
             Rows::Whole(_) | Rows::Mixed => k.sync_threads(),
         }
     }
@@ -201,6 +209,20 @@ impl Config {
         });
     }
 
+    /// Tiles of k, and of v, that there is room for.
+    fn places(self) -> usize {
+        match self.rows {
+            Rows::Pairs(192) => 4,
+            _ => 2,
+        }
+    }
+
+    /// Tiles whose rows are kept, a power of two: those that consumers may still read of, and as many that
+    /// come next.
+    fn kept_rows(self) -> u32 {
+        2 * self.places() as u32
+    }
+
     /// Bytes of a tile's rows: of a video's it has none.
     fn row_bytes(self) -> u32 {
         if self.canvas { 0 } else { 4 * self.pieces() }
@@ -208,7 +230,9 @@ impl Config {
 
     /// Where the first keys of a tile's pieces are.
     fn rows_of<'k>(self, stores: &Stores<'k>, turn: Reg<'k, u32>) -> Address<'k, u32> {
-        stores.rows.plus((turn & (ROWS - 1)) * self.row_bytes())
+        stores
+            .rows
+            .plus((turn & (self.kept_rows() - 1)) * self.row_bytes())
     }
 
     /// Has an empty stage filled with the pieces whose first keys are at `rows`.
@@ -231,7 +255,7 @@ impl Config {
             let place = Place::rows(row, line[0], line[1]);
             let part = || tile.row_range(i * self.piece, self.piece);
             match self.rows {
-                Rows::Pairs => {
+                Rows::Pairs(_) => {
                     let rank = k.special(Special::ClusterCtaRank);
                     part().load_panel_for_pair(rank, map, place, full);
                 }

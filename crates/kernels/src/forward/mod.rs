@@ -18,13 +18,14 @@
 //! where the sequence's last and perhaps short block stands: only the first tile can have columns
 //! that are no keys.
 //!
-//! Where all rows have one list two thread blocks share tiles of keys: half of the bytes from the L2 cache,
-//! and of the power that they take.
+//! Where two tiles of queries have one list, since they are of one block, two thread blocks share tiles of
+//! keys: half of the bytes from the L2 cache, and of the power that they take.
 //!
 //! - `kernel`: what loader and consumers do;
 //! - `mixed`: what they do if a tile's queries are of several blocks;
 //! - `problem`: the parameters, and how the problem is cut into tiles of queries;
 //! - `work`: the planner, who looks up the next tile of queries;
+//! - `board`: who takes it for a pair of thread blocks;
 //! - `keys`: the pieces of a list of key blocks, one after the other;
 //! - `tiles`: what is different for the tiles of a video;
 //! - `walk`: which boxes of them each tile of keys is put together from;
@@ -36,6 +37,7 @@
 //! - `choose`: which config computes what;
 //! - here: configs, arguments, launches. Called by `flex-block-attn`.
 
+mod board;
 mod choose;
 pub mod join;
 mod kernel;
@@ -71,7 +73,7 @@ pub struct Config {
     pub head_dim: u32,
     /// A tile's queries, and whether they are of one block.
     pub rows: Rows,
-    /// Keys of a tile: 128 or 192; for mixed rows 64.
+    /// Keys of a tile: 128 or 192; for mixed rows, and pairs of tiles of 192 queries, 64.
     pub kv_tile: u32,
     /// Keys of a piece: what divides both the tile and the mask's key blocks.
     pub piece: u32,
@@ -88,9 +90,10 @@ pub enum Rows {
     Whole(u32),
     /// Any multiples of 16: a tile, of 192 queries, is of several blocks.
     Mixed,
-    /// Any, whose lists are all the same, as those of a dense mask: two thread blocks, a cluster, have two
-    /// tiles of 128 queries at a time, and share tiles of keys, of which each copies a half to both.
-    Pairs,
+    /// Multiples of two tiles, of so many queries, 128 or 192, or any if all lists are the same: two thread
+    /// blocks, a cluster, have two tiles of one list at a time, and share tiles of keys, of which each copies
+    /// a half to both.
+    Pairs(u32),
 }
 
 /// A (batch, heads, tokens, head_dim) tensor in global memory.
@@ -118,9 +121,11 @@ pub struct Args<'a> {
     pub lse: Option<u64>,
     /// Address of the plan, int32, [`PlanLayout::words`] of them.
     pub plan: u64,
-    /// What the plan is for, and where its arrays lie. Its blocks of queries are multiples of 128
-    /// tokens, its blocks of keys of `piece`.
+    /// What the plan is for, and where its arrays lie. Its blocks are what [`Config::takes`].
     pub layout: PlanLayout,
+    /// Whether all rows of a head are known to have one list, as those of a dense mask: then pairs are of
+    /// the whole head. False is always right.
+    pub alike: bool,
     /// Batches, up to 65535.
     pub batch: u32,
     /// Heads of q, up to 65535.
@@ -159,7 +164,8 @@ impl Config {
         ];
         // Whole rows leave registers for three consumers with short heads only.
         let of_short_heads = [128, 64, 32, 16].map(|piece| (Rows::Whole(192), 128, piece));
-        let pairs = [192, 64].map(|piece| (Rows::Pairs, 192, piece));
+        let pairs = [(128, 192, 192), (128, 192, 64), (192, 64, 64)]
+            .map(|(queries, kv_tile, piece)| (Rows::Pairs(queries), kv_tile, piece));
         let of = |element, head_dim| {
             let more = match head_dim {
                 64 => &of_short_heads[..],
@@ -184,9 +190,8 @@ impl Config {
     /// Queries of a tile.
     fn queries(self) -> u32 {
         match self.rows {
-            Rows::Whole(queries) => queries,
+            Rows::Whole(queries) | Rows::Pairs(queries) => queries,
             Rows::Mixed => mixed::QUERIES,
-            Rows::Pairs => 128,
         }
     }
 
@@ -234,7 +239,7 @@ impl Config {
             [args.batch, args.heads, args.kv_heads, self.head_dim],
         );
         assert!(
-            self.takes(call.q_block, call.kv_block),
+            self.takes(self.q_block(args), call.kv_block),
             "blocks of {args:?} for {self:?}"
         );
         assert_eq!(self.canvas, args.canvas.is_some(), "{self:?}");
@@ -274,16 +279,24 @@ impl Config {
     /// Thread blocks of a launch.
     fn thread_blocks(self, args: &Args<'_>) -> u32 {
         let jobs = self.cut_of(args).jobs();
+        let takers = jobs.min(self.takers(args.blocks));
         match self.rows {
-            // Jobs are even, too.
-            Rows::Pairs => jobs.min((args.blocks & !1).max(2)),
-            Rows::Whole(_) | Rows::Mixed => jobs.min(args.blocks),
+            Rows::Whole(_) | Rows::Mixed => takers,
+            Rows::Pairs(_) => 2 * takers,
+        }
+    }
+
+    /// Who takes jobs, on so many multiprocessors.
+    fn takers(self, blocks: u32) -> u32 {
+        match self.rows {
+            Rows::Whole(_) | Rows::Mixed => blocks,
+            Rows::Pairs(_) => (blocks / 2).max(1),
         }
     }
 
     /// Which tiles to compute in parts, for so many heads of all batches on so many multiprocessors.
     pub fn cut(self, layout: PlanLayout, lines: u32, blocks: u32) -> Cut {
-        let tiles = lines * self.row_tiles(layout);
+        let tiles = lines * self.jobs_of_head(layout, false);
         let steps = (layout.extents.kv_len() as u32).div_ceil(self.kv_tile);
         match self.has_parts() {
             true => Cut::choose(tiles, blocks, layout.columns() as u32, steps),
@@ -304,19 +317,42 @@ impl Config {
     }
 
     fn cut_of(self, args: &Args<'_>) -> Cut {
-        let tiles = args.batch * args.heads * self.row_tiles(args.layout);
+        let tiles = args.batch * args.heads * self.jobs_of_head(args.layout, args.alike);
         let cut = Cut::of(args.in_parts, tiles);
         assert!(cut.tiles == 0 || self.has_parts(), "{cut:?} for {self:?}");
         cut
     }
 
-    /// Tiles of queries of a head.
-    fn row_tiles(self, layout: PlanLayout) -> u32 {
-        let extents = layout.extents;
+    /// Tiles of queries of a head, or pairs of them.
+    fn jobs_of_head(self, layout: PlanLayout, alike: bool) -> u32 {
+        let (q_len, q_block) = (layout.extents.q_len(), layout.extents.q_block());
+        let job = self.queries_of_job();
+        let by_blocks = match self.rows {
+            Rows::Whole(_) => true,
+            Rows::Pairs(_) => !alike,
+            Rows::Mixed => false,
+        };
+        match by_blocks {
+            true => layout.rows() as u32 * (q_block as u32 / job),
+            false => (q_len as u32).div_ceil(job),
+        }
+    }
+
+    /// Queries of a tile, or of a pair of them.
+    fn queries_of_job(self) -> u32 {
         match self.rows {
-            Rows::Whole(queries) => layout.rows() as u32 * (extents.q_block() as u32 / queries),
-            Rows::Mixed => (extents.q_len() as u32).div_ceil(self.queries()),
-            Rows::Pairs => (extents.q_len() as u32).div_ceil(2 * self.queries()) * 2,
+            Rows::Whole(_) | Rows::Mixed => self.queries(),
+            Rows::Pairs(queries) => 2 * queries,
+        }
+    }
+
+    /// Queries of a block: where all rows are alike a head is one.
+    fn q_block(self, args: &Args<'_>) -> u32 {
+        match self.rows {
+            Rows::Pairs(_) if args.alike => {
+                self.jobs_of_head(args.layout, true) * self.queries_of_job()
+            }
+            _ => args.layout.extents.q_block() as u32,
         }
     }
 
@@ -333,10 +369,12 @@ impl Config {
             layout,
             [args.batch, args.heads, args.kv_heads, self.head_dim],
         );
-        let row_tiles = self.row_tiles(layout);
+        let of_head = self.jobs_of_head(layout, args.alike);
         let lines = call.batch * call.heads;
-        // Enough to fill the multiprocessors twice.
-        let together = (2 * args.blocks).div_ceil(row_tiles).clamp(1, lines);
+        // Enough to fill the multiprocessors twice; keys of more do not fit into the L2 cache.
+        let together = (2 * self.takers(args.blocks))
+            .div_ceil(of_head)
+            .clamp(1, lines);
         let cut = self.cut_of(args);
         let mut list = vec![
             Arg::U32(call.heads),
@@ -346,10 +384,10 @@ impl Config {
             Arg::U32(call.kv_block),
             Arg::U64(args.counter),
             Arg::U32(cut.jobs()),
-            Arg::U32((lines - together) * row_tiles),
+            Arg::U32((lines - together) * of_head),
             Arg::U32(together),
-            Arg::U32(row_tiles),
-            Arg::U32(call.q_block),
+            Arg::U32(of_head),
+            Arg::U32(self.q_block(args)),
             Arg::U32(call.heads / call.kv_heads),
         ];
         if self.has_parts() {
@@ -374,7 +412,7 @@ impl Config {
         let tile = match rows {
             Rows::Whole(queries) => format!("q{queries}_kv{kv_tile}"),
             Rows::Mixed => "mixed".to_owned(),
-            Rows::Pairs => format!("pairs_kv{kv_tile}"),
+            Rows::Pairs(queries) => format!("pairs{queries}_kv{kv_tile}"),
         };
         let tag = mask.map(Mask::tag).unwrap_or_default();
         let of = if canvas { "_canvas" } else { "" };
@@ -382,7 +420,7 @@ impl Config {
         let threads = (1 + self.consumers()) * WARPGROUP;
         Builder::kernel(name.to_lowercase(), threads, |k| match rows {
             Rows::Whole(_) => self.body(k),
-            Rows::Pairs => {
+            Rows::Pairs(_) => {
                 k.set_cluster(2);
                 self.body(k);
             }

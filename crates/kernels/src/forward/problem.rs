@@ -1,7 +1,9 @@
 //! The whole problem as the parameters say, and how it is cut into tiles of queries.
 
+use flex_block_attn_ptx::ir::Special;
 use flex_block_attn_ptx::{Builder, Reg};
 
+use super::board::Board;
 use super::parts::Parts;
 use super::{Config, Rows};
 use crate::canvas::Grid;
@@ -18,14 +20,15 @@ pub(super) struct Problem<'k> {
     pub(super) kv_len: Reg<'k, u32>,
     pub(super) kv_block: Reg<'k, u32>,
     counter: Reg<'k, u64>,
-    /// Tiles of queries of all heads and batches, or, where some are computed in parts, jobs.
+    /// Tiles of queries of all heads and batches, or pairs of them; or, where some are computed in parts,
+    /// jobs.
     jobs: Reg<'k, u32>,
-    /// Tiles that come a head after the other.
+    /// Tiles, or pairs, that come a head after the other.
     apart: Reg<'k, u32>,
     /// Heads of the others, which come together.
     together: Reg<'k, u32>,
-    /// Tiles of queries of a head.
-    row_tiles: Reg<'k, u32>,
+    /// Tiles of queries of a head, or pairs.
+    of_head: Reg<'k, u32>,
     pub(super) q_block: Reg<'k, u32>,
     /// Heads of q for each of k and v.
     group: Reg<'k, u32>,
@@ -81,7 +84,7 @@ impl<'k> Problem<'k> {
             jobs: k.param("jobs"),
             apart: k.param("apart"),
             together: k.param("together"),
-            row_tiles: k.param("row_tiles"),
+            of_head: k.param("of_head"),
             q_block: k.param("q_block"),
             group: k.param("group"),
             parts: config.has_parts().then(|| Parts::new(k, config)),
@@ -96,18 +99,17 @@ impl<'k> Problem<'k> {
         problem
     }
 
-    /// Does `body` for each tile of queries that this thread block takes, in a whole warp. Leaves the
-    /// counter as it was.
-    pub(super) fn each_tile(&self, body: impl FnOnce(Tile<'k>)) {
+    /// Does `body` for each tile of queries that this thread block takes, in a whole warp; of a pair, which
+    /// has a `board`, both take one of the same job. Leaves the counter as it was.
+    pub(super) fn each_tile(&self, board: Option<&Board<'k>>, body: impl FnOnce(Tile<'k>)) {
         let k = self.k;
-        if self.rows == Rows::Pairs {
-            // All take as long, so who takes which is known, to both of a cluster: tiles are even.
-            return k.for_(k.cta_x(), self.jobs, k.grid_x(), |tile| {
-                body(self.tile_of(tile / self.row_tiles, tile % self.row_tiles, Part::whole(k)));
-            });
-        }
-        let first_lane = k.lane().equals(0);
-        let job = k.var(k.cta_x());
+        let reader = board.map(|board| board.reader(k));
+        // Who takes jobs: thread blocks, or pairs.
+        let [own, takers] = match board {
+            None => [k.cta_x(), k.grid_x()],
+            Some(_) => [k.cta_x() / 2, k.grid_x() / 2],
+        };
+        let job = k.var(own);
         k.loop_(|leave| {
             leave.when(job.ge(self.jobs));
             let (tile, part) = match &self.parts {
@@ -115,26 +117,35 @@ impl<'k> Problem<'k> {
                 None => (job, Part::whole(k)),
             };
             body(self.tile(tile, part));
-            // One that nobody has taken yet.
-            let taken = k.var(0u32);
-            k.if_(first_lane, || {
-                taken.set(k.atomic_add_global(self.counter, 1));
-                // As often as there are jobs. Who counts last counts for the next launch.
-                k.if_(taken.equals(self.jobs - 1), || {
-                    k.atomic_add_global(self.counter, k.var(0u32) - self.jobs);
-                });
+            let take = || self.take() + takers;
+            job.set(match &reader {
+                None => take(),
+                Some(reader) => reader.next(take),
             });
-            job.set(taken.uniform() + k.grid_x());
         });
     }
 
-    /// A tile by its number among all.
-    pub(super) fn tile(&self, tile: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
-        let (line, number) = self.place(tile);
-        self.tile_of(line, number, part)
+    /// Takes a job that nobody has taken yet, but for the first that each has: a whole warp.
+    fn take(&self) -> Reg<'k, u32> {
+        let k = self.k;
+        let taken = k.var(0u32);
+        k.if_(k.lane().equals(0), || {
+            taken.set(k.atomic_add_global(self.counter, 1));
+            // As often as there are jobs. Who counts last counts for the next launch.
+            k.if_(taken.equals(self.jobs - 1), || {
+                k.atomic_add_global(self.counter, k.var(0u32) - self.jobs);
+            });
+        });
+        taken.uniform()
     }
 
-    fn tile_of(&self, line: Reg<'k, u32>, number: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
+    /// A tile by its number among all; of a pair this thread block's.
+    pub(super) fn tile(&self, tile: Reg<'k, u32>, part: Part<'k>) -> Tile<'k> {
+        let (line, number) = self.place(tile);
+        let number = match self.rows {
+            Rows::Whole(_) | Rows::Mixed => number,
+            Rows::Pairs(_) => number * 2 + self.k.special(Special::ClusterCtaRank),
+        };
         let (head, batch) = (line % self.heads, line / self.heads);
         Tile {
             head,
@@ -151,26 +162,23 @@ impl<'k> Problem<'k> {
         head / self.group
     }
 
-    /// The mask's row that a tile of so many queries, of one block, is in, or one with the same list, and
-    /// its first query.
+    /// The mask's row that a tile of so many queries, of one block, is in, and its first query. Where a head
+    /// is one block, since all rows are alike, that is the first row: of lists as long the first comes first.
     pub(super) fn row(&self, tile: Tile<'k>, queries: u32) -> (Reg<'k, u32>, Reg<'k, u32>) {
-        if self.rows == Rows::Pairs {
-            return (self.k.var(0u32), tile.number * queries);
-        }
         let of_row = self.q_block / queries;
         let row = self.lists.of_rank(tile.record, tile.number / of_row);
         (row, (row * of_row + tile.number % of_row) * queries)
     }
 
-    /// Which head's a tile is, counted over all batches, and its number there. Heads come one after the
-    /// other, so that those who run together share keys in the L2 cache. Short lists come last in a
-    /// head; so that they do in the end, too, the last heads come together.
+    /// Which head's a tile is, or a pair, counted over all batches, and its number there. Heads come one
+    /// after the other, so that those who run together share keys in the L2 cache. Short lists come last in
+    /// a head; so that they do in the end, too, the last heads come together.
     fn place(&self, tile: Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>) {
         let k = self.k;
-        let (line, number) = (k.var(tile / self.row_tiles), k.var(tile % self.row_tiles));
+        let (line, number) = (k.var(tile / self.of_head), k.var(tile % self.of_head));
         k.if_(tile.ge(self.apart), || {
             let late = tile - self.apart;
-            line.set(self.apart / self.row_tiles + late % self.together);
+            line.set(self.apart / self.of_head + late % self.together);
             number.set(late / self.together);
         });
         (line, number)

@@ -74,7 +74,7 @@ impl<'k> Queries<'k> {
         let spots = if config.canvas { config.q_pieces() } else { 0 };
         let readers = match config.rows {
             Rows::Mixed => 1,
-            Rows::Whole(_) | Rows::Pairs => 0,
+            Rows::Whole(_) | Rows::Pairs(_) => 0,
         };
         Self {
             tile: shared.tile(shape),

@@ -26,7 +26,7 @@ pub(super) fn plan<'k>(
     let k = problem.k;
     let taken = jobs.taken(k);
     let queries = config.queries();
-    problem.each_tile(|tile| {
+    problem.each_tile(None, |tile| {
         let place = Note::place(tile);
         let of_block = problem.q_block / queries;
         let row = problem.lists.of_rank(tile.record, tile.number / of_block);

@@ -7,6 +7,7 @@ use flex_block_attn_ptx::builder::Address;
 use flex_block_attn_ptx::{Builder, Reg};
 use flex_block_attn_tile::{Barrier, Phases, Shared, Waiter};
 
+use super::board::Board;
 use super::keys::Start;
 use super::output::Results;
 use super::problem::Problem;
@@ -28,15 +29,16 @@ pub(super) fn plan<'k>(
     config: Config,
     results: &Results<'k>,
     jobs: &Jobs<'k>,
+    board: Option<&Board<'k>>,
 ) {
     let k = problem.k;
     let taken = jobs.taken(k);
     let queries = config.queries();
-    problem.each_tile(|tile| {
+    problem.each_tile(board, |tile| {
         let (row, first) = problem.row(tile, queries);
         // The sequence may end within its last block; of a pair who has no queries loads for the other.
         let counts = match config.rows {
-            Rows::Pairs => k.var(true),
+            Rows::Pairs(_) => k.var(true),
             Rows::Whole(_) | Rows::Mixed => first.lt(problem.q_len),
         };
         k.if_(counts, || {

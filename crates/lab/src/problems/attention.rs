@@ -32,6 +32,8 @@ pub struct Forward {
     pub blocks: u32,
     /// How many tiles are computed whole, and in how many parts the others; none if all are whole.
     pub in_parts: Option<(u32, u32)>,
+    /// Whether all rows of a head have one list, and the launch is told so.
+    pub alike: bool,
     /// Whether tensors are (batch, tokens, heads, head_dim) in memory.
     pub tokens_first: bool,
     /// Whether the lse is wanted.
@@ -121,6 +123,7 @@ impl Forward {
             scale: 0.125,
             blocks: 2,
             in_parts: None,
+            alike: false,
             tokens_first: false,
             lse: true,
         }
@@ -219,6 +222,7 @@ impl Forward {
             lse: self.lse.then(|| memory.alloc("lse", 4 * numbers)),
             plan: 0,
             layout,
+            alike: self.alike,
             batch: self.batch as u32,
             heads: self.heads as u32,
             kv_heads: self.kv_heads as u32,

@@ -225,6 +225,7 @@ impl Video {
             lse: Some(lse),
             plan: memory.alloc_with("plan", Plan::new(&self.mask).words()),
             layout: layout(&self.mask),
+            alike: false,
             batch: self.batch as u32,
             heads: self.heads as u32,
             kv_heads: self.kv_heads as u32,

@@ -77,7 +77,7 @@ enum Base {
     Joined,
     /// Attention forward over tiles of queries of several blocks.
     Mixed,
-    /// Attention forward over a dense mask, a pair of thread blocks.
+    /// Attention forward, a pair of thread blocks that share keys.
     Pairs,
     /// Attention forward over a video.
     Video,

@@ -49,7 +49,7 @@ const HARMLESS: &[(&str, &str, usize)] = &[
 
 const WIDE: &str = "forward_bf16_d128_q128_kv128_p128";
 const MIXED: &str = "forward_bf16_d128_mixed_p64";
-const PAIRS: &str = "forward_bf16_d128_pairs_kv192_p192";
+const PAIRS: &str = "forward_bf16_d128_pairs192_kv64_p64";
 const VIDEO: &str = "forward_bf16_d64_q128_kv192_p16_canvas";
 const INTEGERS: &str = "backward_bf16_d128_p64_deterministic";
 

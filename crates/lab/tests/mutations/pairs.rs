@@ -7,30 +7,50 @@ use flex_block_attn_ptx::ir::{Binary, Op, Operand, Special};
 use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{change, op, remove};
 use crate::handover::constant;
-use crate::phases::{K_EMPTY, V_EMPTY, count};
+use crate::phases::{K_EMPTY, count};
 use crate::places::word;
 use crate::trace::immediate;
 use crate::{Base, By, FAR, Mutation, Setup, mask};
 
-/// Heads of three tiles of queries, on one pair of thread blocks: of six tiles of keys, of none, of one and of
-/// five.
+/// Heads of two blocks of two tiles of queries, of which the last has 28 queries, on one pair of thread
+/// blocks: lists of nine tiles of keys, of none, of one, and of as many as there are
+/// places for, as the last has.
 pub fn forward() -> Setup {
-    let all: Vec<usize> = (0..6).collect();
+    let all: Vec<usize> = (0..9).collect();
     let mask = mask(
-        [300, 1100, 512, 192],
+        [604, 560, 384, 64],
         [1, 4],
-        &[&all, &[], &[3], &[0, 1, 3, 4, 5]],
+        &[
+            &all,
+            &[],
+            &[3, 4, 5, 7],
+            &[1],
+            &[8],
+            &[],
+            &[2, 3, 4, 6, 7],
+            &[0, 1, 3, 5],
+        ],
     );
-    let config = forward::Config::choose(Element::Bf16, 128, 512, 192, None)
-        .and_then(forward::Config::in_pairs)
-        .expect("dense masks of head_dim 128 are computed in pairs");
+    let config = forward::Config {
+        element: Element::Bf16,
+        head_dim: 128,
+        rows: forward::Rows::Pairs(192),
+        kv_tile: 64,
+        piece: 64,
+        mask: None,
+        canvas: false,
+    };
     Forward {
         heads: 4,
+        blocks: 2,
         scale: FAR,
         ..Forward::new(config, mask)
     }
     .setup()
 }
+
+/// The first stage of v to be empty, of four stages each.
+const V_EMPTY: usize = K_EMPTY + 8;
 
 /// Without the `nth` of the waits for both of a pair: an arrival, and a wait.
 fn no_cluster_sync(s: &mut Setup, nth: usize) -> usize {
@@ -82,13 +102,13 @@ pub fn table() -> Vec<Mutation> {
         mutation(
             "a stage of k is empty when one of a pair says so",
             "mbarrier count",
-            |s| count(s, K_EMPTY, 8),
+            |s| count(s, K_EMPTY, 12),
             By::Emulator(&["Race", "Mbarrier"]),
         ),
         mutation(
             "a stage of v is empty when one of a pair says so",
             "mbarrier count",
-            |s| count(s, V_EMPTY, 8),
+            |s| count(s, V_EMPTY, 12),
             By::Emulator(&["Race", "Mbarrier", "Deadlock"]),
         ),
         mutation(
@@ -129,9 +149,9 @@ pub fn table() -> Vec<Mutation> {
             By::Emulator(&["ClusterBarrier"]),
         ),
         mutation(
-            "a pair's second tile is the next pair's first",
+            "heads have a pair less than they have",
             "tile",
-            |s| word(s, "row_tiles", |tiles| tiles - 1),
+            |s| word(s, "of_head", |pairs| pairs - 1),
             By::Emulator(&["OutOfBounds"]),
         ),
     ]

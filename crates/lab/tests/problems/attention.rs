@@ -312,19 +312,19 @@ fn every_config_on_random_masks() {
         if config.canvas {
             continue;
         }
+        let alike = matches!(config.rows, forward::Rows::Pairs(_)) && below(2) == 1;
         let q_block = match config.rows {
             forward::Rows::Whole(queries) => queries as usize * (1 + below(2)),
-            forward::Rows::Mixed | forward::Rows::Pairs => 16 * (1 + below(12)),
+            forward::Rows::Pairs(_) if alike => 16 * (1 + below(12)),
+            forward::Rows::Pairs(queries) => 2 * queries as usize,
+            forward::Rows::Mixed => 16 * (1 + below(12)),
         };
         let kv_block = config.piece as usize * (1 + below(3));
         let (q_len, kv_len) = (1 + below(300), 1 + below(6 * kv_block.min(128)));
         let extents = Extents::new(q_len, kv_len, q_block, kv_block).unwrap();
         let mask_heads = 1 + below(2);
         let (rows, columns) = (extents.q_blocks(), extents.kv_blocks());
-        let different = match config.rows {
-            forward::Rows::Pairs => 1,
-            _ => rows,
-        };
+        let different = if alike { 1 } else { rows };
         let bytes: Vec<u8> = (0..mask_heads)
             .flat_map(|_| {
                 let lists: Vec<u8> = (0..different * columns)
@@ -343,6 +343,7 @@ fn every_config_on_random_masks() {
             blocks: 1 + below(4) as u32,
             tokens_first: below(2) == 1,
             lse: below(2) == 1,
+            alike,
             ..Forward::new(config, BlockMask::from_matrix(extents, matrix).unwrap())
         };
         right_in_all_ways(&problem.setup(), &Options::all(1)[2..3]);
@@ -382,16 +383,14 @@ fn scores_that_rise() {
 /// blocks of queries of any size.
 #[test]
 fn pairs_of_tiles_share_keys() {
-    let pairs = |piece| forward::Config {
-        rows: forward::Rows::Pairs,
-        ..config(128, 192, piece)
-    };
     let rows = |list: &'static str, rows| vec![list; rows];
-    for (piece, [q_len, q_block], [kv_len, kv_block], blocks) in [
-        (192, [700usize, 384], [5 * 192 - 70, 192], 2),
-        (192, [200, 48], [5 * 192, 192], 5),
-        (64, [1290, 256], [5 * 128 - 3, 128], 4),
-        (64, [120, 16], [5 * 64, 64], 3),
+    for (config, [q_len, q_block], [kv_len, kv_block], blocks) in [
+        (pairs(128, 192), [700usize, 384], [5 * 192 - 70, 192], 2),
+        (pairs(128, 192), [200, 48], [5 * 192, 192], 5),
+        (pairs(128, 64), [1290, 256], [5 * 128 - 3, 128], 4),
+        (pairs(128, 64), [120, 16], [5 * 64, 64], 3),
+        (pairs(192, 64), [1000, 128], [5 * 64 - 30, 64], 4),
+        (pairs(192, 64), [190, 16], [5 * 192, 192], 5),
     ] {
         let count = q_len.div_ceil(q_block);
         let lists = ["11111", "00000", "01011", "10000"].map(|list| rows(list, count));
@@ -402,12 +401,47 @@ fn pairs_of_tiles_share_keys() {
             blocks,
             tokens_first: blocks == 4,
             lse: blocks != 3,
+            alike: true,
             scale: if blocks == 5 { 8.0 } else { 0.125 },
-            ..Forward::new(
-                pairs(piece),
-                mask([q_len, kv_len], [q_block, kv_block], &lists),
-            )
+            ..Forward::new(config, mask([q_len, kv_len], [q_block, kv_block], &lists))
         };
         right_in_all_ways(&problem.setup(), &Options::all(2));
+    }
+}
+
+/// The same of blocks of one, two and three pairs, whose lists differ from row to row, some of one tile of
+/// keys; the sequence ends in a block's first tile, or its last.
+#[test]
+fn pairs_of_tiles_of_a_block_share_keys() {
+    let rows = ["11111", "00000", "01011", "10000", "00100"];
+    for (config, [q_len, q_block], [kv_len, kv_block], blocks) in [
+        (pairs(128, 192), [700usize, 256], [5 * 192 - 70, 192], 2),
+        (pairs(128, 64), [1200, 512], [5 * 64, 64], 7),
+        (pairs(192, 64), [1100, 384], [5 * 192 - 70, 192], 4),
+        (pairs(192, 64), [1600, 768], [5 * 64, 64], 2),
+        (pairs(192, 64), [1900, 384], [5 * 64 - 3, 64], 9),
+    ] {
+        let count = q_len.div_ceil(q_block);
+        let lists: Vec<Vec<&str>> = (0..4)
+            .map(|head| (0..count).map(|row| rows[(head + row) % 5]).collect())
+            .collect();
+        let lists: Vec<&[&str]> = lists.iter().map(Vec::as_slice).collect();
+        let problem = Forward {
+            heads: 4,
+            kv_heads: 2,
+            blocks,
+            tokens_first: blocks == 4,
+            lse: blocks != 7,
+            scale: if blocks == 9 { 8.0 } else { 0.125 },
+            ..Forward::new(config, mask([q_len, kv_len], [q_block, kv_block], &lists))
+        };
+        right_in_all_ways(&problem.setup(), &Options::all(2));
+    }
+}
+
+fn pairs(queries: u32, piece: u32) -> forward::Config {
+    forward::Config {
+        rows: forward::Rows::Pairs(queries),
+        ..config(128, if queries == 192 { 64 } else { 192 }, piece)
     }
 }

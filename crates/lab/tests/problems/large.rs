@@ -98,15 +98,24 @@ fn forward_f16_over_blocks_of_384() {
 
 /// Pairs of thread blocks on all multiprocessors, some of which take a second pair of tiles.
 #[test]
-fn forward_of_dense_masks() {
+fn forward_in_pairs() {
     let Some(gpu) = gpu() else { return };
-    for (element, piece, scale) in [(Element::Bf16, 192, 0.125), (Element::F16, 64, 4.0)] {
+    for (element, queries, kv_tile, piece, alike, scale) in [
+        (Element::Bf16, 128, 192, 192, true, 0.125),
+        (Element::F16, 128, 192, 64, true, 4.0),
+        (Element::F16, 192, 64, 64, true, 0.125),
+        (Element::Bf16, 192, 64, 64, false, 4.0),
+    ] {
         let extents = Extents::new(5000, 1500, 384, 3 * piece as usize).unwrap();
+        let mask = match alike {
+            true => builders::full(extents),
+            false => builders::random(extents, 1, 4, 0.4, 7).unwrap(),
+        };
         let config = forward::Config {
             element,
             head_dim: 128,
-            rows: forward::Rows::Pairs,
-            kv_tile: 192,
+            rows: forward::Rows::Pairs(queries),
+            kv_tile,
             piece,
             mask: None,
             canvas: false,
@@ -116,7 +125,8 @@ fn forward_of_dense_masks() {
             kv_heads: 4,
             blocks: gpu.device().multiprocessors(),
             scale,
-            ..Forward::new(config, builders::full(extents))
+            alike,
+            ..Forward::new(config, mask)
         };
         right_on(gpu, &problem.setup());
     }

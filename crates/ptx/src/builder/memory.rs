@@ -371,6 +371,13 @@ impl Builder {
         self.store_vector(Space::Shared, address.address(), [value]);
     }
 
+    /// Stores a `T` to the shared memory of a block of the cluster, its address being from
+    /// [`Builder::map_shared`].
+    #[track_caller]
+    pub fn store_cluster<T: Scalar>(&self, address: impl AddressOf<u32>, value: Reg<'_, T>) {
+        self.store_vector(Space::Cluster, address.address(), [value]);
+    }
+
     /// Stores `N` (2 or 4) neighbours; the address is a multiple of their size.
     #[track_caller]
     pub fn store_shareds<T: Scalar, const N: usize>(

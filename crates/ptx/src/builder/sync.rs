@@ -1,7 +1,7 @@
 //! What threads do together: shuffles and votes of a warp, named barriers, mbarriers, clusters.
 
 use super::{AddressOf, Builder, Reg, Value};
-use crate::ir::{Binary, Fence, Op, ShuffleMode, VoteMode};
+use crate::ir::{Binary, Fence, Op, Scope, ShuffleMode, VoteMode};
 use crate::{Scalar, Ty};
 
 impl<'k> Reg<'k, f32> {
@@ -183,6 +183,7 @@ impl Builder {
         self.emit(Op::MbarrierArrive {
             address,
             remote: false,
+            scope: Scope::Cta,
         });
     }
 
@@ -193,6 +194,19 @@ impl Builder {
         self.emit(Op::MbarrierArrive {
             address,
             remote: true,
+            scope: Scope::Cta,
+        });
+    }
+
+    /// The same; what this thread stored before to that block's shared memory is seen by who waits by
+    /// [`Builder::mbarrier_wait_for_block`].
+    #[track_caller]
+    pub fn mbarrier_arrive_remote_release(&self, address: impl AddressOf<u32>) {
+        let address = address.address();
+        self.emit(Op::MbarrierArrive {
+            address,
+            remote: true,
+            scope: Scope::Cluster,
         });
     }
 
@@ -208,7 +222,23 @@ impl Builder {
     #[track_caller]
     pub fn mbarrier_wait(&self, address: impl AddressOf<u32>, parity: impl Value<u32>) {
         let (address, parity) = (address.address(), parity.operand());
-        self.emit(Op::MbarrierWait { address, parity });
+        self.emit(Op::MbarrierWait {
+            address,
+            parity,
+            scope: Scope::Cta,
+        });
+    }
+
+    /// The same; then sees what another block of the cluster had stored, see
+    /// [`Builder::mbarrier_arrive_remote_release`].
+    #[track_caller]
+    pub fn mbarrier_wait_for_block(&self, address: impl AddressOf<u32>, parity: impl Value<u32>) {
+        let (address, parity) = (address.address(), parity.operand());
+        self.emit(Op::MbarrierWait {
+            address,
+            parity,
+            scope: Scope::Cluster,
+        });
     }
 
     /// Whether the phase of parity `parity` is complete.

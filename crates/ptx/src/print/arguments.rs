@@ -297,7 +297,9 @@ pub(super) fn arguments(op: &Op, names: &Names<'_>) -> Vec<String> {
         Op::MbarrierArriveExpect { address, bytes } => {
             vec!["_".into(), at(address), value(Ty::U32, bytes)]
         }
-        Op::MbarrierWait { address, parity } => {
+        Op::MbarrierWait {
+            address, parity, ..
+        } => {
             vec![
                 super::DONE.into(),
                 at(address),

@@ -115,12 +115,16 @@ impl Op {
             Self::MapShared { .. } => "mapa.shared::cluster.u32".into(),
             Self::MbarrierInit { .. } => "mbarrier.init.shared::cta.b64".into(),
             Self::MbarrierInvalidate { .. } => "mbarrier.inval.shared::cta.b64".into(),
-            Self::MbarrierArrive { remote: false, .. } => "mbarrier.arrive.shared::cta.b64".into(),
-            Self::MbarrierArrive { remote: true, .. } => {
-                "mbarrier.arrive.shared::cluster.b64".into()
+            Self::MbarrierArrive { remote, scope, .. } => {
+                let release = beyond_block("release", *scope);
+                let space = if *remote { "cluster" } else { "cta" };
+                format!("mbarrier.arrive{release}.shared::{space}.b64")
             }
             Self::MbarrierArriveExpect { .. } => "mbarrier.arrive.expect_tx.shared::cta.b64".into(),
-            Self::MbarrierWait { .. } => "mbarrier.try_wait.parity.shared::cta.b64".into(),
+            Self::MbarrierWait { scope, .. } => {
+                let acquire = beyond_block("acquire", *scope);
+                format!("mbarrier.try_wait.parity{acquire}.shared::cta.b64")
+            }
             Self::MbarrierTest { .. } => "mbarrier.test_wait.parity.shared::cta.b64".into(),
 
             Self::TmaLoad {
@@ -334,6 +338,14 @@ fn scope(scope: Scope) -> &'static str {
         Scope::Cta => "cta",
         Scope::Cluster => "cluster",
         Scope::Gpu => "gpu",
+    }
+}
+
+/// Order and scope of an mbarrier's instruction, which are understood if the scope is the thread block.
+fn beyond_block(order: &str, of: Scope) -> String {
+    match of {
+        Scope::Cta => String::new(),
+        wider => format!(".{order}.{}", scope(wider)),
     }
 }
 

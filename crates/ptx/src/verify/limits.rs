@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use super::{Fault, require};
 use crate::Ty;
-use crate::ir::{Address, Kernel, Op, Operand, Param, ParamKind};
+use crate::ir::{Address, Kernel, Op, Operand, Param, ParamKind, Scope};
 
 /// Bytes of shared memory of a thread block at most.
 const SHARED_BYTES: u32 = 232_448;
@@ -101,6 +101,17 @@ fn name(what: &'static str, name: &str) -> Result<(), Fault> {
     require(starts && rest && free, what, format!("`{name}`"), allowed)
 }
 
+/// Whether an mbarrier's instruction has a scope that there is for it.
+fn in_cluster(scope: Scope) -> Result<(), Fault> {
+    let allowed = "the thread block or the cluster";
+    require(
+        scope != Scope::Gpu,
+        "the scope",
+        format!("{scope:?}"),
+        allowed,
+    )
+}
+
 /// Whether an instruction's counts and constants are within limits.
 pub(super) fn check(kernel: &Kernel, op: &Op) -> Result<(), Fault> {
     match op {
@@ -148,15 +159,25 @@ pub(super) fn check(kernel: &Kernel, op: &Op) -> Result<(), Fault> {
                 bytes < 1 << 20
             })
         }
-        Op::MbarrierWait { address, parity }
-        | Op::MbarrierTest {
+        Op::MbarrierWait {
+            address,
+            parity,
+            scope,
+        } => {
+            mbarrier(*address)?;
+            in_cluster(*scope)?;
+            constant(*parity, "the parity", "0 and 1", |parity| parity < 2)
+        }
+        Op::MbarrierTest {
             address, parity, ..
         } => {
             mbarrier(*address)?;
             constant(*parity, "the parity", "0 and 1", |parity| parity < 2)
         }
-        Op::MbarrierInvalidate { address } | Op::MbarrierArrive { address, .. } => {
-            mbarrier(*address)
+        Op::MbarrierInvalidate { address } => mbarrier(*address),
+        Op::MbarrierArrive { address, scope, .. } => {
+            mbarrier(*address)?;
+            in_cluster(*scope)
         }
 
         Op::TmaLoad {

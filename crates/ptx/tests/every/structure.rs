@@ -195,6 +195,7 @@ fn guards() -> Kernel {
                 Op::MbarrierWait {
                     address: at(COUNT, 0),
                     parity: imm(0),
+                    scope: Scope::Cta,
                 },
             ),
             guarded(

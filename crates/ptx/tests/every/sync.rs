@@ -135,10 +135,17 @@ fn mbarriers() -> Vec<Op> {
         Op::MbarrierArrive {
             address: near,
             remote: false,
+            scope: Scope::Cta,
         },
         Op::MbarrierArrive {
             address: at(r(2), 8),
             remote: true,
+            scope: Scope::Cta,
+        },
+        Op::MbarrierArrive {
+            address: at(r(2), 8),
+            remote: true,
+            scope: Scope::Cluster,
         },
         Op::MbarrierArriveExpect {
             address: near,
@@ -161,10 +168,12 @@ fn mbarriers() -> Vec<Op> {
         Op::MbarrierWait {
             address: near,
             parity: imm(1),
+            scope: Scope::Cta,
         },
         Op::MbarrierWait {
             address: far,
             parity: reg(r(1)),
+            scope: Scope::Cluster,
         },
         Op::MbarrierInvalidate { address: near },
     ]

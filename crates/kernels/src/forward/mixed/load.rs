@@ -38,7 +38,7 @@ impl Config {
         let keys = stores.keys.producer(&phases);
         let queries = stores.queries.filling(k);
         let leader = k.lane().equals(0);
-        problem.each_tile(|of| {
+        problem.each_tile(None, |of| {
             let some = k.var(1u32);
             let note = Note {
                 first: of.number * QUERIES,

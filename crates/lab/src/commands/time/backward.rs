@@ -40,6 +40,7 @@ pub(super) fn backward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measure
         lse: Some(lse),
         plan: gpu.alloc_with(&words)?,
         layout: plan.layout(),
+        alike: false,
         batch: 1,
         heads,
         kv_heads: heads,

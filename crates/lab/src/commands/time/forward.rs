@@ -31,6 +31,7 @@ pub(super) fn forward(gpu: &mut Gpu, mask: Mask) -> Result<Vec<(String, Measured
         lse: Some(gpu.alloc(4 * heads as usize * tokens)?),
         plan: gpu.alloc_with(&words)?,
         layout: plan.layout(),
+        alike: false,
         batch: 1,
         heads,
         kv_heads: heads,
