@@ -105,11 +105,9 @@ impl<'k> Problem<'k> {
         let k = self.k;
         let reader = board.map(|board| board.reader(k));
         // Who takes jobs: thread blocks, or pairs.
-        let [own, takers] = match board {
-            None => [k.cta_x(), k.grid_x()],
-            Some(_) => [k.cta_x() / 2, k.grid_x() / 2],
-        };
-        let job = k.var(own);
+        let taker = |block: Reg<'k, u32>| if board.is_some() { block / 2 } else { block };
+        let first_lane = k.lane().equals(0);
+        let job = k.var(taker(k.cta_x()));
         k.loop_(|leave| {
             leave.when(job.ge(self.jobs));
             let (tile, part) = match &self.parts {
@@ -117,7 +115,7 @@ impl<'k> Problem<'k> {
                 None => (job, Part::whole(k)),
             };
             body(self.tile(tile, part));
-            let take = || self.take() + takers;
+            let take = || self.take(first_lane) + taker(k.grid_x());
             job.set(match &reader {
                 None => take(),
                 Some(reader) => reader.next(take),
@@ -126,10 +124,10 @@ impl<'k> Problem<'k> {
     }
 
     /// Takes a job that nobody has taken yet, but for the first that each has: a whole warp.
-    fn take(&self) -> Reg<'k, u32> {
+    fn take(&self, first_lane: Reg<'k, bool>) -> Reg<'k, u32> {
         let k = self.k;
         let taken = k.var(0u32);
-        k.if_(k.lane().equals(0), || {
+        k.if_(first_lane, || {
             taken.set(k.atomic_add_global(self.counter, 1));
             // As often as there are jobs. Who counts last counts for the next launch.
             k.if_(taken.equals(self.jobs - 1), || {
