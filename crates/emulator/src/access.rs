@@ -16,7 +16,7 @@ use crate::global::{self, Use};
 use crate::machine::{Here, Machine};
 use crate::memory::Span;
 use crate::program::{Decoded, Program};
-use crate::shadow::{Access, Conflict};
+use crate::shadow::{Access, Conflict, Lack};
 use crate::warp::{FULL, Warp, Wides, Words};
 
 /// Space, type and address of an access.
@@ -94,6 +94,7 @@ impl Warp {
             asynchronous: false,
             atomic: false,
             threads: cluster.ordinary(),
+            of_block: cluster.threads_of_block(),
         }
     }
 
@@ -131,21 +132,24 @@ impl Machine<'_> {
             at: self.program.place(conflict.instruction),
         });
         let what = if write { "write" } else { "read" };
-        if conflict.fence {
-            Kind::ProxyFence {
+        match conflict.lack {
+            Lack::Order => Kind::Race {
                 place,
                 what,
                 earlier,
-            }
-            .into()
-        } else {
-            Kind::Race {
+            },
+            Lack::Fence => Kind::ProxyFence {
                 place,
                 what,
                 earlier,
-            }
-            .into()
+            },
+            Lack::Scope => Kind::Scope {
+                place,
+                what,
+                earlier,
+            },
         }
+        .into()
     }
 
     /// The fault of two accesses of global memory that are not ordered.

@@ -3,7 +3,7 @@
 //!
 //! In: arrivals and waits of warps. Out: warps that wait, warps that wake, and what they know then.
 
-use flex_block_attn_ptx::ir::{Address, Operand, RegId};
+use flex_block_attn_ptx::ir::{Address, Operand, RegId, Scope};
 
 use crate::clock::Clock;
 use crate::cluster::Agent;
@@ -155,6 +155,7 @@ impl Machine<'_> {
         cluster.arrived = 0;
         cluster.phase += 1;
         cluster.released = std::mem::take(&mut cluster.gathered);
+        cluster.released.tell();
         for warp in cluster.blocks.iter_mut().flat_map(|block| &mut block.warps) {
             if warp.state == State::Cluster {
                 warp.state = State::Ready;
@@ -255,14 +256,14 @@ impl Machine<'_> {
         Ok(&mut shared.barriers[index])
     }
 
-    /// `mbarrier.arrive`, with bytes to expect or none.
+    /// `mbarrier.arrive`, with bytes to expect or none; in which scope if it may be of another block.
     pub(crate) fn mbarrier_arrive(
         &mut self,
         here: Here,
         warp: &mut Warp,
         lanes: u32,
         address: &Address,
-        (bytes, remote): (Option<&Operand>, bool),
+        (bytes, remote): (Option<&Operand>, Option<Scope>),
     ) -> Done {
         let addresses = warp.addresses(self.program, address);
         let bytes = bytes.map_or([0; 32], |bytes| warp.words(self.program, *bytes));
@@ -270,12 +271,13 @@ impl Machine<'_> {
             let mut one = || {
                 let address = addresses[lane];
                 let rank = match remote {
-                    true => self.remote(here, address)?,
-                    false => here.rank,
+                    Some(_) => self.remote(here, address)?,
+                    None => here.rank,
                 };
+                let far = remote.filter(|_| rank != here.rank);
                 let clock = &warp.clocks[lane];
                 let barrier = self.mbarrier(here, clock, rank, address)?;
-                let result = barrier.arrive(clock, bytes[lane]);
+                let result = barrier.arrive(clock, bytes[lane], far);
                 self.after_mbarrier(here.cluster, rank, address, result)
             };
             one().map_err(|wrong: Wrong| wrong.at_lane(lane))?;
@@ -310,7 +312,7 @@ impl Machine<'_> {
         warp: &mut Warp,
         lanes: u32,
         address: &Address,
-        parity: &Operand,
+        (parity, scope): (&Operand, Scope),
     ) -> Done<Flow> {
         let addresses = warp.addresses(self.program, address);
         let parities = warp.words(self.program, *parity);
@@ -322,7 +324,7 @@ impl Machine<'_> {
             if !barrier.is_over(parity) {
                 return Ok(Flow::Again(State::Mbarrier { address, parity }));
             }
-            barrier.acquire(&mut warp.clocks[lane]);
+            barrier.acquire(&mut warp.clocks[lane], scope);
         }
         Ok(Flow::Next)
     }
@@ -344,7 +346,7 @@ impl Machine<'_> {
                 .map_err(|wrong| wrong.at_lane(lane))?;
             if barrier.is_over(parities[lane]) {
                 over |= 1 << lane;
-                barrier.acquire(&mut warp.clocks[lane]);
+                barrier.acquire(&mut warp.clocks[lane], Scope::Cta);
             }
         }
         warp.set_mask(self.program, dst, lanes, over);

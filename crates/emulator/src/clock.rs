@@ -2,8 +2,9 @@
 //!
 //! In: releases and acquisitions, from barriers and waits. Out: whether an earlier access is known
 //! to be over, for the shadows. After Lamport (1978) and FastTrack (Flanagan, Freund 2009), with two
-//! additions for Hopper: beside the clock proper there is one of what a proxy fence has made visible
-//! to the async proxy, and asynchronous engines have components of their own.
+//! additions for Hopper: beside the clock proper there are one of what a proxy fence has made visible
+//! to the async proxy, and one of what was released and acquired in the cluster's scope; and
+//! asynchronous engines have components of their own.
 //!
 //! Components of a cluster's clocks, in this order: its threads (ordinary accesses); its warps
 //! (their wgmma groups, by number); then, as they come into use, one for each mbarrier (copies that
@@ -25,6 +26,8 @@ pub(crate) struct Clock {
     seen: Vec<u32>,
     /// By component (threads only): ordinary writes up to this epoch are visible to the async proxy.
     fenced: Vec<u32>,
+    /// By component (threads only): ordinary writes up to this epoch are visible in all of the cluster.
+    told: Vec<u32>,
     /// What other thread blocks published and this agent acquired. Nearly always empty.
     foreign: Vec<Published>,
     /// What of it lies before a proxy fence of global memory.
@@ -74,6 +77,11 @@ impl Clock {
             .unwrap_or(0)
     }
 
+    /// The epoch up to which ordinary writes of `component` are visible in all of the cluster.
+    pub(crate) fn told(&self, component: Component) -> u32 {
+        self.told.get(usize::from(component)).copied().unwrap_or(0)
+    }
+
     /// Learns that accesses of `component` up to `epoch` are over.
     pub(crate) fn learn(&mut self, component: Component, epoch: u32) {
         let component = usize::from(component);
@@ -83,8 +91,25 @@ impl Clock {
         self.seen[component] = self.seen[component].max(epoch);
     }
 
-    /// Learns all that `other` knows.
+    /// Learns all that `other`, of the same thread block, knows.
     pub(crate) fn join(&mut self, other: &Self) {
+        self.join_order(other);
+        self.hear(other);
+    }
+
+    /// Learns what another thread block's thread tells in the cluster's scope.
+    pub(crate) fn hear(&mut self, other: &Self) {
+        raise(&mut self.told, &other.told);
+    }
+
+    /// A release in the cluster's scope: all that is known to be over is visible there.
+    pub(crate) fn tell(&mut self) {
+        let seen = &self.seen;
+        raise(&mut self.told, seen);
+    }
+
+    /// Learns what is over by what `other` knows, but not what of it is visible in the cluster.
+    pub(crate) fn join_order(&mut self, other: &Self) {
         raise(&mut self.seen, &other.seen);
         raise(&mut self.fenced, &other.fenced);
         for (block, clock) in &other.foreign {
@@ -133,6 +158,7 @@ impl Clock {
     pub(crate) fn clear(&mut self) {
         self.seen.clear();
         self.fenced.clear();
+        self.told.clear();
         self.foreign.clear();
         self.foreign_fenced.clear();
     }

@@ -125,6 +125,11 @@ impl Cluster {
         (LANES * self.warp_count()) as Component
     }
 
+    /// Threads of a thread block.
+    pub(crate) fn threads_of_block(&self) -> Component {
+        (LANES * self.warps_per_block()) as Component
+    }
+
     /// The component of a lane's ordinary accesses.
     pub(crate) fn component(&self, rank: usize, warp: usize, lane: usize) -> Component {
         (LANES * (rank * self.warps_per_block() + warp) + lane) as Component

@@ -488,17 +488,22 @@ impl Machine<'_> {
                 }
             }
             Op::MbarrierArrive {
-                address, remote, ..
+                address,
+                remote,
+                scope,
             } => {
-                self.mbarrier_arrive(here, warp, lanes, address, (None, *remote))?;
+                let scope = remote.then_some(*scope);
+                self.mbarrier_arrive(here, warp, lanes, address, (None, scope))?;
             }
             Op::MbarrierArriveExpect { address, bytes } => {
-                self.mbarrier_arrive(here, warp, lanes, address, (Some(bytes), false))?;
+                self.mbarrier_arrive(here, warp, lanes, address, (Some(bytes), None))?;
             }
             Op::MbarrierWait {
-                address, parity, ..
+                address,
+                parity,
+                scope,
             } => {
-                return self.mbarrier_wait(here, warp, lanes, address, parity);
+                return self.mbarrier_wait(here, warp, lanes, address, (parity, *scope));
             }
             Op::MbarrierTest {
                 dst,

@@ -167,6 +167,20 @@ pub enum Kind {
         /// The write.
         earlier: Box<Earlier>,
     },
+    /// An access of what a thread of another block of the cluster wrote, behind an arrival and a wait
+    /// that order only what thread blocks do by themselves.
+    #[error(
+        "this {what} of {place} follows the {earlier}, but not in the cluster's scope: the arrival wants \
+         .release.cluster, the wait .acquire.cluster"
+    )]
+    Scope {
+        /// Where.
+        place: Place,
+        /// What the later access does.
+        what: &'static str,
+        /// The write.
+        earlier: Box<Earlier>,
+    },
     /// `ld.global.nc` of memory that the launch writes.
     #[error("{place} is loaded by ld.global.nc, and written in the same launch")]
     ConstantWritten {

@@ -3,6 +3,8 @@
 //! In: arrivals and completed bytes, from warps and the bulk engine. Out: whether a phase is over,
 //! and what those who waited for it know then.
 
+use flex_block_attn_ptx::ir::Scope;
+
 use crate::clock::{Clock, Component};
 
 /// The largest transaction count, either way.
@@ -33,6 +35,9 @@ pub(crate) struct Mbarrier {
     gathered: Clock,
     /// What those who arrived in the last phase knew.
     released: Clock,
+    /// Likewise, of other thread blocks' threads that released it in the cluster's scope.
+    gathered_far: Clock,
+    released_far: Clock,
     /// Whether it is none any more.
     pub(crate) invalid: bool,
 }
@@ -58,6 +63,8 @@ impl Mbarrier {
             fenced: None,
             gathered: Clock::default(),
             released: Clock::default(),
+            gathered_far: Clock::default(),
+            released_far: Clock::default(),
             invalid: false,
         }
     }
@@ -71,10 +78,25 @@ impl Mbarrier {
                 .is_some_and(|fenced| clock.seen(component) >= fenced)
     }
 
-    /// One arrival of somebody who knows `clock`, having announced `bytes`; whether that ends the
-    /// phase. Of a mistake, the text.
-    pub(crate) fn arrive(&mut self, clock: &Clock, bytes: u32) -> Result<bool, String> {
-        self.gathered.join(clock);
+    /// One arrival of somebody who knows `clock`, having announced `bytes`; if it is of another thread
+    /// block, in which scope; whether that ends the phase. Of a mistake, the text.
+    pub(crate) fn arrive(
+        &mut self,
+        clock: &Clock,
+        bytes: u32,
+        far: Option<Scope>,
+    ) -> Result<bool, String> {
+        match far {
+            None => self.gathered.join(clock),
+            Some(scope) => {
+                self.gathered.join_order(clock);
+                if scope != Scope::Cta {
+                    let mut told = clock.clone();
+                    told.tell();
+                    self.gathered_far.hear(&told);
+                }
+            }
+        }
         self.transact(i64::from(bytes))?;
         match self.pending.checked_sub(1) {
             None => {
@@ -120,6 +142,8 @@ impl Mbarrier {
         self.pending = self.count;
         std::mem::swap(&mut self.gathered, &mut self.released);
         self.gathered.clear();
+        std::mem::swap(&mut self.gathered_far, &mut self.released_far);
+        self.gathered_far.clear();
         true
     }
 
@@ -128,10 +152,13 @@ impl Mbarrier {
         self.phase & 1 != parity & 1
     }
 
-    /// Tells somebody who waited for the last phase what is over.
-    pub(crate) fn acquire(&mut self, clock: &mut Clock) {
+    /// Tells somebody who waited for the last phase, in a scope, what is over.
+    pub(crate) fn acquire(&mut self, clock: &mut Clock, scope: Scope) {
         self.acquired = self.phase;
         clock.join(&self.released);
+        if scope != Scope::Cta {
+            clock.hear(&self.released_far);
+        }
         clock.learn(self.component, self.phase);
     }
 
@@ -165,8 +192,8 @@ mod tests {
         let mut barrier = Mbarrier::new(0, 2, 9, (0, 0));
         assert!(barrier.is_over(1) && !barrier.is_over(0));
         assert!(!barrier.complete(16, 0).unwrap());
-        assert!(!barrier.arrive(&clock, 16).unwrap());
-        assert!(barrier.arrive(&clock, 0).unwrap());
+        assert!(!barrier.arrive(&clock, 16, None).unwrap());
+        assert!(barrier.arrive(&clock, 0, None).unwrap());
         assert!(barrier.is_over(0) && !barrier.is_over(1));
         assert!(barrier.complete(16, 0).is_err());
     }
@@ -175,10 +202,10 @@ mod tests {
     fn arrivals_beyond_the_count_are_mistakes() {
         let clock = Clock::default();
         let mut barrier = Mbarrier::new(0, 1, 9, (0, 0));
-        assert!(!barrier.arrive(&clock, 64).unwrap());
+        assert!(!barrier.arrive(&clock, 64, None).unwrap());
         assert!(
             barrier
-                .arrive(&clock, 0)
+                .arrive(&clock, 0, None)
                 .unwrap_err()
                 .contains("beyond its count")
         );

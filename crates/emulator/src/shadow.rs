@@ -26,6 +26,19 @@ pub(crate) struct Access<'a> {
     pub(crate) atomic: bool,
     /// Components below this are threads: their writes need a proxy fence before async accesses.
     pub(crate) threads: Component,
+    /// Threads of a thread block: a write by another one's must have been told in the cluster's scope.
+    pub(crate) of_block: Component,
+}
+
+/// What an access lacks that an earlier one is in the way of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// They are not ordered.
+    Order,
+    /// They are, but there is no proxy fence.
+    Fence,
+    /// They are, but not in the cluster's scope.
+    Scope,
 }
 
 /// An earlier access in the way.
@@ -37,8 +50,7 @@ pub(crate) struct Conflict {
     pub(crate) instruction: u32,
     /// Whether it was a write.
     pub(crate) write: bool,
-    /// Whether it is ordered, and only a proxy fence is missing.
-    pub(crate) fence: bool,
+    pub(crate) lack: Lack,
 }
 
 /// The shadow of one block's shared memory.
@@ -71,19 +83,28 @@ impl Access<'_> {
             return Ok(());
         }
         let (component, epoch) = ((write >> 52) as Component, write as u32);
-        let unordered = self.clock.seen(component) < epoch;
-        let unfenced =
-            self.asynchronous && component < self.threads && self.clock.fenced(component) < epoch;
-        if unordered || unfenced {
-            return Err(Conflict {
-                cell,
-                component,
-                instruction: (write >> 32) as u32 & (MAX_INSTRUCTIONS as u32 - 1),
-                write: true,
-                fence: !unordered,
-            });
-        }
-        Ok(())
+        let by_thread = component < self.threads;
+        let lack = if self.clock.seen(component) < epoch {
+            Lack::Order
+        } else if self.asynchronous && by_thread && self.clock.fenced(component) < epoch {
+            Lack::Fence
+        } else if by_thread && self.is_foreign(component) && self.clock.told(component) < epoch {
+            Lack::Scope
+        } else {
+            return Ok(());
+        };
+        Err(Conflict {
+            cell,
+            component,
+            instruction: (write >> 32) as u32 & (MAX_INSTRUCTIONS as u32 - 1),
+            write: true,
+            lack,
+        })
+    }
+
+    /// Whether this is a thread's access, and `component` a thread of another thread block.
+    fn is_foreign(&self, component: Component) -> bool {
+        !self.asynchronous && component / self.of_block != self.component / self.of_block
     }
 }
 
@@ -145,7 +166,7 @@ impl Shadow {
                         component,
                         instruction: run[at] as u32,
                         write: false,
-                        fence: false,
+                        lack: Lack::Order,
                     });
                 }
             }

@@ -99,8 +99,8 @@ fn addresses_name_a_block_of_the_cluster() {
             let (theirs, mine) = (load(k, other.at(8)), load(k, smem.at(8)));
             store(k, other.at(12), number * 10);
             add(k, Space::Cluster, other.at(16), 100);
-            k.mbarrier_arrive_remote(other);
-            k.mbarrier_wait(smem, 0);
+            k.mbarrier_arrive_remote_release(other);
+            k.mbarrier_wait_for_block(smem, 0);
             add(k, Space::Shared, smem.at(16), 1000);
             let out = out + (k.cta_x() * 4).times_wide(4);
             let (stored, sum) = (k.load_shared(smem.at(12)), k.load_shared(smem.at(16)));
@@ -266,5 +266,59 @@ fn addresses_name_no_block_beyond_the_cluster() {
         wrong(by_one(body), |kind| {
             matches!(kind, Kind::ClusterBarrier { .. })
         });
+    }
+}
+
+/// Block 1 stores a word in block 0 and arrives there; of block 0 one thread waits, and another one, which
+/// it syncs with, reads the word.
+fn handed_over(releases: bool, acquires: bool) -> (Kernel, Launch, Memory, u64) {
+    let kernel = Builder::kernel("handed_over", 64, |k| {
+        k.set_cluster(2);
+        k.set_shared_bytes(16);
+        let (out, smem) = (k.param::<u64>("out"), k.shared_base());
+        let rank = k.special(Special::ClusterCtaRank);
+        k.if_(k.tid().equals(0), || {
+            k.mbarrier_init(smem, 1);
+            k.mbarrier_init_fence();
+        });
+        k.cluster_sync();
+        k.if_(k.tid().equals(0) & rank.equals(1), || {
+            let first = k.map_shared(smem, 0);
+            store(k, first.at(8), k.var(7u32));
+            match releases {
+                true => k.mbarrier_arrive_remote_release(first),
+                false => k.mbarrier_arrive_remote(first),
+            }
+        });
+        k.if_(rank.equals(0), || {
+            k.if_(k.tid().equals(0), || match acquires {
+                true => k.mbarrier_wait_for_block(smem, 0),
+                false => k.mbarrier_wait(smem, 0),
+            });
+            k.sync_threads();
+            k.if_(k.tid().equals(33), || {
+                k.store_global(out, k.load_shared::<u32>(smem.at(8)));
+            });
+        });
+        k.cluster_sync();
+    });
+    let mut memory = Memory::new();
+    let out = memory.alloc("out", 4);
+    (kernel, launch(2, &[Arg::U64(out)]), memory, out)
+}
+
+#[test]
+fn what_another_block_stored_is_seen_in_the_clusters_scope_only() {
+    let (kernel, launch, memory, out) = handed_over(true, true);
+    let got = results(&kernel, &launch, &memory, |m| m.read::<u32>(out, 1));
+    assert_eq!(got, [7]);
+    for (releases, acquires) in [(false, true), (true, false), (false, false)] {
+        let (kernel, launch, memory, _) = handed_over(releases, acquires);
+        let fault = caught(&kernel, &launch, &memory, |kind| {
+            matches!(kind, Kind::Scope { .. })
+        });
+        let text = fault.to_string();
+        assert!(text.contains(".release.cluster"), "{text}");
+        assert!(text.contains("block [1, 0, 0]"), "{text}");
     }
 }

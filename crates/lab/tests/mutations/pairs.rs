@@ -2,7 +2,7 @@
 
 use flex_block_attn_kernels::{Element, forward};
 use flex_block_attn_lab::problems::Forward;
-use flex_block_attn_ptx::ir::{Binary, Op, Operand, Special};
+use flex_block_attn_ptx::ir::{Binary, Op, Operand, Scope, Special};
 
 use crate::edit::Which::{All, Nth, Within};
 use crate::edit::{change, op, remove};
@@ -147,6 +147,38 @@ pub fn table() -> Vec<Mutation> {
             "cluster barrier",
             |s| no_cluster_sync(s, 1),
             By::Emulator(&["ClusterBarrier"]),
+        ),
+        mutation(
+            "the next job's number is put up for threads of one block",
+            "scope",
+            |s| {
+                let releases = op!(Op::MbarrierArrive {
+                    scope: Scope::Cluster,
+                    ..
+                });
+                change(s.kernel_mut(), All, releases, |op| {
+                    if let Op::MbarrierArrive { scope, .. } = op {
+                        *scope = Scope::Cta;
+                    }
+                })
+            },
+            By::Emulator(&["Scope"]),
+        ),
+        mutation(
+            "the next job's number is waited for as if it came from the same block",
+            "scope",
+            |s| {
+                let acquires = op!(Op::MbarrierWait {
+                    scope: Scope::Cluster,
+                    ..
+                });
+                change(s.kernel_mut(), All, acquires, |op| {
+                    if let Op::MbarrierWait { scope, .. } = op {
+                        *scope = Scope::Cta;
+                    }
+                })
+            },
+            By::Emulator(&["Scope"]),
         ),
         mutation(
             "heads have a pair less than they have",
