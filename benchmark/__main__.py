@@ -5,16 +5,19 @@ each case. Called by ``make bench``. :mod:`benchmark.report` makes pages and plo
 
 A restart goes on where the last run of the same commit ended. Statuses: 0, 1 if ours was wrong or
 failed somewhere, 2 for options that make no sense. Where an implementation leaves the GPU unusable
-for the process, another process goes on.
+for the process, or does not end, another process goes on.
 """
 
 import argparse
-import os
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +28,9 @@ from .machine import Machine, describe
 from .measure import PASSES, Broken, Measured, measure
 from .peers import PEERS
 from .problem import Problem
-from .results import DEFAULT_FOLDER, WAITS, Damaged, Results, Unit
+from .results import DEFAULT_FOLDER, GIVEN_UP, WAITS, Damaged, Results, Unit
 from .suites import SUITES, Case
+from .underway import Underway
 
 try:
     from tqdm import tqdm
@@ -45,6 +49,9 @@ OWN_BLOCKS = {"VSA": 64}
 LONGEST = {"FA2": 30720}
 # What `main` returns where another process is to go on.
 AGAIN = 3
+# What a process does, and by which signals who is measured ends it.
+PROCESS = "from benchmark.__main__ import process; process()"
+ENDS = (signal.SIGALRM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 class Job(NamedTuple):
@@ -84,9 +91,17 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     often, long = (f"{a:g}, with a budget {b:g}" for a, b in zip(TURNS, TURNS_OF_BUDGET))
     add("--rounds", type=int, help=f"how often implementations take turns; {often}")
     add("--turn", type=float, help=f"milliseconds of a turn; {long}")
+    add(
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        default=120.0,
+        help="who needs longer, at anything, is given up for all cases of that pass",
+    )
     add("--budget", type=float, metavar="SECONDS", help="no case begins that would end after it")
     add("--results", type=Path, default=DEFAULT_FOLDER, help="folder of results")
     add("--commit", help="what is measured, where git does not know")
+    add("--given-up", action="store_true", help=argparse.SUPPRESS)
     add("--retry", action="store_true", help="who was absent or failed before, once more")
     add("--list", action="store_true", help="print what would be measured, and end")
     args = parser.parse_args(arguments)
@@ -96,6 +111,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.short = args.peers is None and args.budget is not None and args.device == "cuda"
     if args.peers is None:
         args.peers = [name for name in PEERS if not (args.short and name in COMPILED)]
+    if not args.patience > 0:
+        parser.error(f"--patience must be positive, got {args.patience:g}")
     if args.rounds < 1:
         parser.error(f"--rounds must be positive, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -144,13 +161,15 @@ def peers(case: Case, args: argparse.Namespace) -> list[str]:
     return [name for name in args.peers if fits.get(name, True)]
 
 
-def remaining(jobs: list[Job], done: set[Unit]) -> list[Job]:
-    """Without what is there. Ours is measured again beside a peer that is not."""
+def remaining(
+    jobs: list[Job], done: set[Unit], given_up: set[tuple[str, str]] = frozenset()
+) -> list[Job]:
+    """Without what is there, and who is given up. Ours is measured again beside a peer that is
+    not there."""
     left = []
     for job in jobs:
-        units = {
-            name: Unit(job.suite, job.case.name, job.passed, name) for name in ("ours", *job.peers)
-        }
+        who = (name for name in job.peers if (name, job.passed) not in given_up)
+        units = {name: Unit(job.suite, job.case.name, job.passed, name) for name in ("ours", *who)}
         missing = [name for name, unit in units.items() if unit not in done]
         if missing:
             left.append(job._replace(peers=[name for name in missing if name != "ours"]))
@@ -161,8 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = options(arguments)
     try:
         machine = describe(torch.device(args.device), args.commit)
-        results = Results(args.results / machine.folder)
-        left = remaining(chosen(args), results.finished(machine, args.retry))
+        folder = args.results / machine.folder
+        results, underway = Results(folder), Underway(folder / "underway.json", args.patience)
+        unit = underway.left()
+        if unit is not None and args.given_up:
+            results.add_absent(unit, GIVEN_UP, machine)
+        done = results.finished(machine, args.retry)
+        left = remaining(chosen(args), done, results.given_up(machine, args.retry))
     except (ValueError, Damaged) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
@@ -173,10 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(left)} passes, about {sum(job.seconds(args) for job in left):.0f} s")
         return 0
     print(f"{machine.device} ({machine.driver}), torch {machine.torch}, {machine.commit}")
-    return run(left, results, machine, args)
+    return run(left, results, machine, args, underway)
 
 
-def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Namespace) -> int:
+def run(
+    jobs: list[Job],
+    results: Results,
+    machine: Machine,
+    args: argparse.Namespace,
+    underway: Underway,
+) -> int:
     """Measures all, or what the budget allows."""
     start, status = time.monotonic(), 0
     missing: set[str] = set()
@@ -197,7 +227,14 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
         name = f"{job.suite}: {job.case.name}, {job.passed}"
         try:
             problem = Problem.of(job.case, torch.device(args.device))
-            measured = measure(problem, job.peers, job.passed == "backward", args.rounds, args.turn)
+            measured = measure(
+                problem,
+                job.peers,
+                job.passed == "backward",
+                args.rounds,
+                args.turn,
+                partial(watch, underway, job),
+            )
         except Broken as broken:
             unit = Unit(job.suite, job.case.name, job.passed, broken.name)
             results.add_absent(unit, broken.reason, machine)
@@ -222,6 +259,11 @@ def run(jobs: list[Job], results: Results, machine: Machine, args: argparse.Name
     for each in sorted(missing):
         print(f"absent: {each}")
     return status
+
+
+def watch(underway: Underway, job: Job, name: str) -> AbstractContextManager[None]:
+    """What is done of an implementation."""
+    return underway.measuring(Unit(job.suite, job.case.name, job.passed, name))
 
 
 def keep(
@@ -258,14 +300,35 @@ def goes_on(arguments: Sequence[str], elapsed: float) -> list[str]:
     return [*arguments, *rest]
 
 
-if __name__ == "__main__":
-    began = time.monotonic()
+def process() -> None:
+    """Ends this process with the status of :func:`main`."""
     try:
-        ended = main()
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(AGAIN + 1)
+
+
+def processes(arguments: Sequence[str]) -> int:
+    """Has processes do :func:`main`, another one while one is to go on. The last status."""
+    # The process is ended with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    began, more = time.monotonic(), list(arguments)
+    while True:
+        ended = subprocess.run([sys.executable, "-c", PROCESS, *more]).returncode
+        if ended >= 0 and ended != AGAIN:
+            return ended
+        more = goes_on(arguments, time.monotonic() - began)
+        if -ended in ENDS:
+            name = signal.Signals(-ended).name
+            print(f"benchmark: who was measured ended it by {name} and is given up", flush=True)
+            more.append("--given-up")
+        elif ended < 0:
+            print(f"benchmark: ended by signal {-ended}", file=sys.stderr)
+            return 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(processes(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit("benchmark: stopped; what is finished is kept")
-    if ended == AGAIN:
-        more = goes_on(sys.argv[1:], time.monotonic() - began)
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "benchmark", *more])
-    sys.exit(ended)

@@ -9,7 +9,8 @@ of some where it is not; the peers' with ours.
 
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -64,11 +65,21 @@ class Broken(Exception):
         self.name, self.reason = name, reason
 
 
+def _unwatched(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def measure(
-    problem: Problem, names: Sequence[str], backward: bool, rounds: int, milliseconds: float
+    problem: Problem,
+    names: Sequence[str],
+    backward: bool,
+    rounds: int,
+    milliseconds: float,
+    watch: Callable[[str], AbstractContextManager[None]] = _unwatched,
 ) -> Measured:
     """Ours beside the peers of these names: ``rounds`` turns each of about ``milliseconds``. If
-    there is none of ours, there is nothing."""
+    there is none of ours, there is nothing. What is done of an implementation is done in what
+    ``watch`` gives."""
     if problem.device.type == "cuda":
         # Nothing of earlier cases is freed while memory is counted.
         gc.collect()
@@ -77,19 +88,20 @@ def measure(
     expected: list[torch.Tensor] = []
     for name in ("ours", *names):
         try:
-            one = Prepared(attention(name, problem), problem, backward)
-            results = one.once()
-            _check(problem, name, results, expected)
-            if name == "ours":
-                expected = results
-            del results
-            figures = Figures()
-            mask = one.mask_call()
-            if mask is not None:
-                figures.mask_ms = timed(mask, problem.device, repeats=7)
-            figures.peak_mib = peak_mib(one.once, problem.device)
-            calls[name] = one.call()
-            measured.figures[name] = figures
+            with watch(name):
+                one = Prepared(attention(name, problem), problem, backward)
+                results = one.once()
+                _check(problem, name, results, expected)
+                if name == "ours":
+                    expected = results
+                del results
+                figures = Figures()
+                mask = one.mask_call()
+                if mask is not None:
+                    figures.mask_ms = timed(mask, problem.device, repeats=7)
+                figures.peak_mib = peak_mib(one.once, problem.device)
+                calls[name] = one.call()
+                measured.figures[name] = figures
         except Absent as reason:
             measured.absent[name] = str(reason)
         except NotImplementedError as error:
@@ -102,7 +114,8 @@ def measure(
     for _ in range(rounds):
         for name, call in list(calls.items()):
             try:
-                taken = turn(call, milliseconds, problem.device)
+                with watch(name):
+                    taken = turn(call, milliseconds, problem.device)
             except Exception as error:  # as above
                 measured.failed[name] = _failure(name, error, problem.device)
                 del calls[name], measured.figures[name]

@@ -56,6 +56,8 @@ ABSENT_COLUMNS = (
 
 # Why nobody has a row where ours has none.
 WAITS = "waits for ours"
+# Why somebody has none, nor in any further case of that pass.
+GIVEN_UP = "does not end, or ends the process"
 
 DEFAULT_FOLDER = Path(__file__).parent / "results"
 
@@ -86,6 +88,12 @@ class Results:
         is."""
         rows = self.table.rows() + ([] if retry else self.absent.rows())
         return set(_units(rows, machine))
+
+    def given_up(self, machine: Machine, retry: bool) -> set[tuple[str, str]]:
+        """Peers who did not end in some case of this commit, and in which pass."""
+        rows = [] if retry else self.absent.rows()
+        units = _units((each for each in rows if each["reason"] == GIVEN_UP), machine)
+        return {(unit.impl, unit.passed) for unit in units if unit.impl != "ours"}
 
     def add(
         self,

@@ -27,7 +27,7 @@ from benchmark.report.__main__ import main as report
 from benchmark.report.load import devices
 from benchmark.report.plots import text_of_png
 from benchmark.report.tables import number
-from benchmark.results import ABSENT_COLUMNS, COLUMNS
+from benchmark.results import ABSENT_COLUMNS, COLUMNS, GIVEN_UP
 from benchmark.suites import LENGTHS, MASKS, RATES, SUITES
 
 CPU = torch.device("cpu")
@@ -347,6 +347,41 @@ def test_another_process_goes_on_with_what_is_left_of_the_budget():
     more = goes_on(["--device", "cpu", "--budget", "540"], 100.4)
     assert options(more).budget == 440
     assert options(goes_on(more, 10_000)).budget == 1
+
+
+@pytest.mark.parametrize("ends", ["time.sleep(600)", "os.abort()"])
+def test_who_does_not_end_is_given_up(tmp_path, monkeypatch, ends):
+    process = (
+        f"import os, time; from benchmark import peers; peers.PEERS['SDPA'] = lambda _: {ends}"
+    )
+    monkeypatch.setattr(program, "PROCESS", f"{process}; {program.PROCESS}")
+    arguments = ["--device", "cpu", "--suite", "smoke", "--case", "dense s200", "window s200"]
+    arguments += ["--rounds", "1", "--turn", "0.1", "--passes", "forward", "--peers", "SDPA"]
+    arguments += ["--results", str(tmp_path), "--commit", "first", "--patience", "8"]
+    assert program.processes(arguments) == 0
+    assert {(r["case"], r["impl"]) for r in rows(tmp_path)} == {
+        ("dense s200", "ours"),
+        ("window s200", "ours"),
+    }
+    # Nor is it asked in the other case.
+    (given_up,) = rows(tmp_path, "absent.csv")
+    assert (given_up["impl"], given_up["reason"]) == ("SDPA", GIVEN_UP)
+    assert not list(tmp_path.glob("*/underway.json"))
+
+
+def test_who_was_measured_when_somebody_else_ended_the_process_is_asked_again(tmp_path):
+    case = ["--case", "dense s200", "--passes", "forward"]
+    assert run(tmp_path, *case) == 0
+    (folder,) = tmp_path.iterdir()
+    underway = '{"suite": "smoke", "case": "dense s200", "passed": "backward", "impl": "SDPA"}'
+    (folder / "underway.json").write_text(underway)
+    assert run(tmp_path, "--case", "dense s200") == 0
+    assert [(r["impl"], r["pass"]) for r in rows(tmp_path)] == [
+        ("ours", "forward"),
+        ("SDPA", "forward"),
+        ("ours", "backward"),
+        ("SDPA", "backward"),
+    ]
 
 
 def test_what_is_compiled_serves_cases_of_one_shape(monkeypatch):

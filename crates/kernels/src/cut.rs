@@ -80,7 +80,7 @@ impl Cut {
     }
 
     /// About how long it takes, in whole tiles one after the other, if all lists are as long.
-    fn time(self, blocks: u32, entries: u32, steps: u32) -> f64 {
+    pub(crate) fn time(self, blocks: u32, entries: u32, steps: u32) -> f64 {
         let (rounds, rest) = (self.whole / blocks, self.whole % blocks);
         let last = match rest {
             0 => 0.0,

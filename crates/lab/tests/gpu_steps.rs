@@ -378,7 +378,7 @@ fn pairs_compute_what_has_one_list() {
         (config.rows, launch.grid[0])
     };
     let small = |heads, dim| [heads, 1920, dim];
-    assert_eq!(rows_of(small(24, 128), 64, true), (Rows::Pairs(128), 132));
+    assert_eq!(rows_of(small(24, 128), 64, true), (Rows::Pairs(192), 132));
     assert_eq!(rows_of(small(5, 128), 64, true), (Rows::Pairs(128), 80));
     assert_eq!(rows_of(small(24, 128), 64, false), (Rows::Mixed, 132));
     assert_eq!(rows_of(small(24, 64), 64, true), (Rows::Mixed, 132));
@@ -390,6 +390,15 @@ fn pairs_compute_what_has_one_list() {
     assert_eq!(rows_of(large, 512, false), (Rows::Pairs(128), 132));
     assert_eq!(rows_of(large, 640, false), (Rows::Whole(128), 132));
     assert_eq!(rows_of(large, 768, false), (Rows::Pairs(192), 132));
+    // Of few heads as many rounds count as there are.
+    assert_eq!(
+        rows_of([4, 30720, 128], 384, false),
+        (Rows::Pairs(192), 132)
+    );
+    assert_eq!(
+        rows_of([1, 84480, 128], 384, false),
+        (Rows::Whole(128), 132)
+    );
     // 90 tiles.
     assert_eq!(rows_of([1, 11520, 128], 384, false), (Rows::Whole(128), 90));
 }

@@ -52,9 +52,10 @@ fn config(
     let lines = (batch * heads) as u32;
     let cut = config.cut(plan.layout, lines, multiprocessors);
     // Few tiles are faster in parts.
-    let in_pairs = config.in_pairs(plan.layout, plan.alike, lines, multiprocessors);
-    let in_pairs = in_pairs.filter(|_| cut.tiles == 0);
-    Ok((in_pairs.unwrap_or(config), cut))
+    let in_pairs = config.in_pairs(cut, plan.layout, plan.alike, lines, multiprocessors);
+    Ok(in_pairs.map_or((config, cut), |pairs| {
+        (pairs, Cut::none(cut.whole + cut.tiles))
+    }))
 }
 
 /// The launches of [`forward()`], for a GPU of so many multiprocessors; none if there are no queries.

@@ -5,12 +5,14 @@ use flex_block_attn_ptx::Element;
 
 use super::{Config, Rows};
 use crate::canvas::PIECE;
+use crate::cut::Cut;
 use crate::exact::Mask;
 
-/// How much faster queries are computed by pairs of tiles of so many queries than by tiles of 128 alone, all
-/// multiprocessors being busy.
-const PAIRS_OF_128: f64 = 1.04;
-const PAIRS_OF_192: f64 = 1.055;
+/// How fast queries are computed by pairs of tiles of so many, and by tiles of several blocks, where tiles of 128
+/// alone have 1 and all multiprocessors are busy (decision 15).
+const PAIRS_OF_128: f64 = 1.035;
+const PAIRS_OF_192: f64 = 1.07;
+const MIXED: f64 = 0.8;
 
 /// Keys of a tile and of a piece.
 type Tiles = &'static [(u32, u32)];
@@ -51,11 +53,12 @@ impl Config {
         configs.next()
     }
 
-    /// The config that does the same by pairs of thread blocks, if that is likely to be faster: for a plan,
-    /// whose rows are known to be `alike` or not, for so many heads of all batches, on so many
-    /// multiprocessors.
+    /// The config that does the same by pairs of thread blocks, if that is likely to be faster than by this
+    /// one with such a cut: for a plan, whose rows are known to be `alike` or not, for so many heads of all
+    /// batches, on so many multiprocessors.
     pub fn in_pairs(
         self,
+        cut: Cut,
         layout: PlanLayout,
         alike: bool,
         lines: u32,
@@ -68,7 +71,11 @@ impl Config {
         }
         let [q_block, kv_block] =
             [layout.extents.q_block(), layout.extents.kv_block()].map(|block| block as u32);
-        let time = |config: &Self| config.time(layout, alike, lines, blocks);
+        let own = self.time(cut, layout, blocks);
+        let time = |pairs: &Self| {
+            let jobs = lines * pairs.jobs_of_head(layout, alike);
+            pairs.time(Cut::none(jobs), layout, pairs.takers(blocks))
+        };
         let pairs = [(128, 192, self.piece), (192, 64, 64)].map(|(queries, kv_tile, piece)| Self {
             rows: Rows::Pairs(queries),
             kv_tile,
@@ -80,20 +87,19 @@ impl Config {
             .into_iter()
             .filter(of_blocks)
             .min_by(|a, b| time(a).total_cmp(&time(b)))?;
-        (time(&best) < time(&self)).then_some(best)
+        (time(&best) < own).then_some(best)
     }
 
-    /// About how long a launch takes, in the time that whole tiles take for a query and its list.
-    fn time(self, layout: PlanLayout, alike: bool, lines: u32, blocks: u32) -> f64 {
+    /// About how long so many takers are busy, in the time that a tile of 128 alone takes for a query.
+    fn time(self, cut: Cut, layout: PlanLayout, takers: u32) -> f64 {
         let speed = match self.rows {
-            Rows::Whole(_) | Rows::Mixed => 1.0,
+            Rows::Whole(_) => 1.0,
+            Rows::Mixed => MIXED,
             Rows::Pairs(128) => PAIRS_OF_128,
             Rows::Pairs(_) => PAIRS_OF_192,
         };
-        let jobs = lines * self.jobs_of_head(layout, alike);
-        let rounds = f64::from(jobs) / f64::from(self.takers(blocks));
-        // Of the last round some are idle, and leave their power to the others.
-        (rounds + 0.5) * f64::from(self.queries()) / speed
+        let jobs = cut.time(takers, layout.columns() as u32, self.steps(layout));
+        jobs * f64::from(self.queries()) / speed
     }
 
     /// The config for a head dimension and a video in tiles of so many tokens; none if head_dim is
@@ -154,10 +160,11 @@ mod tests {
                     let [q, kv] = [q_block, kv_block].map(|block| block as usize);
                     let extents = Extents::new(8 * q, 8 * kv, q, kv).unwrap();
                     let layout = Plan::new(&BlockMask::from_fn(extents, |_, _| true)).layout();
-                    if let Some(pairs) = config.in_pairs(layout, true, 96, 132) {
+                    let cut = config.cut(layout, 96, 132);
+                    if let Some(pairs) = config.in_pairs(cut, layout, true, 96, 132) {
                         assert!(all.contains(&pairs), "{pairs:?}");
                     }
-                    if let Some(pairs) = config.in_pairs(layout, false, 96, 132) {
+                    if let Some(pairs) = config.in_pairs(cut, layout, false, 96, 132) {
                         assert!(all.contains(&pairs), "{pairs:?}");
                         assert!(pairs.takes(q_block, kv_block), "{pairs:?}");
                     }

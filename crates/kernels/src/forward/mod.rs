@@ -297,11 +297,15 @@ impl Config {
     /// Which tiles to compute in parts, for so many heads of all batches on so many multiprocessors.
     pub fn cut(self, layout: PlanLayout, lines: u32, blocks: u32) -> Cut {
         let tiles = lines * self.jobs_of_head(layout, false);
-        let steps = (layout.extents.kv_len() as u32).div_ceil(self.kv_tile);
         match self.has_parts() {
-            true => Cut::choose(tiles, blocks, layout.columns() as u32, steps),
+            true => Cut::choose(tiles, blocks, layout.columns() as u32, self.steps(layout)),
             false => Cut::none(tiles),
         }
+    }
+
+    /// Tiles of keys, of all of them.
+    fn steps(self, layout: PlanLayout) -> u32 {
+        (layout.extents.kv_len() as u32).div_ceil(self.kv_tile)
     }
 
     /// The launch that follows where tiles are computed in parts.
