@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -162,7 +162,7 @@ def peers(case: Case, args: argparse.Namespace) -> list[str]:
 
 
 def remaining(
-    jobs: list[Job], done: set[Unit], given_up: set[tuple[str, str]] = frozenset()
+    jobs: list[Job], done: set[Unit], given_up: Set[tuple[str, str]] = frozenset()
 ) -> list[Job]:
     """Without what is there, and who is given up. Ours is measured again beside a peer that is
     not there."""
