@@ -8,11 +8,13 @@ use crate::canvas::PIECE;
 use crate::cut::Cut;
 use crate::exact::Mask;
 
-/// How fast queries are computed by pairs of tiles of so many, and by tiles of several blocks, where tiles of 128
-/// alone have 1 and all multiprocessors are busy (decision 15).
+/// How fast queries are computed by pairs of tiles of so many where tiles of 128 alone have 1, and all
+/// multiprocessors are busy (decision 15).
 const PAIRS_OF_128: f64 = 1.035;
 const PAIRS_OF_192: f64 = 1.07;
-const MIXED: f64 = 0.8;
+/// And by tiles of several blocks: where rows are alike a little faster than the 0.7 of blocks of 64 at
+/// densities of 0.2 (by `benchmark.gpu`; an estimate).
+const OF_SEVERAL: f64 = 0.8;
 
 /// Keys of a tile and of a piece.
 type Tiles = &'static [(u32, u32)];
@@ -94,7 +96,7 @@ impl Config {
     fn time(self, cut: Cut, layout: PlanLayout, takers: u32) -> f64 {
         let speed = match self.rows {
             Rows::Whole(_) => 1.0,
-            Rows::Mixed => MIXED,
+            Rows::Mixed => OF_SEVERAL,
             Rows::Pairs(128) => PAIRS_OF_128,
             Rows::Pairs(_) => PAIRS_OF_192,
         };
