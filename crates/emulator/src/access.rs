@@ -94,7 +94,6 @@ impl Warp {
             asynchronous: false,
             atomic: false,
             threads: cluster.ordinary(),
-            of_block: cluster.threads_of_block(),
         }
     }
 

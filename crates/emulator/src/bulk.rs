@@ -333,7 +333,6 @@ impl Machine<'_> {
                 asynchronous: true,
                 atomic: false,
                 threads,
-                of_block: threads,
             };
             let shared = &mut self.clusters[here.cluster].blocks[rank].shared;
             let range = shared.data(address, bytes as usize, align)?;
@@ -507,7 +506,6 @@ impl Machine<'_> {
             asynchronous: true,
             atomic: false,
             threads: cluster.ordinary(),
-            of_block: cluster.threads_of_block(),
         };
         let shared = &mut cluster.blocks[here.rank].shared;
         let range = shared.data(source, bytes as usize, align)?;

@@ -94,12 +94,12 @@ impl Clock {
     /// Learns all that `other`, of the same thread block, knows.
     pub(crate) fn join(&mut self, other: &Self) {
         self.join_order(other);
-        self.hear(other);
+        raise(&mut self.told, &other.told);
     }
 
-    /// Learns what another thread block's thread tells in the cluster's scope.
+    /// Learns that all that `other` knows was released in the cluster's scope.
     pub(crate) fn hear(&mut self, other: &Self) {
-        raise(&mut self.told, &other.told);
+        raise(&mut self.told, &other.seen);
     }
 
     /// A release in the cluster's scope: all that is known to be over is visible there.

@@ -77,7 +77,7 @@ impl Cluster {
                 let index = [x, y, z];
                 let bytes = kernel.shared_bytes as usize;
                 let of = (rank, kernel.cluster);
-                let shared = Shared::new(index, of, bytes, program.shared_cell);
+                let shared = Shared::new(index, of, kernel.threads, bytes, program.shared_cell);
                 Block {
                     index,
                     number: (z * launch.grid[1] + y) * launch.grid[0] + x,
@@ -123,11 +123,6 @@ impl Cluster {
     /// Components of ordinary accesses: they are the first.
     pub(crate) fn ordinary(&self) -> Component {
         (LANES * self.warp_count()) as Component
-    }
-
-    /// Threads of a thread block.
-    pub(crate) fn threads_of_block(&self) -> Component {
-        (LANES * self.warps_per_block()) as Component
     }
 
     /// The component of a lane's ordinary accesses.

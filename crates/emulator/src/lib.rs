@@ -8,8 +8,8 @@
 //! engine and the matrix unit work asynchronously: at the latest moment that the program allows, or
 //! at the earliest; a right kernel gives the same results. On top of the results, shadow state tells
 //! what hardware lets pass: reads of what was never written, races between threads, blocks and async
-//! engines (vector clocks, the two proxies and the cluster's scope kept apart), accumulators used too early, wrong byte
-//! counts, deadlocks. Order is between threads: though lanes go in step here, what one has done is known
+//! engines (vector clocks, the two proxies and the cluster's scope kept apart), accumulators used too
+//! early, wrong byte counts, deadlocks. Order is between threads: though lanes go in step here, what one has done is known
 //! to another of its warp after `bar.warp.sync` or a barrier only, not after a shuffle or a vote.
 //!
 //! - `machine`: the scheduler; `program`: a kernel decoded; `warp`: registers and control flow;

@@ -91,9 +91,7 @@ impl Mbarrier {
             Some(scope) => {
                 self.gathered.join_order(clock);
                 if scope != Scope::Cta {
-                    let mut told = clock.clone();
-                    told.tell();
-                    self.gathered_far.hear(&told);
+                    self.gathered_far.join_order(clock);
                 }
             }
         }

@@ -26,8 +26,6 @@ pub(crate) struct Access<'a> {
     pub(crate) atomic: bool,
     /// Components below this are threads: their writes need a proxy fence before async accesses.
     pub(crate) threads: Component,
-    /// Threads of a thread block: a write by another one's must have been told in the cluster's scope.
-    pub(crate) of_block: Component,
 }
 
 /// What an access lacks that an earlier one is in the way of.
@@ -56,6 +54,8 @@ pub(crate) struct Conflict {
 /// The shadow of one block's shared memory.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
+    /// Threads of a thread block: what one of another wrote must have been told in the cluster's scope.
+    of_block: Component,
     /// Per cell: component (12 bits), whether atomic, instruction (19), epoch (32). 0: none.
     writes: Vec<u64>,
     /// By component and cell: epoch (32 bits), instruction (32).
@@ -78,7 +78,7 @@ impl Access<'_> {
     }
 
     /// Whether an earlier write is in the way.
-    fn blocked_by(&self, write: u64, cell: usize) -> Result<(), Conflict> {
+    fn blocked_by(&self, write: u64, cell: usize, of_block: Component) -> Result<(), Conflict> {
         if write == 0 || (self.atomic && write >> 51 & 1 != 0) {
             return Ok(());
         }
@@ -88,7 +88,11 @@ impl Access<'_> {
             Lack::Order
         } else if self.asynchronous && by_thread && self.clock.fenced(component) < epoch {
             Lack::Fence
-        } else if by_thread && self.is_foreign(component) && self.clock.told(component) < epoch {
+        } else if by_thread
+            && !self.asynchronous
+            && component / of_block != self.component / of_block
+            && self.clock.told(component) < epoch
+        {
             Lack::Scope
         } else {
             return Ok(());
@@ -101,17 +105,13 @@ impl Access<'_> {
             lack,
         })
     }
-
-    /// Whether this is a thread's access, and `component` a thread of another thread block.
-    fn is_foreign(&self, component: Component) -> bool {
-        !self.asynchronous && component / self.of_block != self.component / self.of_block
-    }
 }
 
 impl Shadow {
-    /// The shadow of so many cells, none accessed.
-    pub(crate) fn new(cells: usize) -> Self {
+    /// The shadow of so many cells, none accessed, of a thread block of so many threads.
+    pub(crate) fn new(cells: usize, of_block: Component) -> Self {
         Self {
+            of_block,
             writes: vec![0; cells],
             reads: Vec::new(),
             readers: Vec::new(),
@@ -123,7 +123,7 @@ impl Shadow {
         let mut last = 0;
         for (i, &write) in self.writes[cells.clone()].iter().enumerate() {
             if write != last {
-                access.blocked_by(write, cells.start + i)?;
+                access.blocked_by(write, cells.start + i, self.of_block)?;
                 last = write;
             }
         }

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use crate::clock::Component;
 use crate::fault::{Done, Kind, Place};
 use crate::mbarrier::Mbarrier;
 use crate::shadow::Shadow;
@@ -41,10 +42,12 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Uninitialised shared memory of so many bytes, of the block of `rank` in a cluster of `cluster`.
+    /// Uninitialised shared memory of so many bytes, of the block of `rank`, of so many threads, in a cluster
+    /// of `cluster`.
     pub(crate) fn new(
         block: [u32; 3],
         (rank, cluster): (u32, u32),
+        threads: u32,
         bytes: usize,
         cell: u32,
     ) -> Self {
@@ -58,7 +61,7 @@ impl Shared {
             base: at_rank(BASE, rank as usize),
             bytes: vec![0xcd; bytes],
             known: vec![0; bytes],
-            shadow: Shadow::new(bytes.div_ceil(1 << cell)),
+            shadow: Shadow::new(bytes.div_ceil(1 << cell), threads as Component),
             cell,
             barriers: Vec::new(),
             barrier_at: vec![0; bytes.div_ceil(8)],

@@ -308,7 +308,6 @@ impl Machine<'_> {
             asynchronous: true,
             atomic: false,
             threads: cluster.ordinary(),
-            of_block: cluster.threads_of_block(),
         };
         let shared = &mut cluster.blocks[here.rank].shared;
         let mut conflict = None;

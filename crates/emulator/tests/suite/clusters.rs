@@ -21,17 +21,6 @@ fn load<'k>(k: &'k Builder, address: impl AddressOf<u32>) -> Reg<'k, u32> {
     value
 }
 
-/// Stores a word to a shared::cluster address.
-#[track_caller]
-fn store(k: &Builder, address: impl AddressOf<u32>, value: Reg<'_, u32>) {
-    k.emit(Op::Store {
-        space: Space::Cluster,
-        ty: Ty::U32,
-        src: vec![Operand::Reg(value.id())],
-        address: address.address(),
-    });
-}
-
 /// Adds to a word at an address.
 #[track_caller]
 fn add(k: &Builder, space: Space, address: impl AddressOf<u32>, value: u32) {
@@ -97,7 +86,7 @@ fn addresses_name_a_block_of_the_cluster() {
         k.cluster_sync();
         k.if_(k.tid().equals(0), || {
             let (theirs, mine) = (load(k, other.at(8)), load(k, smem.at(8)));
-            store(k, other.at(12), number * 10);
+            k.store_cluster(other.at(12), number * 10);
             add(k, Space::Cluster, other.at(16), 100);
             k.mbarrier_arrive_remote_release(other);
             k.mbarrier_wait_for_block(smem, 0);
@@ -284,7 +273,7 @@ fn handed_over(releases: bool, acquires: bool) -> (Kernel, Launch, Memory, u64) 
         k.cluster_sync();
         k.if_(k.tid().equals(0) & rank.equals(1), || {
             let first = k.map_shared(smem, 0);
-            store(k, first.at(8), k.var(7u32));
+            k.store_cluster(first.at(8), k.var(7u32));
             match releases {
                 true => k.mbarrier_arrive_remote_release(first),
                 false => k.mbarrier_arrive_remote(first),

@@ -73,8 +73,7 @@ impl Config {
         }
         let [q_block, kv_block] =
             [layout.extents.q_block(), layout.extents.kv_block()].map(|block| block as u32);
-        let own = self.time(cut, layout, blocks);
-        let time = |pairs: &Self| {
+        let time = |pairs: Self| {
             let jobs = lines * pairs.jobs_of_head(layout, alike);
             pairs.time(Cut::none(jobs), layout, pairs.takers(blocks))
         };
@@ -84,12 +83,12 @@ impl Config {
             piece,
             ..self
         });
-        let of_blocks = |config: &Self| alike || config.takes(q_block, kv_block);
-        let best = pairs
+        let (least, best) = pairs
             .into_iter()
-            .filter(of_blocks)
-            .min_by(|a, b| time(a).total_cmp(&time(b)))?;
-        (time(&best) < own).then_some(best)
+            .filter(|pairs| alike || pairs.takes(q_block, kv_block))
+            .map(|pairs| (time(pairs), pairs))
+            .min_by(|a, b| a.0.total_cmp(&b.0))?;
+        (least < self.time(cut, layout, blocks)).then_some(best)
     }
 
     /// About how long so many takers are busy, in the time that a tile of 128 alone takes for a query.

@@ -58,6 +58,22 @@ fn no_cluster_sync(s: &mut Setup, nth: usize) -> usize {
     remove(s.kernel_mut(), Within(2 * nth, 2 * nth + 2), cluster)
 }
 
+/// Lets those arrivals or waits that are in the cluster's scope be in the thread block's.
+fn in_scope_of_block(s: &mut Setup, which: impl Fn(&Op) -> bool) -> usize {
+    let of_cluster = |op: &Op| {
+        let scope = match op {
+            Op::MbarrierArrive { scope, .. } | Op::MbarrierWait { scope, .. } => Some(*scope),
+            _ => None,
+        };
+        which(op) && scope == Some(Scope::Cluster)
+    };
+    change(s.kernel_mut(), All, of_cluster, |op| {
+        if let Op::MbarrierArrive { scope, .. } | Op::MbarrierWait { scope, .. } = op {
+            *scope = Scope::Cta;
+        }
+    })
+}
+
 pub fn table() -> Vec<Mutation> {
     let mutation = |name, kind, edit, by| Mutation {
         name,
@@ -151,33 +167,13 @@ pub fn table() -> Vec<Mutation> {
         mutation(
             "the next job's number is put up for threads of one block",
             "scope",
-            |s| {
-                let releases = op!(Op::MbarrierArrive {
-                    scope: Scope::Cluster,
-                    ..
-                });
-                change(s.kernel_mut(), All, releases, |op| {
-                    if let Op::MbarrierArrive { scope, .. } = op {
-                        *scope = Scope::Cta;
-                    }
-                })
-            },
+            |s| in_scope_of_block(s, op!(Op::MbarrierArrive { .. })),
             By::Emulator(&["Scope"]),
         ),
         mutation(
             "the next job's number is waited for as if it came from the same block",
             "scope",
-            |s| {
-                let acquires = op!(Op::MbarrierWait {
-                    scope: Scope::Cluster,
-                    ..
-                });
-                change(s.kernel_mut(), All, acquires, |op| {
-                    if let Op::MbarrierWait { scope, .. } = op {
-                        *scope = Scope::Cta;
-                    }
-                })
-            },
+            |s| in_scope_of_block(s, op!(Op::MbarrierWait { .. })),
             By::Emulator(&["Scope"]),
         ),
         mutation(

@@ -383,27 +383,22 @@ fn scores_that_rise() {
 /// blocks of queries of any size.
 #[test]
 fn pairs_of_tiles_share_keys() {
-    let rows = |list: &'static str, rows| vec![list; rows];
-    for (config, [q_len, q_block], [kv_len, kv_block], blocks) in [
-        (pairs(128, 192), [700usize, 384], [5 * 192 - 70, 192], 2),
+    let lists = ["11111", "00000", "01011", "10000"];
+    for (config, q, kv, blocks) in [
+        (pairs(128, 192), [700, 384], [5 * 192 - 70, 192], 2),
         (pairs(128, 192), [200, 48], [5 * 192, 192], 5),
         (pairs(128, 64), [1290, 256], [5 * 128 - 3, 128], 4),
         (pairs(128, 64), [120, 16], [5 * 64, 64], 3),
         (pairs(192, 64), [1000, 128], [5 * 64 - 30, 64], 4),
         (pairs(192, 64), [190, 16], [5 * 192, 192], 5),
     ] {
-        let count = q_len.div_ceil(q_block);
-        let lists = ["11111", "00000", "01011", "10000"].map(|list| rows(list, count));
-        let lists: Vec<&[&str]> = lists.iter().map(Vec::as_slice).collect();
         let problem = Forward {
-            heads: 4,
-            kv_heads: 2,
             blocks,
             tokens_first: blocks == 4,
             lse: blocks != 3,
             alike: true,
             scale: if blocks == 5 { 8.0 } else { 0.125 },
-            ..Forward::new(config, mask([q_len, kv_len], [q_block, kv_block], &lists))
+            ..of_pairs(config, q, kv, |head, _| lists[head])
         };
         right_in_all_ways(&problem.setup(), &Options::all(2));
     }
@@ -413,29 +408,40 @@ fn pairs_of_tiles_share_keys() {
 /// keys; the sequence ends in a block's first tile, or its last.
 #[test]
 fn pairs_of_tiles_of_a_block_share_keys() {
-    let rows = ["11111", "00000", "01011", "10000", "00100"];
-    for (config, [q_len, q_block], [kv_len, kv_block], blocks) in [
-        (pairs(128, 192), [700usize, 256], [5 * 192 - 70, 192], 2),
+    let lists = ["11111", "00000", "01011", "10000", "00100"];
+    for (config, q, kv, blocks) in [
+        (pairs(128, 192), [700, 256], [5 * 192 - 70, 192], 2),
         (pairs(128, 64), [1200, 512], [5 * 64, 64], 7),
         (pairs(192, 64), [1100, 384], [5 * 192 - 70, 192], 4),
         (pairs(192, 64), [1600, 768], [5 * 64, 64], 2),
         (pairs(192, 64), [1900, 384], [5 * 64 - 3, 64], 9),
     ] {
-        let count = q_len.div_ceil(q_block);
-        let lists: Vec<Vec<&str>> = (0..4)
-            .map(|head| (0..count).map(|row| rows[(head + row) % 5]).collect())
-            .collect();
-        let lists: Vec<&[&str]> = lists.iter().map(Vec::as_slice).collect();
         let problem = Forward {
-            heads: 4,
-            kv_heads: 2,
             blocks,
             tokens_first: blocks == 4,
             lse: blocks != 7,
             scale: if blocks == 9 { 8.0 } else { 0.125 },
-            ..Forward::new(config, mask([q_len, kv_len], [q_block, kv_block], &lists))
+            ..of_pairs(config, q, kv, |head, row| lists[(head + row) % 5])
         };
         right_in_all_ways(&problem.setup(), &Options::all(2));
+    }
+}
+
+/// Four heads, two of which share keys: the length and the block of queries and of keys, and the list of a
+/// head's row of blocks.
+fn of_pairs(
+    config: forward::Config,
+    [q_len, q_block]: [usize; 2],
+    [kv_len, kv_block]: [usize; 2],
+    list: impl Fn(usize, usize) -> &'static str,
+) -> Forward {
+    let rows = 0..q_len.div_ceil(q_block);
+    let lists = [0, 1, 2, 3].map(|head| rows.clone().map(|row| list(head, row)).collect());
+    let heads = lists.each_ref().map(Vec::as_slice);
+    Forward {
+        heads: 4,
+        kv_heads: 2,
+        ..Forward::new(config, mask([q_len, kv_len], [q_block, kv_block], &heads))
     }
 }
 
