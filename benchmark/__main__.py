@@ -15,9 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence, Set
-from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +47,8 @@ OWN_BLOCKS = {"VSA": 64}
 LONGEST = {"FA2": 30720}
 # What `main` returns where another process is to go on.
 AGAIN = 3
+# What ends by a user's interrupt returns, as shells have it.
+INTERRUPTED = 130
 # What a process does, and by which signals who is measured ends it.
 PROCESS = "from benchmark.__main__ import process; process()"
 ENDS = (signal.SIGALRM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -61,6 +61,10 @@ class Job(NamedTuple):
     case: Case
     passed: str
     peers: list[str]
+
+    def unit(self, name: str) -> Unit:
+        """An implementation's."""
+        return Unit(self.suite, self.case.name, self.passed, name)
 
     def seconds(self, args: argparse.Namespace) -> float:
         """About how long it takes."""
@@ -169,7 +173,7 @@ def remaining(
     left = []
     for job in jobs:
         who = (name for name in job.peers if (name, job.passed) not in given_up)
-        units = {name: Unit(job.suite, job.case.name, job.passed, name) for name in ("ours", *who)}
+        units = {name: job.unit(name) for name in ("ours", *who)}
         missing = [name for name, unit in units.items() if unit not in done]
         if missing:
             left.append(job._replace(peers=[name for name in missing if name != "ours"]))
@@ -182,9 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = describe(torch.device(args.device), args.commit)
         folder = args.results / machine.folder
         results, underway = Results(folder), Underway(folder / "underway.json", args.patience)
-        unit = underway.left()
-        if unit is not None and args.given_up:
-            results.add_absent(unit, GIVEN_UP, machine)
+        if args.given_up:
+            results.add_absent(underway.left(), GIVEN_UP, machine)
         done = results.finished(machine, args.retry)
         left = remaining(chosen(args), done, results.given_up(machine, args.retry))
     except (ValueError, Damaged) as error:
@@ -233,11 +236,10 @@ def run(
                 job.passed == "backward",
                 args.rounds,
                 args.turn,
-                partial(watch, underway, job),
+                lambda name, job=job: underway.measuring(job.unit(name)),
             )
         except Broken as broken:
-            unit = Unit(job.suite, job.case.name, job.passed, broken.name)
-            results.add_absent(unit, broken.reason, machine)
+            results.add_absent(job.unit(broken.name), broken.reason, machine)
             say(f"{name}: {broken}. Start again: it goes on behind.")
             return AGAIN
         keep(job, problem, measured, results, machine)
@@ -261,11 +263,6 @@ def run(
     return status
 
 
-def watch(underway: Underway, job: Job, name: str) -> AbstractContextManager[None]:
-    """What is done of an implementation."""
-    return underway.measuring(Unit(job.suite, job.case.name, job.passed, name))
-
-
 def keep(
     job: Job, problem: Problem, measured: Measured, results: Results, machine: Machine
 ) -> None:
@@ -273,13 +270,11 @@ def keep(
     if measured.figures:
         results.add(job.suite, job.passed, problem, measured.figures, machine)
     for name, reason in (measured.absent | measured.failed).items():
-        unit = Unit(job.suite, job.case.name, job.passed, name)
-        results.add_absent(unit, reason, machine)
+        results.add_absent(job.unit(name), reason, machine)
     if not measured.figures:
         # Without ours, nobody was tried.
         for name in job.peers:
-            unit = Unit(job.suite, job.case.name, job.passed, name)
-            results.add_absent(unit, WAITS, machine)
+            results.add_absent(job.unit(name), WAITS, machine)
 
 
 def in_words(measured: Measured) -> str:
@@ -305,7 +300,7 @@ def process() -> None:
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(AGAIN + 1)
+        sys.exit(INTERRUPTED)
 
 
 def processes(arguments: Sequence[str]) -> int:

@@ -20,10 +20,10 @@ class Underway:
     def __init__(self, path: Path, patience: float):
         self.path, self.patience = path, patience
 
-    def left(self) -> Unit | None:
-        """Who was being measured when the process before ended, if that was not its own end."""
+    def left(self) -> Unit:
+        """Who was being measured when the process before was ended by that, which is told once."""
         if not self.path.exists():
-            return None
+            raise ValueError("the process before was ended while nobody was being measured")
         unit = Unit(**json.loads(self.path.read_text()))
         self.path.unlink()
         return unit
@@ -40,4 +40,4 @@ class Underway:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)

@@ -367,14 +367,18 @@ def test_who_does_not_end_is_given_up(tmp_path, monkeypatch, ends):
     (given_up,) = rows(tmp_path, "absent.csv")
     assert (given_up["impl"], given_up["reason"]) == ("SDPA", GIVEN_UP)
     assert not list(tmp_path.glob("*/underway.json"))
+    # Where nobody was being measured, no other process goes on.
+    assert main([*arguments, "--given-up"]) == 2
 
 
-def test_who_was_measured_when_somebody_else_ended_the_process_is_asked_again(tmp_path):
+@pytest.mark.parametrize("length", [None, 10, 0])
+def test_who_was_measured_when_somebody_else_ended_the_process_is_asked_again(tmp_path, length):
     case = ["--case", "dense s200", "--passes", "forward"]
     assert run(tmp_path, *case) == 0
     (folder,) = tmp_path.iterdir()
     underway = '{"suite": "smoke", "case": "dense s200", "passed": "backward", "impl": "SDPA"}'
-    (folder / "underway.json").write_text(underway)
+    # The file may be cut short.
+    (folder / "underway.json").write_text(underway[:length])
     assert run(tmp_path, "--case", "dense s200") == 0
     assert [(r["impl"], r["pass"]) for r in rows(tmp_path)] == [
         ("ours", "forward"),
