@@ -40,7 +40,7 @@ use flex_block_attn_tile::{Shape, WARPGROUP};
 
 use crate::canvas::{self, Boxes, Canvas};
 use crate::chunk;
-use crate::cut::{Cut, InParts};
+use crate::cut::{Cut, InParts, Pass};
 use crate::exact::{Mask, Table};
 use crate::forward::{self, Tensor};
 use crate::lists::{self, Call, panels, whole};
@@ -124,7 +124,8 @@ pub fn cut(
     let rows = u32::try_from(extents.q_blocks()).ok()?;
     let walked = extents.q_len().div_ceil(queries(head_dim as u32) as usize);
     let steps = u32::try_from(walked.checked_mul(heads / kv_heads)?).ok()?;
-    Some(Cut::choose(tiles, multiprocessors, rows, steps))
+    let pass = Pass::BACKWARD;
+    Some(Cut::choose(pass, tiles, multiprocessors, rows, steps))
 }
 
 /// Numbers of 32 bits that the parts of a launch leave.
@@ -420,7 +421,7 @@ mod tests {
             tiles,
             parts,
         };
-        assert_eq!(of(11_520, 128, [1, 1]), parts(0, 90, 7));
+        assert_eq!(of(11_520, 128, [1, 1]), parts(0, 90, 4));
         assert_eq!(of(19_200, 128, [1, 1]), parts(132, 18, 7));
         // Heads of q that share keys have no tiles of their own, but lists.
         assert_eq!(of(11_520, 128, [4, 1]), parts(0, 90, 7));

@@ -5,7 +5,7 @@ use flex_block_attn_ptx::Element;
 
 use super::{Config, Rows};
 use crate::canvas::PIECE;
-use crate::cut::Cut;
+use crate::cut::{Cut, Pass};
 use crate::exact::Mask;
 
 /// How fast queries are computed by pairs of tiles of so many where tiles of 128 alone have 1, and all
@@ -99,7 +99,8 @@ impl Config {
             Rows::Pairs(128) => PAIRS_OF_128,
             Rows::Pairs(_) => PAIRS_OF_192,
         };
-        let jobs = cut.time(takers, layout.columns() as u32, self.steps(layout));
+        let entries = layout.columns() as u32;
+        let jobs = cut.time(Pass::FORWARD, takers, entries, self.steps(layout));
         jobs * f64::from(self.queries()) / speed
     }
 

@@ -57,7 +57,7 @@ use flex_block_attn_ptx::{Arg, Builder, Element, Kernel, Launch};
 use flex_block_attn_tile::{Shape, Strides, WARPGROUP};
 
 use crate::canvas::{self, Boxes, Canvas};
-use crate::cut::{Cut, InParts};
+use crate::cut::{Cut, InParts, Pass};
 use crate::exact::{Mask, Table};
 use crate::lists::{self, Call, panels, whole};
 
@@ -298,7 +298,10 @@ impl Config {
     pub fn cut(self, layout: PlanLayout, lines: u32, blocks: u32) -> Cut {
         let tiles = lines * self.jobs_of_head(layout, false);
         match self.has_parts() {
-            true => Cut::choose(tiles, blocks, layout.columns() as u32, self.steps(layout)),
+            true => {
+                let entries = layout.columns() as u32;
+                Cut::choose(Pass::FORWARD, tiles, blocks, entries, self.steps(layout))
+            }
             false => Cut::none(tiles),
         }
     }
