@@ -67,7 +67,7 @@ def flex_block_attn_func(
     if done is None:
         same_device("block_mask", plan, q)
         scale, deterministic = default_scale(q), is_deterministic(deterministic)
-        done = ops.forward(q, k, v, plan, q_block, kv_block, scale, deterministic)
+        done = direct.differentiable(q, k, v, plan, (q_block, kv_block, scale, deterministic))
     return done[0]
 
 
@@ -123,7 +123,7 @@ def flex_block_attn(
         scale = default_scale(q) if scale is None else scale
         deterministic = is_deterministic(deterministic)
         settings = *sizes[2:], scale, deterministic
-        done = ops.attention(q, k, v, mask.plan, *settings, exact, mask.alike)
+        done = direct.differentiable(q, k, v, mask.plan, settings, exact, mask.alike)
     return done if return_lse else done[0]
 
 

@@ -1,10 +1,12 @@
-"""The short way of a call on a GPU, past torch's dispatcher. In: tensors as users have them. Out:
-the result, or None where the call must go the long way, by the operators of :mod:`.ops`.
+"""The short way of a call, past torch's dispatcher. In: tensors as users have them. Out: the
+result; None where the call must go the long way, by the operators of :mod:`.ops`, and its inputs be
+looked at first.
 
-Called by :mod:`.api`, :mod:`.masks`, :mod:`.ssta_attention` and ``distributed``. torch's
-dispatcher and the Python code around an operator's derivative take several times what a call itself
-takes; where nobody differentiates, compiles, traces or watches, and kernels take the tensors as
-they are, none of it does anything. What is wrong with a call is mostly left to the long way to say.
+Called by :mod:`.api`, :mod:`.masks`, :mod:`.moba`, :mod:`.video`, :mod:`.ssta_attention` and
+``distributed``. torch's dispatcher and the Python code around an operator's derivative take several
+times what a call itself takes; where nobody compiles, traces or watches, and kernels take the
+tensors as they are, none of it does anything. What is wrong with a call is mostly left to the long
+way to say.
 """
 
 from typing import Any
@@ -24,6 +26,9 @@ try:
 except (ImportError, AttributeError):
     # These names are torch's own. Without them every call goes the long way: slower, never wrong.
     _CAN_TELL = False
+
+# Blocks of queries and keys, the scale, and whether the gradient of q is to repeat.
+Settings = tuple[int, int, float, bool]
 
 
 def plan(
@@ -73,11 +78,83 @@ def select(
     return launch.select((q, k), order, choice, numbers, base, text_mask)
 
 
-def gradients(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``ops.backward`` gives; nobody differentiates it."""
-    if not _nobody_watches() or torch.is_grad_enabled():
+def differentiable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    settings: Settings,
+    exact: launch.Exact | None = None,
+    alike: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`ops.attention` gives, of tensors that go together and are on one device."""
+    tensors = q, k, v, plan
+    if _nobody_watches() and all(_is_plain(x) for x in tensors):
+        return _Differentiable.apply(*tensors, settings, exact, alike)
+    return ops.attention(*tensors, *settings, exact, alike)
+
+
+class _Differentiable(torch.autograd.Function):
+    """A node of autograd's own: that of an operator costs as much again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Tensor,
+        settings: Settings,
+        exact: launch.Exact | None,
+        alike: bool,
+    ) -> tuple[Tensor, Tensor]:
+        results = ops.forward_of(q.device)(q, k, v, plan, *settings, alike, exact)
+        ctx.formula, tables = (None, []) if exact is None else exact
+        ctx.settings = settings
+        ctx.save_for_backward(q, k, v, *results, plan, *tables)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        nothing = (None,) * 4
+        if dout is None and dlse is None:
+            return None, None, None, *nothing
+        q, k, v, out, lse, plan, *tables = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wanted = list(ctx.needs_input_grad[:3])
+        exact = None if ctx.formula is None else (ctx.formula, tables)
+        saved = q, k, v, out, lse, plan
+        given = gradients(dout, dlse, *saved, *ctx.settings, wanted, exact=exact)
+        of_inputs = (x if wants else None for x, wants in zip(given, wanted, strict=True))
+        return *of_inputs, *nothing
+
+
+def gradients(
+    dout: Tensor, *rest: Any, exact: launch.Exact | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``ops.backward`` gives, or ``ops.exact_backward``; nobody differentiates it."""
+    incoming = (dout,) if rest[0] is None else (dout, rest[0])
+    if _nobody_watches() and not torch.is_grad_enabled() and all(_is_plain(x) for x in incoming):
+        return ops.backward_of(dout.device)(dout, *rest, exact)
+    if exact is None:
         return ops.backward(dout, *rest)
-    return ops.backward_of(dout.device)(dout, *rest)
+    formula, tables = exact
+    # The lse's gradient, five tensors and the plan come before the tables.
+    return ops.exact_backward(dout, *rest[:7], tables, formula, *rest[7:])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its numbers: subclasses may mean something else by what is done to
+    them, and torch has tensors whose sign is a note, and zeros without memory."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type in ("cpu", "cuda")
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
 
 
 def _nobody_watches() -> bool:

@@ -3,9 +3,9 @@ masks with an expression ``::exact_forward`` and ``::exact_backward``, which are
 tables too.
 
 In: tensors and numbers. Out: new tensors, which torch allocates here and the library fills.
-Called by :mod:`.api`, :mod:`.masks` and :mod:`.moba` where the short way of :mod:`.direct` is not
-open. Being operators, with what they return known without running them and with their derivative,
-they compile into graphs, and autograd and checkpointing see one node each.
+Called by :mod:`.direct`, and by :mod:`.api`, :mod:`.masks`, :mod:`.moba` and :mod:`.video` where
+its short way is not open. Being operators, with what they return known without running them and
+with their derivative, they compile into graphs, and autograd and checkpointing see one node each.
 
 Registered by ``define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times
 what the call itself does.
@@ -207,6 +207,12 @@ torch.library.impl(f"{_LIBRARY}::forward", "CPU", _forward_cpu)
 torch.library.impl(f"{_LIBRARY}::forward", "CUDA", _forward_cuda)
 
 
+def forward_of(device: torch.device) -> Any:
+    """What torch comes to for tensors of a device; where there is one, the mask's expression is the
+    last argument."""
+    return _forward_cuda if device.type == "cuda" else _forward_cpu
+
+
 # --- backward -----------------------------------------------------------------------------------
 
 
@@ -323,7 +329,7 @@ torch.library.impl(f"{_LIBRARY}::backward", "CUDA", _backward_cuda)
 
 
 def backward_of(device: torch.device) -> Any:
-    """What torch comes to for tensors of a device."""
+    """As :func:`forward_of`."""
     return _backward_cuda if device.type == "cuda" else _backward_cpu
 
 

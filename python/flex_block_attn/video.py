@@ -95,7 +95,7 @@ def video_attention(
     if q.is_cuda and padding == "zero" and not is_native(q, canvas):
         places = places_of(canvas, "zero", q.device)
         tiled = (ToTiles.apply(x, *places) for x in (q, k, v))
-        out, _ = ops.attention(*tiled, plan, canvas.block, canvas.block, *settings, None)
+        out, _ = direct.differentiable(*tiled, plan, (canvas.block, canvas.block, *settings))
         return FromTiles.apply(out, *places)
     return attend(q, k, v, plan, canvas, padding, *settings)
 

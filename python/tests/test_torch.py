@@ -132,8 +132,17 @@ def test_losses_of_either_output(of):
         lambda dout: dout.transpose(1, 2).contiguous().transpose(1, 2),
         lambda dout: dout.transpose(2, 3).contiguous().transpose(2, 3),
         lambda dout: dout.repeat_interleave(2, dim=3)[..., ::2],
+        lambda dout: torch._neg_view(-dout),
     ],
-    ids=["one number", "a column", "a row", "transposed", "head_dim outside", "every other"],
+    ids=[
+        "one number",
+        "a column",
+        "a row",
+        "transposed",
+        "head_dim outside",
+        "every other",
+        "negative bit",
+    ],
 )
 def test_gradients_of_any_layout(layout):
     """The incoming gradient is often a view: ``out.sum()`` gives one number, expanded."""
@@ -142,7 +151,8 @@ def test_gradients_of_any_layout(layout):
     dout = layout(torch.randn_like(out))
     dlse = torch.randn(2, 1, 1).expand(lse.shape)
     got = torch.autograd.grad((out, lse), tensors, (dout, dlse), retain_graph=True)
-    plain = torch.autograd.grad((out, lse), tensors, (dout.contiguous(), dlse.contiguous()))
+    simple = dout.contiguous().resolve_neg(), dlse.contiguous()
+    plain = torch.autograd.grad((out, lse), tensors, simple)
     assert dout.shape == out.shape and bits_equal(got, plain)
 
 
@@ -194,15 +204,23 @@ def test_output_changed_before_backward_is_noticed():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the backward operator is told."""
+    """What the backward pass is told, past torch's dispatcher or by it."""
     told = []
 
     def backward(*arguments):
         told.append(arguments[-2])
         return original(*arguments)
 
-    original = ops.backward
+    def backward_of(device):
+        def call(*arguments):
+            told.append(arguments[-3])
+            return original_of(device)(*arguments)
+
+        return call
+
+    original, original_of = ops.backward, ops.backward_of
     monkeypatch.setattr(ops, "backward", backward)
+    monkeypatch.setattr(ops, "backward_of", backward_of)
     return told
 
 
