@@ -379,6 +379,37 @@ def test_tensors_that_are_not_as_simple_as_they_look(disguise, grad):
             assert torch.equal(flex_block_attn(*changed, MASK).detach(), expected)
 
 
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, call, types, arguments=(), settings=None):
+        return call(*arguments, **(settings or {}))
+
+
+def test_calls_that_need_an_operator_get_it(monkeypatch):
+    """Others have a node of autograd's own, past torch's dispatcher."""
+    called = []
+
+    def forward(*arguments):
+        called.append(True)
+        return original(*arguments)
+
+    original = ops.forward
+    monkeypatch.setattr(ops, "forward", forward)
+    q, k, v = inputs()
+    expected = flex_block_attn(q, k, v, MASK)
+    assert type(expected.grad_fn).__name__ == "_DifferentiableBackward"
+    gradients = torch.autograd.grad(expected.cos().sum(), (q, k, v))
+    assert torch.equal(flex_block_attn(torch.nn.Parameter(q), k, v, MASK), expected)
+    assert not called
+    for other in (q.as_subclass(Named), torch._neg_view(-q)):
+        assert torch.equal(flex_block_attn(other, k, v, MASK), expected)
+        assert called == [True]
+        called.clear()
+    with Watched():
+        out = flex_block_attn(q, k, v, MASK)
+    assert called == [True]
+    assert bits_equal(torch.autograd.grad(out.cos().sum(), (q, k, v)), gradients)
+
+
 def test_what_is_no_plain_tensor_of_a_gpu_goes_the_long_way():
     """To look whether the short way is open fails for nothing; what is wrong is said later."""
     x = torch.randn(1, 2, 16, 64, dtype=torch.bfloat16)
