@@ -10,11 +10,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from flex_block_attn import BlockMask, flex_block_attn, flex_block_attn_func
+
+# Of q, k and v.
+Attention = Callable[..., Any]
 
 
 def microseconds(call: Callable[[], object], calls: int, repeats: int) -> float:
@@ -40,22 +45,33 @@ def main() -> None:
     q, k, v = (torch.randn(1, 2, 256, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     kept = BlockMask(torch.ones(2, 2, dtype=torch.bool, device="cuda"), 256, 256, 128, 128)
     blocks = torch.ones(2, 2, dtype=torch.bool, device="cuda")
-    calls: dict[str, Callable[[], object]] = {
-        "flex_block_attn, plan kept": lambda: flex_block_attn(q, k, v, kept),
-        "flex_block_attn_func, planned anew": lambda: flex_block_attn_func(
+    calls: dict[str, Attention] = {
+        "flex_block_attn, plan kept": lambda q, k, v: flex_block_attn(q, k, v, kept),
+        "flex_block_attn_func, planned anew": lambda q, k, v: flex_block_attn_func(
             q, k, v, 128, 128, blocks
         ),
-        "torch scaled_dot_product_attention": lambda: scaled_dot_product_attention(q, k, v),
-        "torch empty_like, three times": lambda: [torch.empty_like(q) for _ in range(3)],
+        "torch scaled_dot_product_attention": scaled_dot_product_attention,
+        "torch empty_like, three times": lambda *inputs: [torch.empty_like(x) for x in inputs],
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'call':38} {'no_grad us':>10} {'inference_mode us':>18}")
-    for name, call in calls.items():
-        figures = []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds")
+    columns = "no_grad", "inference_mode", "with gradients", "backward"
+    print(f"{'call':38}" + "".join(f"{column:>16}" for column in columns))
+
+    def timed(call: Callable[[], object]) -> str:
+        return f"{microseconds(call, args.calls, args.repeats):16.1f}"
+
+    for name, attention in calls.items():
+        cells = []
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                figures.append(microseconds(call, args.calls, args.repeats))
-        print(f"{name:38} {figures[0]:10.1f} {figures[1]:18.1f}", flush=True)
+                cells.append(timed(lambda: attention(q, k, v)))
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs)
+        if isinstance(out, torch.Tensor):
+            cells.append(timed(lambda: attention(*inputs)))
+            backward = partial(torch.autograd.grad, out, inputs, out.detach(), retain_graph=True)
+            cells.append(timed(backward))
+        print(f"{name:38}" + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":
