@@ -135,9 +135,11 @@ def gradients(
     dout: Tensor, *rest: Any, exact: launch.Exact | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``ops.backward`` gives, or ``ops.exact_backward``; nobody differentiates it."""
-    incoming = (dout,) if rest[0] is None else (dout, rest[0])
-    if _nobody_watches() and not torch.is_grad_enabled() and all(_is_plain(x) for x in incoming):
-        return ops.backward_of(dout.device)(dout, *rest, exact)
+    if _nobody_watches() and not torch.is_grad_enabled():
+        # With the lse's gradient, five tensors and the plan.
+        tensors = dout, *rest[:7]
+        if all(x is None or _is_plain(x) for x in tensors):
+            return ops.backward_of(dout.device)(dout, *rest, exact)
     if exact is None:
         return ops.backward(dout, *rest)
     formula, tables = exact
@@ -150,7 +152,7 @@ def _is_plain(tensor: Tensor) -> bool:
     them, and torch has tensors whose sign is a note, and zeros without memory."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type in ("cpu", "cuda")
+        and (tensor.is_cuda or tensor.is_cpu)
         and tensor.layout is torch.strided
         and not tensor.is_neg()
         and (tensor.data_ptr() != 0 or tensor.numel() == 0)

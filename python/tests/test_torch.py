@@ -22,7 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from training import TOKENS, Model, denoising
 
-from flex_block_attn import BlockMask, _native, flex_block_attn, flex_block_attn_func, ops
+from flex_block_attn import (
+    BlockMask,
+    _native,
+    direct,
+    flex_block_attn,
+    flex_block_attn_func,
+    ops,
+)
 
 BLOCKS = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 1, 0]]).bool()
 MASK = BlockMask(BLOCKS, 60, 40, 16, 16)
@@ -408,6 +415,19 @@ def test_calls_that_need_an_operator_get_it(monkeypatch):
         out = flex_block_attn(q, k, v, MASK)
     assert called == [True]
     assert bits_equal(torch.autograd.grad(out.cos().sum(), (q, k, v)), gradients)
+
+
+@pytest.mark.parametrize("i", range(7))
+def test_gradients_of_saved_tensors_whose_sign_is_a_note(i):
+    """As ranks ask for them, whose saved tensors are what users gave."""
+    q, k, v = inputs(grad=False)
+    out, lse = flex_block_attn(q, k, v, MASK, return_lse=True)
+    tensors = [torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse]
+    settings = MASK.plan, 16, 16, 0.3, False, [True] * 3
+    with torch.no_grad():
+        expected = direct.gradients(*tensors, *settings)
+        tensors[i] = torch._neg_view(-tensors[i])
+        assert bits_equal(direct.gradients(*tensors, *settings), expected)
 
 
 def test_what_is_no_plain_tensor_of_a_gpu_goes_the_long_way():
