@@ -109,42 +109,24 @@ class _Differentiable(torch.autograd.Function):
         alike: bool,
     ) -> tuple[Tensor, Tensor]:
         results = ops.forward_of(q.device)(q, k, v, plan, *settings, alike, exact)
-        ctx.formula, tables = (None, []) if exact is None else exact
-        ctx.settings = settings
-        ctx.save_for_backward(q, k, v, *results, plan, *tables)
-        ctx.set_materialize_grads(False)
+        ops.save(ctx, (q, k, v, plan), results, settings, exact)
         return results
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        nothing = (None,) * 4
-        if dout is None and dlse is None:
-            return None, None, None, *nothing
-        q, k, v, out, lse, plan, *tables = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        wanted = list(ctx.needs_input_grad[:3])
-        exact = None if ctx.formula is None else (ctx.formula, tables)
-        saved = q, k, v, out, lse, plan
-        given = gradients(dout, dlse, *saved, *ctx.settings, wanted, exact=exact)
-        of_inputs = (x if wants else None for x, wants in zip(given, wanted, strict=True))
-        return *of_inputs, *nothing
+        return *ops.differentiate(ctx, dout, dlse, gradients), None, None, None, None
 
 
 def gradients(
     dout: Tensor, *rest: Any, exact: launch.Exact | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``ops.backward`` gives, or ``ops.exact_backward``; nobody differentiates it."""
+    """What :func:`ops.gradients` gives."""
     if _nobody_watches() and not torch.is_grad_enabled():
         # With the lse's gradient, five tensors and the plan.
         tensors = dout, *rest[:7]
         if all(x is None or _is_plain(x) for x in tensors):
             return ops.backward_of(dout.device)(dout, *rest, exact)
-    if exact is None:
-        return ops.backward(dout, *rest)
-    formula, tables = exact
-    # The lse's gradient, five tensors and the plan come before the tables.
-    return ops.exact_backward(dout, *rest[:7], tables, formula, *rest[7:])
+    return ops.gradients(dout, *rest, exact=exact)
 
 
 def _is_plain(tensor: Tensor) -> bool:

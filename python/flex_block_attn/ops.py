@@ -333,24 +333,52 @@ def backward_of(device: torch.device) -> Any:
     return _backward_cuda if device.type == "cuda" else _backward_cpu
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    # What only the forward pass is told comes last.
-    q, k, v, plan, *ctx.settings = inputs[:8]
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(q, k, v, *output, plan)
+def gradients(
+    dout: Tensor, *rest: Any, exact: Exact | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``backward`` gives, or ``exact_backward``."""
+    if exact is None:
+        return backward(dout, *rest)
+    formula, tables = exact
+    # The lse's gradient, five tensors and the plan come before the tables.
+    return exact_backward(dout, *rest[:7], tables, formula, *rest[7:])
+
+
+def save(
+    ctx: Any, tensors: tuple, results: tuple[Tensor, Tensor], settings: Any, exact: Exact | None
+) -> None:
+    """Keeps what :func:`differentiate` asks for; ``tensors`` are q, k, v and the plan."""
+    q, k, v, plan = tensors
+    ctx.formula, tables = (None, []) if exact is None else exact
+    ctx.settings = settings
+    ctx.save_for_backward(q, k, v, *results, plan, *tables)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    q, k, v, out, lse, plan = ctx.saved_tensors
+def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, by: Any = gradients) -> tuple:
+    """The gradients of q, k and v, None where nobody wants them, ``by`` what :func:`gradients` or
+    another is."""
     if dout is None and dlse is None:
-        return (None,) * ctx.inputs
+        return None, None, None
+    q, k, v, out, lse, plan, *tables = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = backward(dout, dlse, q, k, v, out, lse, plan, *ctx.settings, wanted)
-    given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
-    return (*given, *(None,) * (ctx.inputs - 3))
+    exact = None if ctx.formula is None else (ctx.formula, tables)
+    saved = q, k, v, out, lse, plan
+    given = by(dout, dlse, *saved, *ctx.settings, wanted, exact=exact)
+    dq, dk, dv = (x if wants else None for x, wants in zip(given, wanted, strict=True))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    save(ctx, inputs[:4], output, inputs[4:8], None)
+    # What only the forward pass is told comes last.
+    ctx.others = (None,) * len(inputs[3:])
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    return *differentiate(ctx, dout, dlse), *ctx.others
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:
@@ -422,27 +450,12 @@ for _device, _forward, _backward in (
 
 
 def _save_exact(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, plan, tables, ctx.formula, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, plan, *tables)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_exact(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    q, k, v, out, lse, plan, *tables = ctx.saved_tensors
-    nothing = None, [None] * len(tables), None, None, None, None, None
-    if dout is None and dlse is None:
-        return (None, None, None, *nothing)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = exact_backward(
-        dout, dlse, q, k, v, out, lse, plan, tables, ctx.formula, *ctx.settings, wanted
-    )
-    given = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
-    return (*given, *nothing)
+    tables, formula, *settings = inputs[4:]
+    save(ctx, inputs[:4], output, settings, (formula, tables))
+    ctx.others = None, [None] * len(tables), *(None for _ in inputs[5:])
 
 
 torch.library.register_autograd(
-    f"{_LIBRARY}::exact_forward", _differentiate_exact, setup_context=_save_exact
+    f"{_LIBRARY}::exact_forward", _differentiate, setup_context=_save_exact
 )
 torch.library.register_autograd(f"{_LIBRARY}::exact_backward", _refuse_double_backward)

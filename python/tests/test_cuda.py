@@ -16,6 +16,7 @@ from ssta_choices import compare_masks, near_ties_of_settings, random_tokens
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training import TOKENS, denoising
+from watching import Named, Watched
 
 from benchmark.__main__ import main as benchmark
 from benchmark.clock import peak_mib, turn
@@ -452,15 +453,6 @@ def test_the_short_way_gives_what_the_operators_give(layout, dtype, operators):
         assert torch.equal(flex_block_attn(q, k, v, mask, scale=0.125), expected)
         assert torch.equal(flex_block_attn_func(q, k, v, 64, 32, given), expected)
     assert not operators
-
-
-class Watched(torch.utils._python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, call, types, arguments=(), settings=None):
-        return call(*arguments, **(settings or {}))
-
-
-class Named(torch.Tensor):
-    """A subclass of no further meaning."""
 
 
 def test_calls_that_need_an_operator_get_it(operators):

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from training import TOKENS, Model, denoising
+from watching import Named, Watched
 
 from flex_block_attn import (
     BlockMask,
@@ -361,10 +362,6 @@ def test_tensors_are_read_alike_with_and_without_dlpacks_table():
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
 
 
-class Named(torch.Tensor):
-    """A subclass of no further meaning."""
-
-
 @pytest.mark.parametrize(
     "disguise",
     [
@@ -384,11 +381,6 @@ def test_tensors_that_are_not_as_simple_as_they_look(disguise, grad):
         for i in range(3):
             changed = [disguise(x) if i == j else x for j, x in enumerate(tensors)]
             assert torch.equal(flex_block_attn(*changed, MASK).detach(), expected)
-
-
-class Watched(torch.utils._python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, call, types, arguments=(), settings=None):
-        return call(*arguments, **(settings or {}))
 
 
 def test_calls_that_need_an_operator_get_it(monkeypatch):
