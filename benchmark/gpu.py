@@ -6,7 +6,8 @@ with memory and masks, and keeps what it measured.)
 
 Outputs are compared first. Then ours and the peers take turns, ``--rounds`` times; a turn is the
 median of some calls between events, a figure the median of turns. The card lowers its clock under
-load: only figures of one run go together.
+load: only figures of one run go together. It does so by swings, the first of them in the first
+two seconds: turns are short and many, and the first do not count.
 """
 
 import argparse
@@ -26,8 +27,9 @@ CASES = {case.name: case for case in SUITES["bars"].cases}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backward", action="store_true", help="the backward pass alone")
-    parser.add_argument("--rounds", type=int, default=5, help="how often they take turns")
-    parser.add_argument("--turn", type=float, default=60, help="milliseconds of a turn")
+    parser.add_argument("--rounds", type=int, default=24, help="how often they take turns")
+    parser.add_argument("--turn", type=float, default=50, help="milliseconds of a turn")
+    parser.add_argument("--warm-up", type=float, default=2000, help="milliseconds of turns before")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--csv", help="a file for every figure")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {', '.join(CASES)}")
@@ -39,7 +41,8 @@ def main() -> None:
     rows, reasons = [], set()
     for case in args.cases or CASES:
         problem = Problem.of(CASES[case], torch.device("cuda"))
-        measured = measure(problem, args.peers, args.backward, args.rounds, args.turn)
+        turns = (args.rounds, args.turn)
+        measured = measure(problem, args.peers, args.backward, *turns, warm_up=args.warm_up)
         work = problem.operations(args.backward) / 1e9
         rates = {name: work / figures.ms for name, figures in measured.figures.items()}
         reasons |= {f"{name} {x}" for name, x in (measured.absent | measured.failed).items()}

@@ -8,6 +8,7 @@ of some where it is not; the peers' with ours.
 """
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -76,10 +77,11 @@ def measure(
     rounds: int,
     milliseconds: float,
     watch: Callable[[str], AbstractContextManager[None]] = _unwatched,
+    warm_up: float = 0,
 ) -> Measured:
-    """Ours beside the peers of these names: ``rounds`` turns each of about ``milliseconds``. If
-    there is none of ours, there is nothing. What is done of an implementation is done in what
-    ``watch`` gives."""
+    """Ours beside the peers of these names: ``rounds`` turns each of about ``milliseconds``, behind
+    rounds that do not count, for about ``warm_up`` milliseconds. If there is none of ours, there is
+    nothing. What is done of an implementation is done in what ``watch`` gives."""
     if problem.device.type == "cuda":
         # Nothing of earlier cases is freed while memory is counted.
         gc.collect()
@@ -111,7 +113,8 @@ def measure(
         if "ours" not in calls:
             return measured
     expected.clear()
-    for _ in range(rounds):
+    before = math.ceil(warm_up / (milliseconds * len(calls))) if warm_up else 0
+    for number in range(-before, rounds):
         for name, call in list(calls.items()):
             try:
                 with watch(name):
@@ -120,7 +123,8 @@ def measure(
                 measured.failed[name] = _failure(name, error, problem.device)
                 del calls[name], measured.figures[name]
                 continue
-            measured.figures[name].turns.append(taken)
+            if number >= 0:
+                measured.figures[name].turns.append(taken)
         if "ours" not in calls:
             return Measured(failed=measured.failed)
     return measured

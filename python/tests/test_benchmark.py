@@ -470,6 +470,16 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
     assert list(measured.figures) == ["ours"]
 
 
+def test_turns_that_warm_up_are_not_counted(monkeypatch):
+    numbers = iter(range(100))
+    monkeypatch.setattr(measuring, "turn", lambda *_: next(numbers))
+    problem = Problem.of(SMOKE["dense s200"], CPU)
+    measured = measure(problem, ["SDPA"], False, 3, 10.0, warm_up=35.0)
+    # Two rounds of two turns of 10 milliseconds are 40.
+    assert measured.figures["ours"].turns == [4, 6, 8]
+    assert measured.figures["SDPA"].turns == [5, 7, 9]
+
+
 def test_who_fails_while_timed_is_told_and_others_go_on(monkeypatch):
     calls = []
 
