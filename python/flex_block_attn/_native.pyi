@@ -94,14 +94,14 @@ def backward_workspace(
     q_shape: tuple[int, ...],
     deterministic: bool,
     keys: tuple[tuple[int, ...], int, int, int] | None = None,
-) -> tuple[int, int]: ...
+) -> int: ...
 def backward_cuda(
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor | None],
     plan: _Plan,
     settings: tuple[float, bool],
     outputs: tuple[Tensor, Tensor, Tensor],
-    workspace: tuple[int, int],
+    workspace: int,
     exact: _Exact | None,
     video: _Video | None = None,
 ) -> None: ...

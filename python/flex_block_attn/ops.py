@@ -306,15 +306,15 @@ def _backward_cuda(
         if dlse is not None:
             dlse = dlse.contiguous()
         keys = k.shape, q_block, kv_block, q.get_device()
-        counts = _native.backward_workspace(q.shape, deterministic, keys)
-        rows, sums = (q.new_empty(count, dtype=torch.float32) for count in counts)
+        count = _native.backward_workspace(q.shape, deterministic, keys)
+        workspace = q.new_empty(count, dtype=torch.float32)
         _native.backward_cuda(
             (q, k, v, out, lse),
             (dout, dlse),
             (plan, q_block, kv_block),
             (scale, deterministic),
             (dq, dk, dv),
-            (rows.data_ptr(), sums.data_ptr()),
+            workspace.data_ptr(),
             exact,
         )
         gradients = dq.neg_() if negated else dq, dk, dv

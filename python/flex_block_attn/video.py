@@ -343,17 +343,15 @@ def _backward_cuda(
     else:
         block = _block(sizes)
         shape = (*lse.shape, q.shape[3])
-        rows, sums = (
-            q.new_empty(count, dtype=torch.float32)
-            for count in _native.backward_workspace(shape, deterministic)
-        )
+        count = _native.backward_workspace(shape, deterministic)
+        workspace = q.new_empty(count, dtype=torch.float32)
         _native.backward_cuda(
             (q, k, v, out, lse),
             (dout, None),
             (plan, block, block),
             (scale, deterministic),
             (dq, dk, dv),
-            (rows.data_ptr(), sums.data_ptr()),
+            workspace.data_ptr(),
             None,
             _raw(sizes),
         )

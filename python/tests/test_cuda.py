@@ -180,8 +180,7 @@ def test_gradients_of_small_calls(kind, tokens, heads, kv_heads, head_dim, dtype
         for h in (heads, kv_heads, kv_heads, heads)
     )
     keys = k.shape, mask.q_block_size, mask.kv_block_size, torch.cuda.current_device()
-    numbers = (_native.backward_workspace(q.shape, False, given) for given in (keys, None))
-    in_parts, whole = (sums for _, sums in numbers)
+    in_parts, whole = (_native.backward_workspace(q.shape, False, given) for given in (keys, None))
     assert in_parts > whole
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = scaled_dot_product_attention(

@@ -4,7 +4,7 @@
 
 use flex_block_attn::expression::Table;
 use flex_block_attn::gpu::{
-    self, BackwardWorkspace, Keys, Mask, Order, Selection, Step, backward_steps, combine_step,
+    self, Keys, Mask, Order, Selection, Step, backward_steps, backward_workspace, combine_step,
     forward_slots, forward_steps, plan_steps, select_steps, selection_numbers,
 };
 use flex_block_attn::select::{Choice, Scoring, tiles_in_place, video_tiles};
@@ -262,11 +262,8 @@ fn check(chance: &mut Chance, longest: [usize; 2], multiprocessors: u32) -> [boo
         heads: kv_heads,
         multiprocessors,
     };
-    let sizes = BackwardWorkspace::new(out_shape, options.deterministic, Some(keys));
-    let workspace = [
-        memory.alloc("rows", 4 * sizes.rows),
-        memory.alloc("sums", 4 * sizes.sums),
-    ];
+    let bytes = backward_workspace(out_shape, options.deterministic, Some(keys));
+    let workspace = memory.alloc("workspace", bytes);
     let dlse_at = has_dlse.then(|| read(dlse_at, DType::F32, lse_shape));
     let steps = backward_steps(
         &saved,

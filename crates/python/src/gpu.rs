@@ -2,7 +2,7 @@
 //!
 //! Who calls has allocated what is written, but for what lasts no longer than a call. [`plan_shape`] says beforehand of what shape a plan is.
 
-use flex_block_attn::gpu::{self, BackwardWorkspace, Keys, Mask, Plan, Stream};
+use flex_block_attn::gpu::{self, Keys, Mask, Plan, Stream};
 use flex_block_attn::{Gradients, Options, PlanLayout, Saved, Video};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -232,16 +232,16 @@ pub fn combine_cuda(py: Python<'_>, parts: Vec<(Raw, Raw)>, out: Raw, lse: Raw) 
     .map_err(python)
 }
 
-/// Numbers (of 32 bits) of the two arrays of [`backward_cuda`]'s workspace, for a q of this shape, and
-/// whether its gradient is to repeat to the last bit; unless tokens are a video's, also for a k of the
-/// shape in `keys`, blocks of so many queries and keys, and the ordinal of a GPU.
+/// Numbers (of 32 bits) of [`backward_cuda`]'s workspace, for a q of this shape, and whether its gradient
+/// is to repeat to the last bit; unless tokens are a video's, also for a k of the shape in `keys`, blocks
+/// of so many queries and keys, and the ordinal of a GPU.
 #[pyfunction]
 #[pyo3(signature = (q_shape, deterministic, keys=None))]
 pub fn backward_workspace(
     q_shape: [usize; 4],
     deterministic: bool,
     keys: Option<([usize; 4], usize, usize, u32)>,
-) -> PyResult<(usize, usize)> {
+) -> PyResult<usize> {
     let keys = keys
         .map(|([_, heads, kv_len, _], q_block, kv_block, device)| {
             Ok::<_, PyErr>(Keys {
@@ -251,12 +251,11 @@ pub fn backward_workspace(
             })
         })
         .transpose()?;
-    let BackwardWorkspace { rows, sums } = BackwardWorkspace::new(q_shape, deterministic, keys);
-    Ok((rows, sums))
+    Ok(gpu::backward_workspace(q_shape, deterministic, keys) / 4)
 }
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;
-/// `gradients` those of out and, perhaps, of lse; `workspace` the addresses of two arrays.
+/// `gradients` those of out and, perhaps, of lse; `workspace` the address of the memory that it computes in.
 /// `settings` are the scale, and whether the gradient of q is to repeat to the last bit; `video` as for
 /// [`forward_cuda`].
 #[pyfunction]
@@ -269,7 +268,7 @@ pub fn backward_cuda(
     plan: RawPlan,
     settings: (f64, bool),
     outputs: (Raw, Raw, Raw),
-    workspace: [u64; 2],
+    workspace: u64,
     exact: Option<RawExact>,
     video: Option<RawVideo>,
 ) -> PyResult<()> {

@@ -12,17 +12,6 @@ use super::video::{canvas, in_lines, no_kernel, places};
 use super::{Choice, Plan, Step, Stream, choice, contiguous, in_memory, put, refused};
 use crate::{Gradients, Options, Result, Saved, Tensor, check};
 
-/// What [`backward`] needs besides: two arrays of 32-bit numbers at multiples of 16 bytes. Their
-/// contents do not matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BackwardWorkspace {
-    /// Numbers of the first: two for each query, or three.
-    pub rows: usize,
-    /// Numbers of the second: as many as q has, in whole units of 64 queries, perhaps some for parts of
-    /// k's and v's gradients, and perhaps some for each head.
-    pub sums: usize,
-}
-
 /// What says whether gradients of k and v are computed in parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keys {
@@ -42,36 +31,45 @@ impl Keys {
     }
 }
 
-impl BackwardWorkspace {
-    /// For a q of this shape, and whether its gradient is to repeat to the last bit; of a video's q, of
-    /// as many tokens as its tiles and text have places, and without `keys`: theirs are not computed in
-    /// parts.
-    pub fn new(q_shape: [usize; 4], deterministic: bool, keys: Option<Keys>) -> Self {
-        let arrays = if deterministic { 3 } else { 2 };
-        let cut = keys.and_then(|keys| keys.cut(q_shape));
+/// Bytes of the memory that [`backward()`] computes in, for a q of this shape, and whether its gradient is
+/// to repeat to the last bit; of a video's q, of as many tokens as its tiles and text have places, and
+/// without `keys`: theirs are not computed in parts.
+pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool, keys: Option<Keys>) -> usize {
+    let cut = keys.and_then(|keys| keys.cut(q_shape));
+    4 * Arrays::new(q_shape, deterministic, cut).end
+}
+
+/// Where in that memory each array starts, in numbers of 32 bits; the lse is the first one.
+struct Arrays {
+    delta: usize,
+    /// If it is deterministic; and so are the bounds.
+    steps: usize,
+    /// Of dq.
+    sums: usize,
+    /// What parts of dk and dv leave.
+    slots: usize,
+    bounds: usize,
+    end: usize,
+}
+
+impl Arrays {
+    fn new(q_shape: [usize; 4], deterministic: bool, cut: Option<Cut>) -> Self {
+        let [batch, heads, q_len, head_dim] = q_shape;
+        let (lines, workspace) = (batch * heads, Workspace::new(q_len));
+        let if_integers = |numbers| if deterministic { numbers } else { 0 };
+        // Lines are of whole units of 64: all start at multiples of 16 bytes.
+        let delta = lines * workspace.line;
+        let steps = 2 * delta;
+        let sums = steps + if_integers(delta);
+        let slots = sums + lines * workspace.units * 64 * head_dim;
+        let bounds = slots + cut.map_or(0, |cut| slot_numbers(cut, head_dim));
         Self {
-            rows: arrays * Self::numbers(q_shape),
-            sums: Self::slots_at(q_shape)
-                + cut.map_or(0, |cut| slot_numbers(cut, q_shape[3]))
-                + Self::bounds(q_shape, deterministic),
-        }
-    }
-
-    /// Numbers of one of the first array's parts: lse, deltas, and steps.
-    fn numbers([batch, heads, q_len, _]: [usize; 4]) -> usize {
-        batch * heads * Workspace::new(q_len).line
-    }
-
-    /// Where in the second array lies what parts leave, behind the sums; the bounds lie behind that.
-    fn slots_at([batch, heads, q_len, head_dim]: [usize; 4]) -> usize {
-        batch * heads * Workspace::new(q_len).units * 64 * head_dim
-    }
-
-    /// Numbers of the bounds.
-    fn bounds([batch, heads, ..]: [usize; 4], deterministic: bool) -> usize {
-        match deterministic {
-            false => 0,
-            true => batch * heads * bounds::WORDS,
+            delta,
+            steps,
+            sums,
+            slots,
+            bounds,
+            end: bounds + if_integers(lines * bounds::WORDS),
         }
     }
 }
@@ -86,7 +84,7 @@ pub struct BackwardSteps {
 }
 
 /// The launches of [`backward`], for a GPU of so many multiprocessors; none if there are no queries or no
-/// keys. `workspace` are the addresses of the two arrays of [`BackwardWorkspace`].
+/// keys. `workspace` is the address of as many bytes as [`backward_workspace`] says.
 ///
 /// # Errors
 /// Arguments that do not go together, or that the kernels do not take.
@@ -98,7 +96,7 @@ pub fn backward_steps(
     plan: &Plan,
     options: &Options,
     gradients: &Gradients<'_>,
-    workspace: [u64; 2],
+    workspace: u64,
     multiprocessors: u32,
 ) -> Result<Option<BackwardSteps>> {
     check::backward(saved, &dout, dlse.as_ref(), plan.mask(), options, gradients)?;
@@ -155,12 +153,12 @@ pub fn backward_steps(
         )
     };
     let cut = keys.cut(places).ok_or_else(too_many)?;
-    let [rows, sums] = workspace;
-    let [log2, delta, steps] =
-        [0, 1, 2].map(|i| rows + i * 4 * BackwardWorkspace::numbers(places) as u64);
-    let slots = sums + 4 * BackwardWorkspace::slots_at(places) as u64;
+    let arrays = Arrays::new(places, deterministic, Some(cut));
+    let at = |number: usize| workspace + 4 * number as u64;
+    let (delta, steps, sums) = (at(arrays.delta), at(arrays.steps), at(arrays.sums));
+    let slots = at(arrays.slots);
     let in_parts = (cut.tiles > 0).then_some(InParts { cut, slots });
-    let bounds_at = slots + 4 * slot_numbers(cut, q.shape[3]) as u64;
+    let bounds_at = at(arrays.bounds);
     let (dout, keys, values) = (read("dout", dout)?, read("k", k)?, read("v", v)?);
     let bounding = bounds::Args {
         k: keys,
@@ -175,7 +173,7 @@ pub fn backward_steps(
         dout,
         lse: lse.pointer as u64,
         dlse: dlse.map_or(0, |dlse| dlse.pointer as u64),
-        log2,
+        log2: workspace,
         delta,
         steps,
         bounds: bounds_at,
@@ -193,7 +191,7 @@ pub fn backward_steps(
         dout,
         dk: dk?,
         dv: dv?,
-        lse: log2,
+        lse: workspace,
         delta,
         steps,
         dq: sums,
@@ -252,13 +250,16 @@ pub fn backward_steps(
         launches.insert(0, (Step::Bounds(bounds), bounds.launch(&bounding)));
     }
     Ok(Some(BackwardSteps {
-        zeroed: (bounds_at, BackwardWorkspace::bounds(places, deterministic)),
+        zeroed: (bounds_at, arrays.end - arrays.bounds),
         launches,
     }))
 }
 
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
 /// computed, and `lse` and `dlse` are contiguous.
+///
+/// All is computed in `workspace`, as many bytes as [`backward_workspace`] says, at a multiple of 16. Their
+/// contents do not matter.
 ///
 /// Of small calls dk and dv may be sums of a few parts, each rounded to 16 bits; they are added in float32
 /// and rounded again, and repeat to the last bit. dq is a sum in float32, in any order, and repeats up to
@@ -282,7 +283,7 @@ pub unsafe fn backward(
     plan: &Plan,
     options: &Options,
     gradients: &Gradients<'_>,
-    workspace: [u64; 2],
+    workspace: u64,
     stream: Stream,
 ) -> Result<()> {
     let device = cuda::Device::get(stream.device)?;

@@ -33,7 +33,7 @@ use flex_block_attn_mask::expression::Formula;
 
 pub use flex_block_attn_kernels::plan::Mask;
 
-pub use backward::{BackwardSteps, BackwardWorkspace, Keys, backward, backward_steps};
+pub use backward::{BackwardSteps, Keys, backward, backward_steps, backward_workspace};
 pub use combine::{MOST_PARTS, combine, combine_step};
 pub use forward::{forward, forward_slots, forward_steps};
 pub use select::{MOST_SELECTED, Order, Selection, select, select_steps, selection_numbers};
