@@ -41,8 +41,9 @@ def main() -> None:
     rows, reasons = [], set()
     for case in args.cases or CASES:
         problem = Problem.of(CASES[case], torch.device("cuda"))
-        turns = (args.rounds, args.turn)
-        measured = measure(problem, args.peers, args.backward, *turns, warm_up=args.warm_up)
+        measured = measure(
+            problem, args.peers, args.backward, args.rounds, args.turn, warm_up=args.warm_up
+        )
         work = problem.operations(args.backward) / 1e9
         rates = {name: work / figures.ms for name, figures in measured.figures.items()}
         reasons |= {f"{name} {x}" for name, x in (measured.absent | measured.failed).items()}

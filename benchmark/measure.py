@@ -8,8 +8,8 @@ of some where it is not; the peers' with ours.
 """
 
 import gc
-import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -113,8 +113,10 @@ def measure(
         if "ours" not in calls:
             return measured
     expected.clear()
-    before = math.ceil(warm_up / (milliseconds * len(calls))) if warm_up else 0
-    for number in range(-before, rounds):
+    warm = time.monotonic() + warm_up / 1e3
+    while rounds > 0:
+        counts = time.monotonic() >= warm
+        rounds -= counts
         for name, call in list(calls.items()):
             try:
                 with watch(name):
@@ -123,7 +125,7 @@ def measure(
                 measured.failed[name] = _failure(name, error, problem.device)
                 del calls[name], measured.figures[name]
                 continue
-            if number >= 0:
+            if counts:
                 measured.figures[name].turns.append(taken)
         if "ours" not in calls:
             return Measured(failed=measured.failed)

@@ -470,10 +470,17 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
 
 def test_turns_that_warm_up_are_not_counted(monkeypatch):
     numbers = iter(range(100))
-    monkeypatch.setattr(measuring, "turn", lambda *_: next(numbers))
+    seconds = [0.0]
+
+    def turn(*_):
+        seconds[0] += 0.01
+        return next(numbers)
+
+    monkeypatch.setattr(measuring, "turn", turn)
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: seconds[0])
     problem = Problem.of(SMOKE["dense s200"], CPU)
-    measured = measure(problem, ["SDPA"], False, 3, 10.0, warm_up=35.0)
-    # Two rounds of two turns of 10 milliseconds are 40.
+    # Of no length by what they are told: two rounds of two turns take 40 milliseconds all the same.
+    measured = measure(problem, ["SDPA"], False, 3, 0.0, warm_up=35.0)
     assert measured.figures["ours"].turns == [4, 6, 8]
     assert measured.figures["SDPA"].turns == [5, 7, 9]
 
