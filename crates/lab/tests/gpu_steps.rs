@@ -262,8 +262,8 @@ fn check(chance: &mut Chance, longest: [usize; 2], multiprocessors: u32) -> [boo
         heads: kv_heads,
         multiprocessors,
     };
-    let bytes = backward_workspace(out_shape, options.deterministic, Some(keys));
-    let workspace = memory.alloc("workspace", bytes);
+    let numbers = backward_workspace(out_shape, options.deterministic, Some(keys));
+    let workspace = memory.alloc("workspace", 4 * numbers);
     let dlse_at = has_dlse.then(|| read(dlse_at, DType::F32, lse_shape));
     let steps = backward_steps(
         &saved,

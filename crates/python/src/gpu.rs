@@ -251,7 +251,7 @@ pub fn backward_workspace(
             })
         })
         .transpose()?;
-    Ok(gpu::backward_workspace(q_shape, deterministic, keys) / 4)
+    Ok(gpu::backward_workspace(q_shape, deterministic, keys))
 }
 
 /// Attention backward on a GPU: writes all three gradients. `saved` are q, k, v, out and lse;

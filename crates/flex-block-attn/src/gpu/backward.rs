@@ -31,15 +31,15 @@ impl Keys {
     }
 }
 
-/// Bytes of the memory that [`backward()`] computes in, for a q of this shape, and whether its gradient is
-/// to repeat to the last bit; of a video's q, of as many tokens as its tiles and text have places, and
-/// without `keys`: theirs are not computed in parts.
+/// Numbers (of 32 bits) of the memory that [`backward()`] computes in, for a q of this shape, and whether
+/// its gradient is to repeat to the last bit; of a video's q, of as many tokens as its tiles and text have
+/// places, and without `keys`: theirs are not computed in parts.
 pub fn backward_workspace(q_shape: [usize; 4], deterministic: bool, keys: Option<Keys>) -> usize {
     let cut = keys.and_then(|keys| keys.cut(q_shape));
-    4 * Arrays::new(q_shape, deterministic, cut).end
+    Arrays::new(q_shape, deterministic, cut).end
 }
 
-/// Where in that memory each array starts, in numbers of 32 bits; the lse is the first one.
+/// Where in that memory each array starts, in numbers; the lse is the first one.
 struct Arrays {
     delta: usize,
     /// If it is deterministic; and so are the bounds.
@@ -84,7 +84,7 @@ pub struct BackwardSteps {
 }
 
 /// The launches of [`backward`], for a GPU of so many multiprocessors; none if there are no queries or no
-/// keys. `workspace` is the address of as many bytes as [`backward_workspace`] says.
+/// keys. `workspace` is the address of as many numbers as [`backward_workspace`] says.
 ///
 /// # Errors
 /// Arguments that do not go together, or that the kernels do not take.
@@ -155,10 +155,9 @@ pub fn backward_steps(
     let cut = keys.cut(places).ok_or_else(too_many)?;
     let arrays = Arrays::new(places, deterministic, Some(cut));
     let at = |number: usize| workspace + 4 * number as u64;
-    let (delta, steps, sums) = (at(arrays.delta), at(arrays.steps), at(arrays.sums));
-    let slots = at(arrays.slots);
+    let [delta, steps, sums] = [arrays.delta, arrays.steps, arrays.sums].map(at);
+    let [slots, bounds_at] = [arrays.slots, arrays.bounds].map(at);
     let in_parts = (cut.tiles > 0).then_some(InParts { cut, slots });
-    let bounds_at = at(arrays.bounds);
     let (dout, keys, values) = (read("dout", dout)?, read("k", k)?, read("v", v)?);
     let bounding = bounds::Args {
         k: keys,
@@ -258,8 +257,8 @@ pub fn backward_steps(
 /// [`crate::backward()`] on a stream of a GPU, for what [`super::forward()`] accepts; all gradients are
 /// computed, and `lse` and `dlse` are contiguous.
 ///
-/// All is computed in `workspace`, as many bytes as [`backward_workspace`] says, at a multiple of 16. Their
-/// contents do not matter.
+/// All is computed in `workspace`, as many numbers as [`backward_workspace`] says, at a multiple of 16
+/// bytes. Their contents do not matter.
 ///
 /// Of small calls dk and dv may be sums of a few parts, each rounded to 16 bits; they are added in float32
 /// and rounded again, and repeat to the last bit. dq is a sum in float32, in any order, and repeats up to
