@@ -101,8 +101,16 @@ fn every_head_dim() {
             seed: head_dim as u64,
             threads: 2,
         };
-        assert_eq!(case.difference::<f32>(), None, "head_dim {head_dim}");
-        assert_eq!(case.difference::<bf16>(), None, "head_dim {head_dim}");
+        assert_eq!(
+            case.difference_from_exact::<f32>(),
+            None,
+            "head_dim {head_dim}"
+        );
+        assert_eq!(
+            case.difference_from_exact::<bf16>(),
+            None,
+            "head_dim {head_dim}"
+        );
     }
 }
 
