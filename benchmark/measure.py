@@ -114,9 +114,10 @@ def measure(
             return measured
     expected.clear()
     warm = time.monotonic() + warm_up / 1e3
-    while rounds > 0:
+    counted = 0
+    while counted < rounds:
         counts = time.monotonic() >= warm
-        rounds -= counts
+        counted += counts
         for name, call in list(calls.items()):
             try:
                 with watch(name):

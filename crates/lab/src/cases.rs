@@ -182,11 +182,11 @@ impl Case {
         };
         let Attention { out, lse } = problem.attention(&keep);
         if let Some(saved) = saved {
-            for (index, dlse) in dlse.iter_mut().enumerate() {
-                let token = index * self.sizes.head_dim..(index + 1) * self.sizes.head_dim;
-                let rounding = saved[token.clone()].iter().zip(&out[token.clone()]);
-                let moved = rounding.map(|(saved, out)| saved - out).zip(&dout[token]);
-                *dlse -= moved.map(|(moved, dout)| moved * dout).sum::<f64>();
+            let moved: Vec<f64> = (0..out.len())
+                .map(|i| (saved[i] - out[i]) * dout[i])
+                .collect();
+            for (dlse, moved) in dlse.iter_mut().zip(moved.chunks(self.sizes.head_dim)) {
+                *dlse -= moved.iter().sum::<f64>();
             }
         }
         let reference::Gradients { dq, dk, dv } = problem.gradients(&keep, &dout, &dlse);
